@@ -27,12 +27,12 @@ class Gate(Protocol):
     def admitted(
         self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()
     ) -> Tensor:
-        """Count a training lookup, and decide which of its ids get a row.
+        """Count the ids of a training lookup, and decide which of them get a row.
 
         Args:
             ids: For each feature, int64 ``[n_f]``.
-            members: For each feature, its member table's number.
-            rows: int64 ``[N]``: the ids' rows, -1 for an id that has none.
+            members: For each feature, the number of its member table.
+            rows: int64 ``[N]``: the row of each id, -1 if it has none.
             used: As in ``ops.id_map.find``.
 
         Returns:
@@ -40,16 +40,16 @@ class Gate(Protocol):
         """
 
     def confirm(self) -> None:
-        """Confirm that the ids which the last :meth:`admitted` let in have rows; not called if inserting failed."""
+        """Confirm that the ids admitted by the last :meth:`admitted` have rows; not called if inserting them failed."""
 
     def forget(self, member: int, ids: Tensor) -> None:
-        """Drop the state of ids (int64 ``[n]``) that were inserted regardless of admission."""
+        """Drop the state of ids (int64 ``[n]``) that were inserted without admission."""
 
     def clear(self, member: int | None) -> None:
-        """Drop the state of a member table's ids, or of all."""
+        """Drop the state of a member table, or of all member tables."""
 
     def state_dict(self, member: int) -> dict[str, Tensor]:
-        """Return the state of a member table: ``ids`` int64 ``[n]``, and further columns ``[n]``."""
+        """Return the state of a member table: ``ids`` int64 ``[n]``, and more columns ``[n]``."""
 
     def load_state_dict(self, member: int, state: dict[str, Tensor]) -> None:
         """Load the state that :meth:`state_dict` returned."""
@@ -66,11 +66,11 @@ class Admission(Protocol):
 class MinFrequency:
     """Admits an id once it has been looked up ``count`` times in training.
 
-    The lookup in which an id reaches the count inserts it. Counts are exact; ids that have a row are not counted. Until
-    then an id has its first value, or zeros, as the config's ``unknown`` says, and its gradients are dropped.
+    The lookup in which an id reaches the count inserts it. Until then, the id has its first value or zeros, depending
+    on the config's ``unknown``, and its gradients are dropped. Counts are exact; ids that have a row are not counted.
 
-    An id that never reaches the count keeps it, 21 to 53 bytes. Eviction removes rows but not counts, because it is not
-    stored when an id was last counted. ``memory()["admission"]`` reports the bytes of the counts, and
+    The count of an id that never reaches it takes 21 to 53 bytes. Eviction removes rows but not counts, because the
+    step of an id's last count is not stored. ``memory()["admission"]`` reports the bytes of the counts, and
     ``table.store.gate.clear(None)`` drops those of a table and frees their memory: its ids are then counted from zero.
 
     Example:
@@ -91,13 +91,13 @@ class MinFrequency:
 
 
 class FrequencyGate:
-    """Exact counts of the ids that have no row; dropped when they get one."""
+    """Exact counts of the ids that have no row; a count is dropped when its id gets a row."""
 
     def __init__(self, count: int, device: torch.device) -> None:
         self._least = count
         self._counts = IdCounts(device)
         self._admitted_slots: Tensor | None = None
-        """Slots of the counts of ids that were admitted last and have no row yet; below 0: none."""
+        """Slots of the counts of the last admitted ids, which have no row yet; negative: none."""
 
     @property
     def nbytes(self) -> int:
@@ -112,7 +112,7 @@ class FrequencyGate:
         counts.count(ids, members, rows, used)
         admitted = torch.empty(rows.numel(), dtype=torch.uint8, device=rows.device)
         ops.id_map.admit(counts.slots, ids, members, rows, self._least, admitted, used=used)
-        # The counts of admitted ids are dropped only when they have rows, in case inserting fails.
+        # Inserting the admitted ids may fail, so keep their counts until they have rows.
         self._admitted_slots = torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1)
         return admitted
 
@@ -128,7 +128,7 @@ class FrequencyGate:
             self._counts.erase_slots(self._counts.slots_of([ids], [member]))
 
     def clear(self, member: int | None) -> None:
-        """Drop the counts of a member table, or all."""
+        """Drop the counts of a member table, or of all member tables."""
         if member is None:
             self._counts = IdCounts(self._counts.device)
             return
@@ -136,7 +136,7 @@ class FrequencyGate:
         self._counts.erase_slots(entries.slots[entries.members == member])
 
     def state_dict(self, member: int) -> dict[str, Tensor]:
-        """Return ``ids``, ascending, and ``count``."""
+        """Return columns ``ids`` (ascending) and ``count``."""
         entries = self._counts.entries()
         mine = entries.members == member
         ids, order = entries.ids[mine].sort()
@@ -148,22 +148,24 @@ class FrequencyGate:
         self._counts.set(state["ids"].to(device).contiguous(), member, state["count"].to(device).contiguous())
 
 
-def admitted_often(gate: Gate, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, counts: Tensor) -> Tensor:
-    """Ask a gate about ids with counts, as if each id occurred as often as its count.
+def admitted_by_count(
+    gate: Gate, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, counts: Tensor
+) -> Tensor:
+    """Query a gate as if each id occurred as often as its count.
 
     Args:
         gate: The gate; called once.
         ids: For each feature, int64 ``[n_f]``.
-        members: For each feature, its member table's number.
-        rows: int64 ``[N]``: the ids' rows, -1 for an id that has none.
-        counts: int64 ``[N]``, at least 1 each.
+        members: For each feature, the number of its member table.
+        rows: int64 ``[N]``: the row of each id, -1 if it has none.
+        counts: int64 ``[N]``, each at least 1.
 
     Returns:
         uint8 ``[N]``: 1 for an id that has a row or gets one.
     """
-    # An id that has a row need not be counted, and most have one.
+    # Ids with a row, i.e. most ids, need not be counted.
     counts = torch.where(rows < 0, counts, 1)
-    each = counts.split([part.numel() for part in ids])
-    often = [part.repeat_interleave(count) for part, count in zip(ids, each, strict=True)]
-    admitted = gate.admitted(often, members, rows.repeat_interleave(counts))
+    by_feature = counts.split([part.numel() for part in ids])
+    repeated = [part.repeat_interleave(count) for part, count in zip(ids, by_feature, strict=True)]
+    admitted = gate.admitted(repeated, members, rows.repeat_interleave(counts))
     return admitted[counts.cumsum(0) - 1]

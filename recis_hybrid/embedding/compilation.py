@@ -11,12 +11,12 @@ import torch
 _C = TypeVar("_C", bound=type)
 
 _INSTEAD = (
-    "save the model with Saver and write it for serving with `recis-hybrid export`, or export the tower alone, which "
+    "save the model with Saver and export it for serving with `recis-hybrid export`, or export only the tower, which "
     "takes the engine's outputs"
 )
 _REASON = (
-    "embedding tables insert new ids during a lookup, which no graph can record. torch.compile runs them "
-    "between its graphs: leave out fullgraph=True, or compile the towers alone, as in "
+    "embedding tables insert new ids during a lookup, which a graph cannot record. torch.compile runs them "
+    "between its graphs: omit fullgraph=True, or compile only the towers, as in "
     f"model.tower = torch.compile(model.tower, fullgraph=True). Instead of torch.export, {_INSTEAD}"
 )
 
@@ -26,10 +26,10 @@ _preparing = threading.Lock()
 
 
 def outside_graphs(*names: str) -> Callable[[_C], _C]:
-    """Mark methods of a class to run between torch.compile's graphs, and to be refused in a full graph.
+    """Mark methods of a class to run between torch.compile's graphs; ``fullgraph=True`` refuses them.
 
-    Neither the methods nor their callees are traced. Tables change in place, and branch on Python integers, which
-    Dynamo may replace by symbols, so that ``1 in [0, 1]`` fails (torch 2.13).
+    Neither the methods nor their callees are traced. Tables change in place and branch on Python integers. Dynamo may
+    replace those by symbols, for which ``1 in [0, 1]`` fails (torch 2.13).
 
     Args:
         *names: The methods, static methods and properties.
@@ -47,7 +47,7 @@ def outside_graphs(*names: str) -> Callable[[_C], _C]:
 def prepare() -> None:
     """Hide the methods of decorated classes from Dynamo; called before the first table can be compiled.
 
-    It imports torch's compiler, as any torch optimizer does, so it must not run when the package is imported.
+    This imports torch's compiler, as any torch optimizer does, so it must not run on package import.
     """
     global _prepared
     with _preparing:
@@ -56,12 +56,12 @@ def prepare() -> None:
 
 
 def refuse_recording() -> None:
-    """Refuse a lookup while torch.export or torch.jit.trace records it.
+    """Refuse a lookup that torch.export or torch.jit.trace is recording.
 
-    The recorded program would hold addresses of this process, and read them in another.
+    The recorded program would contain addresses of this process and read from them in another process.
 
     Raises:
-        NotImplementedError: If it is being recorded.
+        NotImplementedError: If the lookup is being recorded.
     """
     if torch.compiler.is_exporting():
         raise not_recorded("torch.export")

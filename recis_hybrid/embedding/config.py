@@ -28,7 +28,7 @@ TABLE_SETTINGS = (
     "sharding",
     "expected_rows",
 )
-"""Settings that features of one table must agree on."""
+"""Settings that must be equal for all features of a table."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,20 +43,20 @@ class EmbeddingConfig:
     dim: int
     """Elements of a vector."""
     table: str | None = None
-    """Name of the member table; features with the same one share rows. None: the feature's name."""
+    """Name of the member table; features with the same table share its rows. None: the feature's name."""
     dtype: torch.dtype = torch.float32
     """Dtype in which embeddings are stored: float32, bfloat16 or float16. Outputs are always float32."""
     state_dtype: torch.dtype | None = None
-    """Dtype in which optimizer state is stored: float32 (None), or as the embedding."""
+    """Dtype in which optimizer state is stored: float32 (None), or that of the embedding."""
     combiner: Literal["sum", "mean", "sqrtn", "max", "tile"] | None = "sum"
     """Combiner of the vectors of a bag. ``sum``: their weighted sum; ``mean``: divided by the sum of weights;
     ``sqrtn``: divided by the root of the sum of squared weights; ``max``: the maximum of each element; ``tile``: the
-    first ``max_length`` vectors concatenated; None: not combined, one vector for each id. An empty bag gives zeros."""
+    first ``max_length`` vectors concatenated; None: not combined, one vector for each id. An empty bag yields zeros."""
     max_length: int | None = None
-    """Number of ids of a bag that are used, from the first on; None: all."""
+    """Number of ids of a bag that are used, from the start; None: all."""
     weights: str | None = None
-    """Column with a weight for each id, in the shape of the ids. For ids in a RaggedTensor: a RaggedTensor with the
-    same offsets, or ``[n]`` in the order of the ids. None: the weights of the RaggedTensor of ids, if it has any."""
+    """Column with a weight for each id, in the shape of the ids. For ids in a RaggedTensor: a RaggedTensor with equal
+    offsets, or ``[n]`` in the order of the ids. None: the weights of the RaggedTensor of ids, if it has any."""
     initializer: Initializer = field(default_factory=Normal)
     """First values of rows."""
     unknown: Literal["first_value", "zeros"] = "first_value"
@@ -67,14 +67,14 @@ class EmbeddingConfig:
     trainable: bool = True
     """False makes the table read-only: nothing is inserted, it takes no gradients, and rows have no optimizer state."""
     optimizer_overrides: Mapping[str, float | tuple[float, float]] | None = None
-    """Hyperparameters of the optimizer for this table alone, e.g. ``{"lr": 0.1}``."""
+    """Hyperparameters of the optimizer for this table only, e.g. ``{"lr": 0.1}``."""
     placement: Placement | None = None
     """Memory of the table's rows; None: that of the engine's device."""
     sharding: Literal["row", "table", "column", "replicated", "auto"] = "row"
     """Distribution of rows over several ranks. ``row``: over all ranks by the hash of their ids; ``table``: all on
     one rank; ``column``: some elements of every row, at least 4, on each rank; ``replicated``: all on every rank, so
-    that lookups need no exchange of rows; ``auto``: the fastest by :func:`recis_hybrid.embedding.sharding_of`, which
-    needs ``expected_rows``. Results are the same."""
+    that lookups need no exchange of rows; ``auto``: the fastest according to
+    :func:`recis_hybrid.embedding.sharding_of`, which needs ``expected_rows``. Results do not depend on it."""
     expected_rows: int | None = None
     """Approximate number of ids; used by ``sharding="auto"`` only."""
     optional: bool = False
@@ -84,7 +84,7 @@ class EmbeddingConfig:
         self._refuse_types()
         check_choice("EmbeddingConfig", "combiner", self.combiner, COMBINERS)
         if self.table == "":
-            raise ValueError("EmbeddingConfig: table must not be an empty name; leave it out to use the feature's name")
+            raise ValueError("EmbeddingConfig: table must not be an empty name; omit it to use the feature's name")
         if self.dtype not in ops.blocks.ELEMENTS:
             raise ValueError(f"EmbeddingConfig: dtype must be one of {list(ops.blocks.ELEMENTS)}, got {self.dtype}")
         if self.state_dtype not in (None, torch.float32, self.dtype):
@@ -96,7 +96,7 @@ class EmbeddingConfig:
                 "EmbeddingConfig: the combiner 'tile' needs max_length, the number of concatenated vectors"
             )
         if self.weights is not None and self.combiner in ("max", "tile", None):
-            raise ValueError(f"EmbeddingConfig: the combiner {self.combiner!r} takes no weights; leave them out")
+            raise ValueError(f"EmbeddingConfig: the combiner {self.combiner!r} takes no weights; omit them")
         if self.optimizer_overrides is not None:
             fixed = {name: tuple(v) if isinstance(v, list) else v for name, v in self.optimizer_overrides.items()}
             object.__setattr__(self, "optimizer_overrides", fixed)
@@ -105,13 +105,13 @@ class EmbeddingConfig:
 
     def _refuse_types(self) -> None:
         where = "EmbeddingConfig"
-        object.__setattr__(self, "dim", check_integer(where, "dim", self.dim, low=1))  # numpy's become int
+        object.__setattr__(self, "dim", check_integer(where, "dim", self.dim, low=1))  # also converts numpy integers
         for name in ("max_length", "expected_rows"):
             if getattr(self, name) is not None:
                 check_integer(where, name, getattr(self, name), low=1)
         for name in ("table", "weights"):
             if not isinstance(getattr(self, name), str | None):
-                raise TypeError(f"{where}: {name} must be a name, or None, got {getattr(self, name)!r}")
+                raise TypeError(f"{where}: {name} must be a name or None, got {getattr(self, name)!r}")
         for name in ("trainable", "optional"):
             check_flag(where, name, getattr(self, name))
         check_method(where, "initializer", self.initializer, "draw", "Constant(0.5)")
@@ -119,9 +119,9 @@ class EmbeddingConfig:
             check_method(where, "admission", self.admission, "gate", "MinFrequency(3)")
         overrides, placement = self.optimizer_overrides, self.placement
         if overrides is not None:
-            check_type(where, "optimizer_overrides", overrides, Mapping, "a mapping, as {'lr': 0.1}, or None")
+            check_type(where, "optimizer_overrides", overrides, Mapping, "a mapping, e.g. {'lr': 0.1}, or None")
         if placement is not None:
-            expected = "a Placement, as Placement(id_map='cpu', blocks='cpu'), or None"
+            expected = "a Placement, e.g. Placement(id_map='cpu', blocks='cpu'), or None"
             check_type(where, "placement", placement, Placement, expected)
 
     @property

@@ -1,4 +1,4 @@
-"""Use of tables together with DistributedDataParallel, which averages the gradients of towers."""
+"""Using tables with DistributedDataParallel, which averages the gradients of towers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from recis_hybrid.validation import check_type
 
 
 def leave_out_of_ddp(model: nn.Module) -> None:
-    """Make DistributedDataParallel ignore the tables of a model: they exchange gradients themselves.
+    """Make DistributedDataParallel ignore the tables of a model, which exchange their own gradients.
 
-    Call it before the model is wrapped. It is not needed if only the towers are wrapped.
+    Call it before wrapping the model. It is not needed if only the towers are wrapped.
 
     Args:
         model: The model to wrap.
@@ -30,32 +30,32 @@ def mean_over_samples(
     engine: EmbeddingEngine,
     bucket: dist.GradBucket,  # type: ignore[name-defined]
 ) -> torch.futures.Future[Tensor]:
-    """Average the towers' gradients over samples, where DistributedDataParallel averages them over ranks.
+    """Average the towers' gradients over samples, whereas DistributedDataParallel averages them over ranks.
 
-    The two agree if all ranks have equally many samples. Otherwise this is the gradient of the mean loss over all
-    samples, and it is what tables built with ``reduce="mean"`` apply. A communication hook::
+    The two agree if all ranks have the same number of samples. Otherwise, this is the gradient of the mean loss over
+    all samples, which tables built with ``reduce="mean"`` also apply. Register it as a communication hook::
 
         ddp.register_comm_hook(engine, mean_over_samples)
 
     Args:
-        engine: The engine, which has this rank's share of the samples of the last batch.
-        bucket: The gradients, from DistributedDataParallel.
+        engine: The engine, which knows this rank's share of the samples of the last batch.
+        bucket: Gradients from DistributedDataParallel.
 
     Raises:
         ValueError: If the engine is not shared with other ranks.
     """
-    expected = "an EmbeddingEngine, as ddp.register_comm_hook(engine, mean_over_samples)"
+    expected = "an EmbeddingEngine, e.g. ddp.register_comm_hook(engine, mean_over_samples)"
     check_type("mean_over_samples", "engine", engine, EmbeddingEngine, expected)
     group = engine.group
     if group is None:
         raise ValueError("mean_over_samples: the engine is not shared with other ranks; DDP needs no hook then")
     share = engine.share
-    # A mean over no samples is NaN; replace it by zeros.
+    # The mean over zero samples is NaN; send zeros instead.
     shares = bucket.buffer().mul_(share) if share > 0 else bucket.buffer().zero_()
     work = dist.all_reduce(shares, group=group, async_op=True)
     assert work is not None
     return work.get_future().then(lambda done: done.value()[0])  # type: ignore[no-any-return]
 
 
-# DistributedDataParallel compares a hook's annotations with these objects, and they are strings in this file.
+# DistributedDataParallel compares a hook's annotations with these objects, but in this file annotations are strings.
 mean_over_samples.__annotations__.update({"bucket": dist.GradBucket, "return": torch.futures.Future[Tensor]})  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""EmbeddingEngine: vectors by feature from a Batch, and gradients back into the tables."""
+"""EmbeddingEngine: looks up the vectors of a Batch by feature, and sends gradients back to the tables."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ from recis_hybrid.validation import check_choice, check_flag, check_integer, che
 
 @dataclass(frozen=True)
 class EngineLookup:
-    """The lookups of a batch, one for each logical table, as :meth:`EmbeddingEngine.apply_gradients` takes them."""
+    """The lookups of a batch, one for each logical table; input of :meth:`EmbeddingEngine.apply_gradients`."""
 
     lookups: tuple[Lookup | ShardedLookup, ...]
     outputs: tuple[Outputs, ...]
@@ -65,39 +65,40 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
     """Growing hash tables behind named features.
 
     Member tables with the same width, dtypes, record layout, placement and rules are coalesced into one logical table:
-    one lookup, one gather and one update serve all of their features. In training mode (``train()``) an id that occurs
-    for the first time gets a row, if it is admitted; in evaluation mode (``eval()``) nothing changes, and an unknown id
-    has the first value that its row would have.
+    one lookup, one gather and one update serve all of their features. In training mode (``train()``), a new id gets a
+    row, if it is admitted. In evaluation mode (``eval()``), nothing changes, and an unknown id has the first value that
+    its row would have.
 
-    Backward adds gradients to the tables, batch after batch, until an optimizer's ``step()`` uses them or a
-    ``zero_grad()`` drops them; until then they take memory. To train a tower alone, call the engine under
-    ``torch.no_grad()``, or set ``trainable=False`` in its configs.
+    Backward accumulates gradients in the tables until an optimizer's ``step()`` uses them or ``zero_grad()`` drops
+    them; until then, they take memory. To train only a tower, call the engine under ``torch.no_grad()``, or set
+    ``trainable=False`` in its configs.
 
-    If torch.distributed is initialised with several ranks, or a launcher such as torchrun has started several, which
-    then join here, they share the tables (``docs/distributed.md``): each rank passes its own batch, rows are
-    distributed as the configs' ``sharding`` says, and a step equals that of one process on all batches together.
-    Building the engine, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``, as clipping does, are
-    then collective: all ranks do them in the same order.
+    If torch.distributed is initialized with several ranks, or a launcher such as torchrun has started several, they
+    share the tables (``docs/distributed.md``): each rank passes its own batch, rows are distributed according to the
+    configs' ``sharding``, and a step equals that of one process on all batches together. Ranks of a launcher join the
+    process group here. Building the engine, lookups, an optimizer's ``step()``, and reading an anchor's ``grad``
+    (which clipping does) are then collective: all ranks must do them in the same order.
 
     Args:
-        configs: By feature name, which is the name of its column in the batch.
-        optimizer: The optimizer that trains the tables, which decides what state their rows keep: a class of
-            ``recis_hybrid.optim``, as ``optim.Adam``, or one with hyperparameters, as ``optim.SGD.spec(momentum=0.9)``;
-            :meth:`make_optimizer` makes it. None: rows keep embeddings alone, which is enough for lookups, evaluation
-            and serving, and for optimizers without state, as ``optim.SGD(engine.parameters(), lr=0.1)``.
-        seed: Seed of the rows' first values, which depend on it, the table's name and the id alone, and of stochastic
-            rounding.
+        configs: Configs by feature name, which is the name of the feature's column in the batch.
+        optimizer: The optimizer that trains the tables; it determines the optimizer state of rows. A class of
+            ``recis_hybrid.optim``, e.g. ``optim.Adam``, or one with hyperparameters, e.g.
+            ``optim.SGD.spec(momentum=0.9)``; :meth:`make_optimizer` builds it. None: rows only keep embeddings, which
+            is enough for lookups, evaluation and serving, and for optimizers without state, e.g.
+            ``optim.SGD(engine.parameters(), lr=0.1)``.
+        seed: Seed of stochastic rounding and of the rows' first values, which depend only on the seed, the table's name
+            and the id.
         device: Device of the outputs, and of tables without a ``placement``.
-        coalesce: False gives every member table a HashTable of its own. Results are bitwise the same, except that
+        coalesce: False gives every member table its own HashTable. Results are bitwise the same, except that
             ``clip_grad_norm_`` adds norms in float64 and rounds to float32, which may differ in one of some 10^8 steps.
-        group: The process group whose ranks share the tables; None: all ranks; False: this process alone.
-        reduce: How the gradients that ranks have for one row are combined. ``mean``: weighted by each rank's share of
-            all samples, for losses that are means over a rank's samples; if all ranks have equally many, this is what
-            DistributedDataParallel does with towers (otherwise see :func:`mean_over_samples`). ``sum``: added. ``id``:
-            added, and divided by the number of ranks that have a gradient for the row.
+        group: The process group whose ranks share the tables; None: all ranks; False: only this process.
+        reduce: How the ranks' gradients for one row are combined. ``mean``: weighted by each rank's share of all
+            samples, for losses that are means over a rank's samples. If all ranks have the same number of samples, this
+            is what DistributedDataParallel does with towers (otherwise see :func:`mean_over_samples`). ``sum``: added.
+            ``id``: added, and divided by the number of ranks that have a gradient for the row.
         wire_dtype: Dtype in which rows and gradients are sent between ranks; ids are always 64 bits. Each number is
-            rounded once: with a relative error of at most 2^-8 in bfloat16; in float16 of 2^-11, or an absolute error
-            of 2^-25 below 2^-14, and numbers beyond 65,504 become infinite.
+            rounded once. The relative error is at most 2^-8 in bfloat16 and 2^-11 in float16. In float16, numbers below
+            2^-14 have an absolute error of at most 2^-25, and numbers beyond 65,504 become infinite.
         deduplicate: Send distinct ids only; False sends the id of every position. Results are the same.
         prefetch_depth: Maximum number of batches that :meth:`prefetch` sends ahead; 0 disables it. None: 2 if there is
             or can be a process group for it, otherwise 0.
@@ -106,15 +107,15 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             all ranks.
         rows_in_state_dict: What a model's ``state_dict`` contains of the tables. None: a placeholder key; loading it
             into empty tables fails, because rows are saved by Saver. ``embedding``: ids and embeddings. ``record``:
-            also optimizer state, metadata and the state of admission, so that with the optimizer's ``state_dict``
-            training resumes bitwise. If ranks share the tables, ``state_dict`` is then collective and has the rows of
-            all ranks; any number of ranks can load it.
-        pass_through: True if :meth:`forward` also returns the batch's other columns unchanged: those that are neither
-            ids nor weights of a feature.
+            also optimizer state, metadata and admission state, so that training resumes bitwise if the optimizer's
+            ``state_dict`` is loaded, too. If ranks share the tables, ``state_dict`` is then collective and contains the
+            rows of all ranks; any number of ranks can load it.
+        pass_through: True if :meth:`forward` also returns the batch's other columns unchanged, i.e. those that are
+            neither ids nor weights of a feature.
 
     Raises:
-        RuntimeError: If a launcher has started several processes and they cannot be joined.
-        TypeError: If a feature has no EmbeddingConfig, or a setting has another type.
+        RuntimeError: If a launcher has started several processes but they cannot be joined.
+        TypeError: If a feature has no EmbeddingConfig, or a setting has the wrong type.
         ValueError: If there is no feature, features that share a table have different settings, an initializer's values
             exceed the dtype, this rank is not in the group, or a setting is not one of its choices.
 
@@ -145,7 +146,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         super().__init__()
         _check_configs(configs)
         self.optimizer_spec = OptimizerSpec.of(optimizer)
-        """The optimizer that the rows keep state for; None: they keep none."""
+        """The optimizer whose state rows keep; None: rows keep no optimizer state."""
         seed = check_integer("EmbeddingEngine", "seed", seed)
         for name, flag in (("coalesce", coalesce), ("deduplicate", deduplicate), ("pass_through", pass_through)):
             check_flag("EmbeddingEngine", name, flag)
@@ -160,7 +161,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(self.device)!r}")
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)
-        # Not chosen explicitly: an error once there are other ranks.
+        # Not an explicit choice of the caller: training raises an error once there are other ranks.
         alone = group is None and shared is None
         rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
         row_state = () if self.optimizer_spec is None else self.optimizer_spec.row_state
@@ -189,7 +190,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         self._warned_of_dtype = self._warned_of_rows = False
         refuse_rows_in_state_dict(rows_in_state_dict)
         self.rows_in_state_dict = rows_in_state_dict
-        """Form of the rows in ``state_dict``; it may be set at any time."""
+        """Form of the rows in ``state_dict``; may be changed at any time."""
         if prefetch_depth is None:
             prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == dist.get_world_size()) else 0
         self.prefetch_depth = prefetch_depth if self._sharded is not None else 0
@@ -207,12 +208,12 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             self.register_parameter(f"anchor{number}", table.anchor)
 
     def make_optimizer(self, **hyperparameters: Any) -> Any:
-        """Return the optimizer that the engine was built for, over its tables.
+        """Build the optimizer that the engine was built for, with the engine's tables as parameters.
 
-        The same as ``optim.Adam(engine.parameters(), **hyperparameters)`` for an engine with ``optimizer=optim.Adam``.
+        For an engine with ``optimizer=optim.Adam``, it is ``optim.Adam(engine.parameters(), **hyperparameters)``.
 
         Args:
-            **hyperparameters: Arguments of the optimizer, as ``lr=0.01``; they take precedence over those of
+            **hyperparameters: Arguments of the optimizer, e.g. ``lr=0.01``; they take precedence over those of
                 ``optim.Adam.spec(...)``.
 
         Raises:
@@ -228,7 +229,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if spec is None:
             raise RuntimeError(
                 "make_optimizer: the engine was built without an optimizer; build it with "
-                "EmbeddingEngine(..., optimizer=optim.Adam), or one of the others of recis_hybrid.optim"
+                "EmbeddingEngine(..., optimizer=optim.Adam) or another optimizer of recis_hybrid.optim"
             )
         return spec.make(self.parameters(), **{**spec.hyperparameters, **hyperparameters})
 
@@ -250,22 +251,22 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         """Look up a batch, differentiably.
 
         Args:
-            batch: For each feature a column of ids: int64 ``[B]``; ``[B, L]``, a bag of L ids a row; ``[B, L, K]``, a
-                sequence of L bags a row; or a RaggedTensor, whose innermost lists are the bags. Also an array of numpy,
-                pandas, JAX or another library with DLPack, or a list of numbers; none is written to, and memory is
-                shared where possible. uint64 keeps its bits. Without ``jax_enable_x64``, JAX has int32 ids only.
-                Columns of optional features may be missing.
+            batch: For each feature, a column of ids: int64 ``[B]``; ``[B, L]``, a bag of L ids per row;
+                ``[B, L, K]``, a sequence of L bags per row; or a RaggedTensor, whose innermost lists are the bags. Also
+                an array of numpy, pandas, JAX or another library with DLPack, or a list of numbers; arrays are never
+                written to, and their memory is shared where possible. uint64 keeps its bits. Without
+                ``jax_enable_x64``, JAX has int32 ids only. Columns of optional features may be missing.
 
         Raises:
             ExchangeError: If another rank could not look up its batch, died, or is in another mode.
 
         Returns:
-            By feature, float32; each starts at a multiple of 64 bytes. ``[B, dim]``; for ids ``[B, L, K]``
-            ``[B, L, dim]``; for a RaggedTensor of two levels ``[n, dim]``, a vector for each of the n inner lists of
-            all rows, from which ``RaggedTensor(vectors, ids.outer[0]).to_padded()`` makes ``[B, L, dim]``. With the
-            combiner ``tile``, ``dim`` is ``max_length * dim``. Without a combiner, each id has a vector:
-            ``[B, L, dim]`` for ids ``[B, L]``, ``[n, dim]`` for the n ids of a RaggedTensor. Optional features that the
-            batch lacks are left out; with ``pass_through`` the batch's other columns are included.
+            The vectors by feature, float32 and 64-byte aligned. ``[B, dim]``; for ids ``[B, L, K]``, ``[B, L, dim]``;
+            for a RaggedTensor of two levels, ``[n, dim]``, a vector for each of the n inner lists of all rows, from
+            which ``RaggedTensor(vectors, ids.outer[0]).to_padded()`` makes ``[B, L, dim]``. With the combiner
+            ``tile``, ``dim`` is ``max_length * dim``. Without a combiner, each id has a vector: ``[B, L, dim]`` for
+            ids ``[B, L]``, ``[n, dim]`` for the n ids of a RaggedTensor. Optional features that the batch lacks are
+            omitted; with ``pass_through``, the batch's other columns are included.
         """
         results: dict[str, Tensor] = {}
         for plan, (table, lookup, outputs) in zip(self.plans, self._look_up(batch), strict=True):
@@ -302,20 +303,20 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         """Update the rows of a lookup: one optimizer step.
 
         Args:
-            ctx: From :meth:`lookup` in training mode.
-            gradients: By feature, float32, of the values that :meth:`lookup` returned. Those of read-only tables are
-                not needed, nor those of optional features that the batch lacked.
-            optimizer: One of ``recis_hybrid.optim``, built over this engine's parameters.
+            ctx: Result of :meth:`lookup` in training mode.
+            gradients: Gradients by feature, float32, for the values that :meth:`lookup` returned. Read-only tables and
+                optional features that the batch lacks need none.
+            optimizer: An optimizer of ``recis_hybrid.optim``, built for this engine's parameters.
 
         Raises:
             KeyError: If a feature's gradient is missing, or a gradient belongs to no feature.
-            RuntimeError: If rows of the lookup have been removed or moved since, or it was made in evaluation mode.
+            RuntimeError: If rows of the lookup have been removed or moved since, or the lookup was in evaluation mode.
             TypeError: If the optimizer is not one of ``recis_hybrid.optim``.
             ValueError: If the optimizer lacks one of the tables; no row is changed.
         """
         if isinstance(optimizer, type) or not hasattr(optimizer, "update_table"):
             raise TypeError(
-                f"apply_gradients: optimizer must be one of recis_hybrid.optim, as optim.Adam(engine.parameters()), "
+                f"apply_gradients: optimizer must be one of recis_hybrid.optim, e.g. optim.Adam(engine.parameters()), "
                 f"got {describe_value(optimizer)}"
             )
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
@@ -325,10 +326,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
         unknown = sorted(gradients.keys() - self.configs.keys())
         if unknown:
-            raise KeyError(f"apply_gradients: got gradients of {unknown}, which are not features of this engine")
+            raise KeyError(f"apply_gradients: got gradients for {unknown}, which are not features of this engine")
         if not all(ctx.lookups[number].train for number in trained):
             raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
-        # Everything is checked before the first row changes.
+        # Check everything before the first row changes.
         optimizer.check_tables([self._rank_tables[number].anchor for number in trained])
         ready = []
         for number in trained:
@@ -344,11 +345,11 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
     @property
     def _rank_tables(self) -> Sequence[Any]:
-        """The tables for this rank's lookups and gradients: sharded ones if ranks share them."""
+        """The tables for lookups and gradients of this rank: each a ShardedTable if ranks share them."""
         return self.tables if self._sharded is None else self._sharded.tables
 
     def _look_up(self, batch: Batch) -> Iterator[tuple[AnyTable, Any, Outputs]]:
-        """Yield the lookups of a batch, one table after another."""
+        """Yield the lookups of a batch, table by table."""
         refuse_recording()
         if self._sharded is None:
             for table, reader in zip(self.tables, self._readers, strict=True):
@@ -358,10 +359,11 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 yield table, table.find(request, train=self.training, out=room, starts=outputs.starts), outputs
             return
         grad = torch.is_grad_enabled()
-        for face, own in zip(self._sharded.tables, self._look_up_sharded(self._sharded, batch, grad), strict=True):
-            if grad and own.train:
-                face.watch(own)
-            yield face, own, Outputs.of(own.request.bags.vectors, own.shapes, face, self.device)
+        lookups = self._look_up_sharded(self._sharded, batch, grad)
+        for sharded, lookup in zip(self._sharded.tables, lookups, strict=True):
+            if grad and lookup.train:
+                sharded.watch(lookup)
+            yield sharded, lookup, Outputs.of(lookup.request.bags.vectors, lookup.shapes, sharded, self.device)
 
     def _look_up_sharded(self, sharded: ShardedTables, batch: Batch, grad: bool) -> list[ShardedLookup]:
         """Look up a batch on all ranks, or take its prefetched lookups."""
@@ -374,13 +376,13 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return sharded.lookups(routed) if lookups is None else lookups
 
     def _read(self, batch: Batch) -> tuple[list[tuple[Request, list[tuple[int, ...]]]], int]:
-        """Return the requests to each table, and the number of samples."""
+        """Return the request to each table with the shapes of its outputs, and the number of samples."""
         requests = [reader(batch, table.device) for table, reader in zip(self.tables, self._readers, strict=True)]
         return requests, samples_of(batch, self.configs)
 
     @property
     def group(self) -> dist.ProcessGroup | None:
-        """The process group that shares the tables; None if this process has them alone."""
+        """The process group that shares the tables; None if they are not shared."""
         return None if self._sharded is None else self._sharded.exchange.group
 
     @property
@@ -392,15 +394,15 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
     @property
     def traffic(self) -> Traffic:
-        """Bytes that this rank has sent to others, by kind; all 0 on one process."""
+        """Bytes that this rank has sent to others, by kind of message; all 0 on one process."""
         prefetched = Traffic() if self._prefetcher is None else self._prefetcher.exchange.traffic
         return prefetched if self._sharded is None else prefetched + self._sharded.exchange.traffic
 
     def watch_exchange(self, context: Callable[[], AbstractContextManager[None]] = nullcontext) -> None:
-        """Run every wait for other ranks, except those of prefetching, within a context, for instance to time it.
+        """Run every wait for other ranks, except those of prefetching, within a context, e.g. to time it.
 
         Args:
-            context: Makes the context; without an argument, waits have none.
+            context: Factory of the context; the default removes it.
         """
         if self._sharded is not None:
             self._sharded.exchange.wait_context = context
@@ -447,22 +449,22 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             self._prefetcher.look_up()
 
     def evict(self, rule: Eviction) -> int:
-        """Erase the rows that a rule names, in every table that is trained, and return their number on this process.
+        """Erase the rows that a rule selects in every trained table, and return their number on this process.
 
         Args:
             rule: Applied to each table.
 
         Raises:
-            RuntimeError: If gradients wait for rows of a table; none is changed.
-            TypeError: If it is not a rule, or does not return a tensor of bool; none is changed.
-            ValueError: If the tensor does not have an element for each row; none is changed.
+            RuntimeError: If a table has pending gradients; no table is changed.
+            TypeError: If ``rule`` is not a rule, or does not return a bool tensor; no table is changed.
+            ValueError: If that tensor does not have one element for each row; no table is changed.
         """
-        # The rule is applied to all tables before the first row is erased.
+        # Apply the rule to all tables before the first row is erased.
         evicted = [(table, table.evicted_by(rule)) for table in self.tables if not table.read_only]
         return sum(table.erase_evicted(rows) for table, rows in evicted)
 
     def compact(self) -> None:
-        """Move the rows of every table together, and free memory."""
+        """Close the gaps between the rows of every table, and free memory."""
         for table in self.tables:
             table.refuse_pending("compact")
         for table in self.tables:
@@ -474,7 +476,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return {part: sum(report[part] for report in reports) for part in reports[0]}
 
     def describe(self) -> str:
-        """Return a text table with a line for each logical table: width, records, rows, memory, place and features."""
+        """Return a text table with one line per logical table: width, record, rows, memory, placement, features."""
         sizes = [(len(table), table.memory()["total"]) for table in self.tables]
         return describe_plans(self.plans, sizes, self.device, sharded=self._sharded is not None)
 
@@ -483,7 +485,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return self.describe()
 
     def __prepare_scriptable__(self) -> EmbeddingEngine:
-        """Refuse ``torch.jit.script``, of the engine and of a model that has one."""
+        """Refuse ``torch.jit.script`` for the engine and for models that contain one."""
         raise not_recorded("torch.jit.script")
 
     def _apply(self, fn: Any, recurse: bool = True) -> EmbeddingEngine:
@@ -491,8 +493,8 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         probe = fn(torch.empty(0, dtype=torch.float32, device=self.device))
         if probe.device.type == "meta":
             raise RuntimeError(
-                "EmbeddingEngine: tables cannot be on the meta device, because they have no fixed size; move the "
-                "towers alone, as model.tower.to('meta')"
+                "EmbeddingEngine: tables cannot be on the meta device, because they have no fixed size; move only "
+                "the towers, e.g. model.tower.to('meta')"
             )
         if probe.is_cpu and probe.is_shared():
             raise RuntimeError(
@@ -510,9 +512,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
             self._warned_of_dtype = True
             names = ", ".join(sorted(str(dtype) for dtype in stored))
             warnings.warn(
-                f"EmbeddingEngine: tables keep the dtypes of their configs ({names}), and their outputs stay float32, "
-                f"where the rest of the model becomes {probe.dtype}. Set EmbeddingConfig(dtype=) for tables; cast the "
-                f"outputs for a tower in another dtype, or run it under torch.autocast",
+                f"EmbeddingEngine: tables keep the dtypes of their configs ({names}) and return float32, but the "
+                f"rest of the model becomes {probe.dtype}. Set EmbeddingConfig(dtype=) for tables; cast the outputs "
+                f"for a tower in another dtype, or run it under torch.autocast",
                 stacklevel=3,
             )
         return self
@@ -544,7 +546,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        # Anchors have no state: they are neither loaded nor reported as missing.
+        # Anchors have no state, so they are neither loaded nor reported as missing.
         rest = {key: value for key, value in state_dict.items() if not belongs_to_tables(key, prefix)}
         missing: list[str] = []
         super()._load_from_state_dict(rest, prefix, local_metadata, strict, missing, unexpected_keys, error_msgs)
@@ -554,10 +556,10 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
 
 
 def _check_configs(configs: object) -> None:
-    """Raise TypeError or ValueError unless configs are given by feature name, at least one."""
+    """Raise TypeError or ValueError unless configs are a non-empty mapping by feature name."""
     if not isinstance(configs, Mapping):
         raise TypeError(
-            f"EmbeddingEngine: configs must be a mapping from features to configs, as "
+            f"EmbeddingEngine: configs must be a mapping from features to configs, e.g. "
             f"{{'item': EmbeddingConfig(dim=16)}}, got {describe_value(configs)}"
         )
     for name in configs:

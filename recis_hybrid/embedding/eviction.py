@@ -1,4 +1,4 @@
-"""Eviction: rules for which rows to erase, and the metadata that they decide by."""
+"""Eviction: rules that select rows to erase, and the metadata they are based on."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ class Rows:
     members: Tensor
     """Numbers of the member tables."""
     updated_step: Tensor
-    """Step that last updated the row; 0: none."""
+    """Step of the last update of the row; 0: none."""
     seen_step: Tensor
     """Step of the last training lookup of the row; 0: none."""
     frequency: Tensor
     """Number of training lookups of the row."""
     step: int
-    """Steps done on the table."""
+    """Number of steps done on the table."""
 
 
 class Eviction(Protocol):
-    """A rule for which rows to erase."""
+    """A rule that selects rows to erase."""
 
     def unwanted(self, rows: Rows) -> Tensor:
         """Return bool ``[n]``: True for the rows to erase."""
@@ -46,7 +46,7 @@ class Unused:
     """
 
     steps: int
-    """Optimizer steps, at least 1."""
+    """Number of optimizer steps, at least 1."""
 
     def __post_init__(self) -> None:
         check_integer("Unused", "steps", self.steps, low=1)

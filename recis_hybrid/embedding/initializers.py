@@ -1,6 +1,6 @@
 """First values of rows: functions of (seed, member table's name, id), drawn by Philox4x32-10.
 
-A growing table has no fixed number of rows. Fan in and fan out are by default the D elements of a row.
+A growing table has no fixed number of rows, so fan in and fan out default to the D elements of a row.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from recis_hybrid.validation import check_integer, check_number
 QUAD = 4
 """Elements drawn by one Philox call."""
 _FARTHEST = 5.7682
-"""Largest distance from the mean of a normal number that kernels draw, in standard deviations: √(48 ln 2)."""
+"""Largest deviation from the mean that kernels draw for a normal, in standard deviations: √(48 ln 2)."""
 
 
 class Draw(NamedTuple):
-    """A distribution as kernels take it: a kind, and up to four numbers."""
+    """A distribution in the form kernels expect: a kind and up to four numbers."""
 
     kind: int
     """0 constant, 1 uniform, 2 normal, 3 truncated normal."""
@@ -40,7 +40,7 @@ class Initializer(Protocol):
     """A distribution of first values."""
 
     def draw(self, dim: int) -> Draw:
-        """Return the distribution for rows of ``dim`` elements, as kernels take it."""
+        """Return the distribution for rows of ``dim`` elements, in the form kernels expect."""
 
 
 @dataclass(frozen=True)
@@ -53,13 +53,13 @@ class Constant:
         _finite(self, self.value)
 
     def draw(self, dim: int) -> Draw:
-        """Return the distribution as kernels take it."""
+        """Return the distribution in the form kernels expect."""
         return Draw(0, self.value)
 
 
 @dataclass(frozen=True)
 class Uniform:
-    """Uniform between ``low`` and ``high``; rounding may reach either."""
+    """Uniform between ``low`` and ``high``; rounding may yield either bound."""
 
     low: float = -0.05
     high: float = 0.05
@@ -70,13 +70,13 @@ class Uniform:
             raise ValueError(f"Uniform: low must not exceed high, got low={self.low}, high={self.high}")
 
     def draw(self, dim: int) -> Draw:
-        """Return the distribution as kernels take it."""
+        """Return the distribution in the form kernels expect."""
         return Draw(1, self.low, self.high)
 
 
 @dataclass(frozen=True)
 class Normal:
-    """Normal with a mean and a standard deviation, by the Box-Muller transform."""
+    """Normal with the given mean and standard deviation, drawn by the Box-Muller transform."""
 
     mean: float = 0.0
     std: float = 0.01
@@ -86,13 +86,13 @@ class Normal:
         _not_negative(self, "std", self.std)
 
     def draw(self, dim: int) -> Draw:
-        """Return the distribution as kernels take it."""
+        """Return the distribution in the form kernels expect."""
         return Draw(2, self.mean, self.std)
 
 
 @dataclass(frozen=True)
 class TruncatedNormal:
-    """Normal, truncated to [low, high], by the inverse of the cumulative distribution.
+    """Normal, truncated to [low, high], drawn by inverting the cumulative distribution.
 
     Like ``torch.nn.init.trunc_normal_``, but the bounds are in standard deviations from the mean.
     """
@@ -114,7 +114,7 @@ class TruncatedNormal:
             )
 
     def draw(self, dim: int) -> Draw:
-        """Return the distribution as kernels take it."""
+        """Return the distribution in the form kernels expect."""
         return Draw(3, self.mean, self.std, self.low, self.high)
 
 
@@ -134,7 +134,7 @@ class XavierUniform:
         _fans(self, self.gain, self.fan_in, self.fan_out)
 
     def draw(self, dim: int) -> Draw:
-        """Return the distribution as kernels take it."""
+        """Return the distribution in the form kernels expect."""
         bound = math.sqrt(3.0) * _xavier(self.gain, self.fan_in, self.fan_out, dim)
         return Draw(1, -bound, bound)
 
@@ -151,7 +151,7 @@ class XavierNormal:
         _fans(self, self.gain, self.fan_in, self.fan_out)
 
     def draw(self, dim: int) -> Draw:
-        """Return the distribution as kernels take it."""
+        """Return the distribution in the form kernels expect."""
         return Draw(2, 0.0, _xavier(self.gain, self.fan_in, self.fan_out, dim))
 
 
@@ -170,7 +170,7 @@ class KaimingUniform:
         _fans(self, self.gain, self.fan_in)
 
     def draw(self, dim: int) -> Draw:
-        """Return the distribution as kernels take it."""
+        """Return the distribution in the form kernels expect."""
         bound = self.gain * math.sqrt(3.0 / (self.fan_in or dim))
         return Draw(1, -bound, bound)
 
@@ -186,7 +186,7 @@ class KaimingNormal:
         _fans(self, self.gain, self.fan_in)
 
     def draw(self, dim: int) -> Draw:
-        """Return the distribution as kernels take it."""
+        """Return the distribution in the form kernels expect."""
         return Draw(2, 0.0, self.gain / math.sqrt(self.fan_in or dim))
 
 
@@ -197,14 +197,14 @@ def table_key(seed: int, table: str) -> int:
 
 
 def initializer_words(initializer: Initializer, dim: int, seed: int, table: str, first: int = 0) -> tuple[int, ...]:
-    """Return the five int64 of ``csrc/core/initializer.h`` for a member table.
+    """Return the five int64 words of ``csrc/core/initializer.h`` for a member table.
 
     Args:
         initializer: Initializer of its rows.
         dim: Elements of a whole row.
         seed: Seed of first values.
         table: Name of the member table.
-        first: First element of the row that is drawn, a multiple of ``QUAD``.
+        first: First element of the row to draw, a multiple of ``QUAD``.
     """
     kind, a, b, low, high = initializer.draw(dim)
     erf_low, erf_high = math.erf(low / math.sqrt(2.0)), math.erf(high / math.sqrt(2.0))
@@ -215,7 +215,7 @@ def initializer_words(initializer: Initializer, dim: int, seed: int, table: str,
 
 
 def refuse_unrepresentable(where: str, initializer: Initializer, dim: int, dtype: torch.dtype) -> None:
-    """Raise ValueError if first values, or their intermediate results in kernels, may be infinite.
+    """Raise ValueError if first values, or intermediate results of the kernels, may overflow.
 
     Args:
         where: The feature or table, for the message.
@@ -224,19 +224,19 @@ def refuse_unrepresentable(where: str, initializer: Initializer, dim: int, dtype
         dtype: Dtype in which they are stored.
     """
     kind, a, b, low, high = initializer.draw(dim)
-    values, between = [a], [a]
+    values, intermediates = [a], [a]
     if kind == 1:
-        values, between = [a, b], [b - a]
+        values, intermediates = [a, b], [b - a]
     elif kind == 2:
-        values, between = [a - _FARTHEST * b, a + _FARTHEST * b], [a, b]
+        values, intermediates = [a - _FARTHEST * b, a + _FARTHEST * b], [a, b]
     elif kind == 3:
-        values, between = [a + b * low, a + b * high], [a, b, b * max(abs(low), abs(high))]
-    for numbers, held in ((values, dtype), (between, torch.float32)):
+        values, intermediates = [a + b * low, a + b * high], [a, b, b * max(abs(low), abs(high))]
+    for numbers, limiting in ((values, dtype), (intermediates, torch.float32)):
         greatest = max(abs(number) for number in numbers)
-        if not greatest < beyond(held):
+        if not greatest < overflow_threshold(limiting):
             raise ValueError(
-                f"{where}: {initializer!r} makes numbers up to {greatest:g}, and those of {held} end at "
-                f"{torch.finfo(held).max:g}; narrow it, or take a dtype of greater range"
+                f"{where}: {initializer!r} draws numbers up to {greatest:g}, which exceed the range of {limiting} "
+                f"(up to {torch.finfo(limiting).max:g}); narrow it, or use a dtype with a larger range"
             )
 
 
@@ -264,7 +264,7 @@ def _fans(owner: object, gain: float, *fans: int | None) -> None:
             check_integer(type(owner).__name__, "a fan", fan, low=1)
 
 
-def beyond(dtype: torch.dtype) -> float:
-    """Return the least number that a floating-point dtype rounds to infinity."""
+def overflow_threshold(dtype: torch.dtype) -> float:
+    """Return the smallest number that a floating-point dtype rounds to infinity."""
     greatest, spacing = torch.finfo(dtype).max, torch.finfo(dtype).eps
     return greatest * ((2 - spacing / 2) / (2 - spacing))

@@ -1,6 +1,6 @@
 """Reads ids from the columns of a Batch.
 
-Letters: B rows, L ids of a row's bag, or bags of a row with K ids each; n ids.
+Letters: B rows, L ids of a row's bag (or bags of a row, with K ids each), n ids.
 """
 
 from __future__ import annotations
@@ -34,20 +34,20 @@ class FeatureReader:
 
     @property
     def plain(self) -> bool:
-        """True if a column ``[B]`` of int64 can be used unchanged, one id a bag."""
+        """True if an int64 column ``[B]`` can be used unchanged, with one id per bag."""
         return self.config.weights is None and self.config.combiner != "tile"
 
     def __call__(self, batch: Batch, device: torch.device) -> tuple[FeatureIds, tuple[int, ...]]:
         """Return the ids, and the shape of the feature's output.
 
         Args:
-            batch: Must have the column: ``[B]``, one id a bag; ``[B, L]``, L ids a bag; ``[B, L, K]``, L bags a row,
-                each of K ids; or a RaggedTensor, whose innermost lists are the bags. A missing optional column has no
-                ids and no bags.
+            batch: Must have the column: ``[B]``, one id per bag; ``[B, L]``, L ids per bag; ``[B, L, K]``, L bags per
+                row with K ids each; or a RaggedTensor, whose innermost lists are the bags. A missing optional column
+                has no ids and no bags.
             device: Device of the ids.
 
         Raises:
-            KeyError: If the batch lacks the column, or the column of weights.
+            KeyError: If the batch lacks the column or its column of weights.
             TypeError: If ids are not integers, or weights are not floating-point numbers.
             ValueError: If shapes are wrong.
         """
@@ -68,9 +68,9 @@ class FeatureReader:
                 raise ValueError(f"{self._where}: ragged ids must be [N], got {list(ids.shape)}")
             offsets = column.offsets.to(device=device).contiguous()
             if column.outer and column.outer[-1].is_cpu:
-                offsets = offsets[: int(column.outer[-1][-1]) + 1]  # the tensor may be longer than the number of lists
+                offsets = offsets[: int(column.outer[-1][-1]) + 1]  # the tensor may have room for more lists
             bags = offsets.numel() - 1
-            # Lists shortened on a GPU have more values than are valid; the host does not know how many are.
+            # After lists are shortened on a GPU, only part of the values is valid, and the host does not know how many.
             if offsets.is_cpu or config.max_length is not None:
                 valid = int(offsets[-1])
                 ids, weights = ids[:valid], None if weights is None else weights[:valid]
@@ -113,7 +113,7 @@ class FeatureReader:
     ) -> FeatureIds:
         kind, zeros = _KINDS[self.config.combiner], self.config.unknown == "zeros"
         if offsets is None and weights is None:
-            kind = ops.gather.SUM  # bags of one id: all combiners agree
+            kind = ops.gather.SUM  # all combiners agree on bags of one id
         return FeatureIds(ids, vectors, self.member, offsets, weights, kind, tile, zeros, used)
 
     def _weights(self, batch: Batch, column: Tensor | RaggedTensor, device: torch.device) -> Tensor | None:
@@ -123,7 +123,7 @@ class FeatureReader:
                 return None
             if self.config.combiner in ("max", "tile", None):
                 raise ValueError(
-                    f"{self._where}: the combiner {self.config.combiner!r} takes no weights, and the column carries "
+                    f"{self._where}: the combiner {self.config.combiner!r} takes no weights, but the column carries "
                     f"some; drop them, or use 'sum', 'mean' or 'sqrtn'"
                 )
             return self._as_weights(column.weights, "weights", column.values, device)
@@ -135,16 +135,16 @@ class FeatureReader:
         return self._as_weights(weights.values, repr(name), ids, device)
 
     def _refuse_other_rows(self, column: Tensor | RaggedTensor, weights: RaggedTensor, name: str) -> None:
-        """Raise ValueError for ragged weights whose offsets are not those of the ids."""
+        """Raise ValueError if ragged weights and the ids have different offsets."""
         if not isinstance(column, RaggedTensor):
             raise ValueError(
-                f"{self._where}: {name!r} is ragged and the ids are {list(column.shape)}; give the weights in the ids' "
-                f"shape, or the ids as a RaggedTensor too"
+                f"{self._where}: {name!r} is ragged, but the ids are {list(column.shape)}; pass the weights in the "
+                f"ids' shape, or the ids as a RaggedTensor too"
             )
         same = column.levels == weights.levels and all(map(_same_offsets, _levels(column), _levels(weights)))
         if not same:
             raise ValueError(
-                f"{self._where}: {name!r} must have as many weights in each row as there are ids: "
+                f"{self._where}: {name!r} must have one weight for each id of every row: "
                 f"{_row_differences(column, weights)}"
             )
 
@@ -153,11 +153,11 @@ class FeatureReader:
             raise TypeError(f"{self._where}: {name} must be floating-point numbers, got {weights.dtype}; cast them")
         if weights.shape != ids.shape:
             raise ValueError(
-                f"{self._where}: there must be one weight for each id: {name} has the shape {list(weights.shape)}, "
-                f"the ids have {list(ids.shape)}"
+                f"{self._where}: there must be one weight for each id, but {name} has the shape {list(weights.shape)} "
+                f"and the ids have {list(ids.shape)}"
             )
         if weights.requires_grad:
-            raise ValueError(f"{self._where}: {name} are data and take no gradient; detach() them")
+            raise ValueError(f"{self._where}: {name} must not require a gradient; detach() them")
         return weights.to(device=device, dtype=torch.float32).contiguous().view(-1)
 
     def _column(self, batch: Batch, name: str) -> Tensor | RaggedTensor:
@@ -176,7 +176,7 @@ class FeatureReader:
 
 
 def _first(ids: Tensor, weights: Tensor | None, offsets: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the first ``most`` ids of each bag; on CUDA this waits for the device, for their number."""
+    """Return the first ``most`` ids of each bag; on CUDA this waits for the device to learn their number."""
     lengths = offsets.diff()
     place = torch.arange(ids.numel(), device=ids.device) - torch.repeat_interleave(offsets[:-1], lengths)
     chosen = place < most
@@ -187,12 +187,12 @@ def _first(ids: Tensor, weights: Tensor | None, offsets: Tensor, most: int) -> t
 def _row_differences(ids: RaggedTensor, weights: RaggedTensor) -> str:
     if weights.levels != ids.levels or weights.batch_size != ids.batch_size:
         rows, levels = weights.batch_size, weights.levels
-        return f"they have {rows} rows and {levels} levels, the ids {ids.batch_size} and {ids.levels}"
+        return f"the weights have {rows} rows and {levels} levels, the ids {ids.batch_size} and {ids.levels}"
     level = [_same_offsets(*pair) for pair in zip(_levels(ids), _levels(weights), strict=True)].index(False)
     ours, theirs = _levels(ids)[level].diff(), _levels(weights)[level].diff()
     row = int((ours != theirs).nonzero()[0])
     where, what = "row" if level == 0 else "list", "ids" if level + 1 == ids.levels else "lists of ids"
-    return f"{where} {row} has {int(theirs[row])}, and {int(ours[row])} {what}"
+    return f"{where} {row} has {int(theirs[row])} for {int(ours[row])} {what}"
 
 
 def _levels(column: RaggedTensor) -> tuple[Tensor, ...]:
@@ -202,7 +202,7 @@ def _levels(column: RaggedTensor) -> tuple[Tensor, ...]:
 def _same_offsets(ours: Tensor, theirs: Tensor) -> bool:
     if ours is theirs:
         return True
-    # Offsets on a GPU are not compared: the host would have to wait for them.
+    # Offsets on a GPU are not compared, because the host would have to wait for them.
     compared = ours.is_cpu and theirs.is_cpu
     return ours.shape == theirs.shape and (not compared or np.array_equal(ours.numpy(), theirs.numpy()))
 
@@ -229,14 +229,14 @@ class TableReader:
         self._names = [reader.name for reader in readers]
         self._members = [reader.member for reader in readers]
         self.unknown = [-1 if r.config.unknown == "zeros" else r.member for r in readers]
-        """For each feature the member table whose first values stand for unknown ids; -1: zeros."""
+        """For each feature, the member table whose first values unknown ids get; -1: zeros."""
         self._dim = readers[0].config.dim
         self._plain = all(reader.plain for reader in readers)
 
     def __call__(self, batch: Batch, device: torch.device) -> tuple[Request, list[tuple[int, ...]]]:
         """Return the ids of all features, and the shapes of their outputs; see :class:`FeatureReader`."""
         if self._plain:
-            # A fast path for the most common case, where a step of few ids is short.
+            # A fast path for the most common case; it matters for steps with few ids.
             columns = [batch[name] for name in self._names if name in batch]
             bags = [column.numel() for column in columns if _is_plain(column, device)]
             if len(bags) == len(self._names):

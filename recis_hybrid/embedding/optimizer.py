@@ -1,7 +1,7 @@
-"""The seam between tables and optimizers: what each may ask of the other.
+"""Interfaces between tables and optimizers.
 
-``embedding`` knows no optimizer. An engine is built for an :class:`OptimizerSpec`; a :class:`RowOptimizer` updates its
-tables, by their anchors; :class:`BeforeRead` lets an optimizer change rows before they are read.
+``embedding`` imports no optimizer. An engine is built for an :class:`OptimizerSpec`. A :class:`RowOptimizer` updates
+its tables, identified by their anchors. :class:`BeforeRead` lets an optimizer change rows before they are read.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from recis_hybrid.validation import describe_value
 
 @dataclass(frozen=True)
 class OptimizerSpec:
-    """A sparse optimizer before it is made: its class, its state of a row, and its hyperparameters.
+    """Description of a sparse optimizer that is not built yet: class, row state and hyperparameters.
 
-    The optimizers of ``recis_hybrid.optim`` make one by ``spec``, as ``optim.SGD.spec(momentum=0.9)``.
+    The optimizers of ``recis_hybrid.optim`` create one with ``spec``, e.g. ``optim.SGD.spec(momentum=0.9)``.
     """
 
     make: Callable[..., Any]
-    """The optimizer's class; called with parameters and hyperparameters."""
+    """Class of the optimizer; called with parameters and hyperparameters."""
     row_state: tuple[StateField, ...] = ()
     """Optimizer state of every row."""
     hyperparameters: Mapping[str, Any] = field(default_factory=dict)
@@ -38,10 +38,10 @@ class OptimizerSpec:
 
     @staticmethod
     def of(optimizer: object) -> OptimizerSpec | None:
-        """Return the spec of an optimizer class; return a spec, and None, unchanged.
+        """Return the spec of an optimizer class; return a spec or None unchanged.
 
         Raises:
-            TypeError: If it is none of these.
+            TypeError: If the argument is none of these.
         """
         if optimizer is None or isinstance(optimizer, OptimizerSpec):
             return optimizer
@@ -49,33 +49,33 @@ class OptimizerSpec:
             return OptimizerSpec(optimizer, row_state())
         got = optimizer.__qualname__ if isinstance(optimizer, type) else describe_value(optimizer)
         raise TypeError(
-            f"EmbeddingEngine: optimizer must be an optimizer class of recis_hybrid.optim, as optim.Adam, one with "
-            f"hyperparameters, as optim.SGD.spec(momentum=0.9), or None, got {got}"
+            f"EmbeddingEngine: optimizer must be an optimizer class of recis_hybrid.optim, e.g. optim.Adam, one with "
+            f"hyperparameters, e.g. optim.SGD.spec(momentum=0.9), or None, got {got}"
         )
 
 
 class RowOptimizer(Protocol):
-    """An optimizer as :meth:`EmbeddingEngine.apply_gradients` calls it, without autograd."""
+    """Optimizer interface of :meth:`EmbeddingEngine.apply_gradients`, which works without autograd."""
 
     def check_tables(self, anchors: Sequence[Tensor]) -> None:
-        """Raise ValueError unless all of these tables are among the optimizer's parameters."""
+        """Raise ValueError unless all given tables are among the optimizer's parameters."""
 
     def update_table(self, anchor: Tensor, gradients: Gradients) -> None:
         """Do one step on the table of an anchor."""
 
 
 class BeforeRead(Protocol):
-    """Changes rows just before a training lookup reads them, for what is due in steps without a gradient.
+    """Updates rows just before a training lookup reads them, to catch up on steps without a gradient.
 
-    With it, exact weight decay or moments need no pass over the whole table: a row catches up when it is next looked
-    up. Its metadata still hold the steps before this lookup. In evaluation rows are read as they are.
+    With it, exact weight decay or moments need no pass over the whole table: a row catches up at its next lookup. At
+    that time, its metadata are still those from before this lookup. Evaluation reads rows unchanged.
     """
 
     def __call__(self, store: RowStore, groups: RowGroups, step: int) -> None:
         """Change the records of rows.
 
         Args:
-            store: Has the records.
-            groups: The rows ``groups.unique``, of which ``groups.count`` (int64 ``[1]``) are valid.
-            step: Steps that the table has done.
+            store: Store of the records.
+            groups: The rows ``groups.unique``, of which the first ``groups.count`` (int64 ``[1]``) are valid.
+            step: Number of steps done on the table.
         """

@@ -1,4 +1,4 @@
-"""Placement: the devices on which a table's IDMap and its blocks live."""
+"""Placement: the devices of a table's IDMap and blocks."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch
 
 
 def device_of(device: torch.device | str, index: int | None = None) -> torch.device:
-    """Return the device with its number, which tensors carry: the current one where ``index`` is None."""
+    """Return a device with its index, as tensors have it; by default, GPUs get the index of the current one."""
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
-        raise type(error)(f"a device must be one of torch's, as 'cpu' or 'cuda:0', got {device!r}: {error}") from None
+        raise type(error)(f"a device must be one of torch's, e.g. 'cpu' or 'cuda:0', got {device!r}: {error}") from None
     if device.type == "cuda" and device.index is None:
         return torch.device("cuda", torch.cuda.current_device() if index is None else index)
     return device
@@ -31,8 +31,7 @@ class Placement:
     id_map: Literal["cpu", "cuda"]
     """Device on which ids are looked up."""
     blocks: Literal["cpu", "cuda", "pinned"]
-    """Memory of the records: host memory, processed by the CPU; GPU memory; or pinned host memory, read and written by
-    the GPU."""
+    """Memory of the records: host memory, used by the CPU; GPU memory; or pinned host memory, used by the GPU."""
 
     def __post_init__(self) -> None:
         if self.id_map not in ("cpu", "cuda"):
@@ -42,13 +41,13 @@ class Placement:
 
     @staticmethod
     def on(device: torch.device) -> Placement:
-        """Return the placement of both halves on one device."""
+        """Return a placement of IDMap and blocks on the same device."""
         if device.type == "cuda":
             return Placement(id_map="cuda", blocks="cuda")
         return Placement(id_map="cpu", blocks="cpu")
 
     def map_device(self, index: int | None = None) -> torch.device:
-        """Return the IDMap's device; ``index`` is the GPU's number, by default the current one."""
+        """Return the device of the IDMap; ``index`` is that of the GPU, by default of the current one."""
         return device_of(self.id_map, index)
 
     def blocks_device(self, index: int | None = None) -> torch.device:

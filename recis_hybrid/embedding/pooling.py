@@ -1,4 +1,4 @@
-"""Pooling: the outputs of features from a lookup, and in backward the gradients for the table."""
+"""Pooling: computes the outputs of features from a lookup and, in backward, the gradients for the table."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class AnyLookup(Protocol):
 
 
 class AnyTable(Protocol):
-    """A HashTable or a ShardedTable; it takes its own lookups only."""
+    """A HashTable or a ShardedTable; it only accepts its own lookups."""
 
     layout: RecordLayout
     device: torch.device
@@ -47,7 +47,7 @@ class AnyTable(Protocol):
 
 @dataclass
 class Outputs:
-    """Layout of a lookup's outputs: one buffer, each feature's part at a multiple of 64 bytes."""
+    """Layout of a lookup's outputs: one buffer, in which each feature's part is 64-byte aligned."""
 
     shapes: list[tuple[int, ...]]
     """For each feature, the shape of its output."""
@@ -58,11 +58,11 @@ class Outputs:
     device: torch.device
     """Device of the outputs."""
     winners: Tensor | None = None
-    """int32, shaped as the buffer: the id of each bag that had the maximum; for the backward pass."""
+    """int32, shaped like the buffer: position in its bag of the id with the maximum of each element; for backward."""
 
     @staticmethod
     def of(vectors: list[int], shapes: list[tuple[int, ...]], table: AnyTable, device: torch.device) -> Outputs:
-        """Return the layout of features with so many vectors each."""
+        """Return the layout of features with the given numbers of vectors and output shapes."""
         dim = table.layout.dim
         sizes = [-(-count * dim // _PART_FLOATS) * _PART_FLOATS for count in vectors]
         total = sum(sizes)
@@ -76,7 +76,7 @@ class Outputs:
     def views(self, buffer: Tensor) -> tuple[Tensor, ...]:
         """Return each feature's part of a buffer, in its shape.
 
-        They share its memory without being autograd views: each may be changed in place under autograd.
+        They share its memory but are not autograd views, so each may be modified in place under autograd.
         """
         width = self.shapes[0][-1]
         if width % _PART_FLOATS == 0 and all(len(shape) == 2 and shape[1] == width for shape in self.shapes):
@@ -100,14 +100,14 @@ def gather(table: AnyTable, lookup: AnyLookup, outputs: Outputs, *, keep_winners
 
 
 def differentiable(table: AnyTable, lookup: AnyLookup, outputs: Outputs) -> tuple[Tensor, ...]:
-    """Return each feature's vectors; backward adds their gradients to the table, for the optimizer's step."""
+    """Return each feature's vectors; backward adds their gradients to the table for the optimizer's step."""
     return _Gather.apply(table.anchor, table, lookup, outputs)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def spread(
     table: AnyTable, lookup: AnyLookup, outputs: Outputs, gradients: Sequence[Tensor | None]
 ) -> list[Tensor | None]:
-    """Return gradients as the table takes them: of vectors, or of positions with the combiner ``max``."""
+    """Return gradients in the table's form: per vector, or per position with the combiner ``max``."""
     dim, request = table.layout.dim, lookup.request
     if not request.bags.combiners.count(MAX) and all(len(shape) == 2 and shape[1] == dim for shape in outputs.shapes):
         return list(gradients)
@@ -124,9 +124,9 @@ def spread(
             assert outputs.winners is not None
             start = outputs.starts[number]
             out = gradient.new_empty(request.bags.lengths[number], dim)
-            won = outputs.winners[start : start + vectors * dim]
+            winners = outputs.winners[start : start + vectors * dim]
             gradient = gradient if gradient.stride(1) == 1 or dim == 1 else gradient.contiguous()
-            ops.gather.spread_max(request.bags.offsets[number], won, gradient, out)
+            ops.gather.spread_max(request.bags.offsets[number], winners, gradient, out)
             gradient = out
         results.append(gradient)
     return results

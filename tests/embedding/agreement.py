@@ -1,11 +1,11 @@
-"""Agreement of many ranks with one process: every rule, number of ranks and setting, as a table.
+"""Compare several ranks with one process, for every rule, number of ranks and setting; print a table.
 
     python -m tests.embedding.agreement [--steps 100]
 
-The same global batches are trained on 1, 2 and 4 Gloo ranks (of four, each has another share, and one none), by SGD,
-Adagrad with an initial accumulator of 0.1 and Adam. Shown are the greatest relative difference of a loss and the
-greatest difference of a weight, absolute and in roundings (tests/support/near.py); the same ranks twice must give the
-same bits.
+The same global batches are trained on 1, 2 and 4 Gloo ranks (the shares of the four ranks differ, and one has none),
+with SGD, Adagrad with an initial accumulator of 0.1, and Adam. The table shows the largest relative difference of a
+loss and the largest difference of a weight, absolute and in roundings (tests/support/near.py). Training twice on the
+same ranks must yield identical bits.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from tests.support.rank_processes import Ranks
 from tests.support.sharded import Job, merged, train
 
 RULES = {"SGD": (0.05, ROUNDINGS), "Adagrad": (0.05, ROUNDINGS), "Adam": (0.002, OF_ADAM)}
-"""By name, the learning rate and by how many roundings weights may differ."""
+"""Learning rate and tolerance of weights, in roundings, of each rule."""
 
 
 def differences(got: list[dict[str, Any]], one: list[dict[str, Any]]) -> tuple[float, float, float]:
-    """Largest relative difference of a loss, and largest difference of a weight, absolute and in roundings."""
+    """Return the largest relative difference of a loss, and of a weight the largest absolute one and in roundings."""
     losses = max(
         abs(ours - theirs) / abs(theirs) for ours, theirs in zip(got[0]["losses"], one[0]["losses"], strict=True)
     )
@@ -44,10 +44,10 @@ def differences(got: list[dict[str, Any]], one: list[dict[str, Any]]) -> tuple[f
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=100, help="of each training (100)")
+    parser.add_argument("--steps", type=int, default=100, help="steps of each training (100)")
     args = parser.parse_args()
     ranks, failures = Ranks(), 0
-    print("| rule | ranks | dedup | ids ahead | loss, relative | weight | in roundings | twice the same bits |")
+    print("| rule | ranks | dedup | prefetch | loss, relative | weight | in roundings | repeatable |")
     print("|---|---|---|---|---|---|---|---|")
     try:
         for rule, (lr, allowed) in RULES.items():

@@ -1,4 +1,4 @@
-"""The ranks of the tests of sharded tables."""
+"""Ranks for the tests of sharded tables."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.support.rank_processes import Ranks
 
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
-    """Four Gloo ranks for the whole run."""
+    """Four Gloo ranks for the whole session."""
     started = Ranks()
     yield started
     started.close()

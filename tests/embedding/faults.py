@@ -1,10 +1,10 @@
-"""A rank that is lost while ranks share tables, many times at random moments: a table of tried and survived.
+"""Loss of a rank at random times, many times, while ranks share tables; print a table of trials.
 
     python -m tests.embedding.faults [--times 20] [--seed 0] [--only killed_in_exchange] [--json]
 
-Three ranks train together. One of them is killed within a collective (before or after it has begun, whichever it is),
-killed from outside at any time, or stopped, so that it neither answers nor closes a connection. All others must raise
-ExchangeError within the timeout of their group.
+Three ranks train together. One of them is killed within a collective (before or after starting it), killed from outside
+at any time, or stopped, so that it neither answers nor closes its connections. All others must raise ExchangeError
+within the timeout of their group.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ RANKS, TIMEOUT_S, SLACK_S = 3, 3.0, 3.0
 def train(
     group: dist.ProcessGroup, victim: int, call: int, after: bool, prefetch: int, trained: str
 ) -> tuple[str, float]:
-    """Train until another rank is lost; return the error, and its time.
+    """Train until another rank is lost; return the error and its time.
 
     Args:
         group: All ranks.
         victim: The rank that kills itself.
-        call: In which of its collectives; -1: in none.
-        after: Whether once it has begun.
-        prefetch: Batches that are sent ahead.
-        trained: A folder, where each rank leaves a file after its first steps.
+        call: Number of the collective in which it does so; -1: none.
+        after: Whether it does so after starting the collective instead of before.
+        prefetch: Number of batches sent ahead.
+        trained: Folder in which each rank creates a file after its first steps.
     """
     rank, steps = dist.get_rank(group), 0
     configs = {
@@ -59,19 +59,19 @@ def train(
     exchanges = [engine._sharded.exchange]  # type: ignore[union-attr]
     if engine._prefetcher is not None:
         exchanges.append(engine._prefetcher.exchange)
-    done = 0
+    calls = 0
     for exchange in exchanges:
 
-        def start(what: Any, *args: Any, begin: Callable[..., Any] = exchange.start) -> Any:
-            nonlocal done
-            done += 1
-            dies = rank == victim and done == call
+        def start(what: Any, *args: Any, original: Callable[..., Any] = exchange.start) -> Any:
+            nonlocal calls
+            calls += 1
+            dies = rank == victim and calls == call
             if dies and not after:
                 os.kill(os.getpid(), signal.SIGKILL)
-            sending = begin(what, *args)
+            transfer = original(what, *args)
             if dies:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return sending
+            return transfer
 
         exchange.start = start  # type: ignore[method-assign]
     generator = torch.Generator().manual_seed(rank)
@@ -91,7 +91,7 @@ def train(
 
 
 def lose(draw: random.Random, how: str, folder: str) -> None:
-    """Run one trial in a folder of its own; raise AssertionError if it fails."""
+    """Run one trial in an empty folder; raise AssertionError if it fails."""
     ranks = Ranks(TIMEOUT_S, ranks=RANKS)
     victim, prefetch = draw.randrange(RANKS), draw.choice([0, 1])
     call = draw.randint(2, 120) if how == "killed_in_exchange" else -1
@@ -101,7 +101,7 @@ def lose(draw: random.Random, how: str, folder: str) -> None:
         if how != "killed_in_exchange":
             begin = time.monotonic()
             while len(list(Path(folder).iterdir())) < RANKS:
-                assert time.monotonic() - begin < 60, "ranks do not train"
+                assert time.monotonic() - begin < 60, "the ranks do not train"
                 time.sleep(0.01)
             time.sleep(draw.uniform(0, 0.5))
             assert process.pid is not None
@@ -114,9 +114,9 @@ def lose(draw: random.Random, how: str, folder: str) -> None:
                 assert connection.poll(TIMEOUT_S + SLACK_S), f"rank {rank} hangs"
                 found = connection.recv()
                 assert not isinstance(found, Exception), found
-                said, moment = found
-                assert "another rank has died or raised an error, or does not take part" in said
-                assert moment - lost < TIMEOUT_S + SLACK_S
+                message, time_of_error = found
+                assert "another rank has died, raised an error, or does not take part" in message
+                assert time_of_error - lost < TIMEOUT_S + SLACK_S
     finally:
         if how == "stopped" and ranks.processes[victim].pid is not None:
             os.kill(ranks.processes[victim].pid, signal.SIGCONT)  # type: ignore[arg-type]
@@ -129,7 +129,7 @@ FAULTS = ("killed_in_exchange", "killed_at_any_time", "stopped")
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--times", type=int, default=20, help="trials of each fault")
-    parser.add_argument("--seed", default="0", help="of the random moments")
+    parser.add_argument("--seed", default="0", help="seed of the random times")
     parser.add_argument("--only", choices=FAULTS, help="one fault")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
     args = parser.parse_args()
@@ -151,7 +151,7 @@ def main() -> int:
     if args.json:
         print(json.dumps(results))
     else:
-        print(f"{'a rank of three is':30} {'tried':>6} {'survived':>9}")
+        print(f"{'one rank of three is':30} {'tried':>6} {'survived':>9}")
         for name, result in results.items():
             print(f"{name:30} {result['tried']:6} {result['survived']:9}")
     return int(any(result["failures"] for result in results.values()))

@@ -1,8 +1,8 @@
-"""A training on several ranks that saves every few steps and resumes from the latest checkpoint.
+"""Training on several ranks that saves every few steps and resumes from the latest checkpoint.
 
     torchrun --nproc-per-node 2 --max-restarts 1 -m tests.embedding.restarting FOLDER STEPS [--die-after 7]
 
-``--die-after`` makes the last rank kill itself after that step, the first time. Each rank writes its rows and the tower
+``--die-after`` makes the last rank kill itself after that step, but only once. Each rank writes its rows and the tower
 to FOLDER/end.<rank>.json.
 """
 
@@ -23,7 +23,7 @@ from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.saver import Saver
 from tests.support import sharded
 
-SAMPLES, EVERY, DIM = 24, 3, 18
+SAMPLES, SAVE_EVERY, DIM = 24, 3, 18
 
 
 def train(
@@ -34,7 +34,7 @@ def train(
     die_after: int | None = None,
     sharding: str = "row",
 ) -> dict[str, Any]:
-    """Train up to a step, from the latest checkpoint if there is one."""
+    """Train up to a step, starting from the latest checkpoint if there is one."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
         sharded.configs(sharding, DIM), optimizer=sharded.OPTIMIZERS["Adagrad"], seed=3, group=group
@@ -45,10 +45,9 @@ def train(
     dense = torch.optim.SGD(model.tower.parameters(), lr=0.1, momentum=0.9)
     saver = Saver(folder, group=save_group)
     parts = {"engine": engine, "tower": model.tower, "sparse": sparse, "dense": dense}
-    done = 0 if saver.latest() is None else saver.load(parts)
-    begun = done
+    first_step = 0 if saver.latest() is None else saver.load(parts)
     cuts = sharded.shares(SAMPLES, ranks, False)
-    for step in range(done, steps):
+    for step in range(first_step, steps):
         batch = sharded.part_of(sharded.global_batch(step, SAMPLES), cuts[rank], cuts[rank + 1])
         sparse.zero_grad()
         dense.zero_grad()
@@ -65,14 +64,14 @@ def train(
             if not marker.exists():
                 marker.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-        if (step + 1) % EVERY == 0:
+        if (step + 1) % SAVE_EVERY == 0:
             saver.save(step + 1, parts)
     return {
         "losses": [],
         "tables": sharded.rows_of(engine),
         "predictions": sharded.predictions(model, rank, ranks),
         "tower": model.tower.weight.detach(),
-        "begun": begun,
+        "first_step": first_step,
     }
 
 

@@ -1,4 +1,4 @@
-"""Any ranks, with any share of the samples, also none, take part in one exchange for each logical table."""
+"""Ranks with any share of the samples, even none, take part in one exchange for each logical table."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def collectives(group: dist.ProcessGroup) -> list[str]:
     engine = EmbeddingEngine(configs, group=group)
     optimizer = optim.SGD(engine.parameters(), lr=0.1)
     batch = {name: torch.arange(6) for name in names}
-    engine(batch)  # after which all ranks are known to have the same settings
+    engine(batch)  # the first lookup also compares the ranks' settings
     optimizer.step()
     exchange, sent = engine._sharded.exchange, []  # type: ignore[union-attr]
     start = exchange.start
 
-    def noted(what: Any, *args: Any) -> Any:
+    def record(what: Any, *args: Any) -> Any:
         sent.append(what)
         return start(what, *args)
 
-    exchange.start = noted  # type: ignore[method-assign]
+    exchange.start = record  # type: ignore[method-assign]
     torch.cat(list(engine(batch).values())).sum().backward()
     optimizer.step()
     return sent
 
 
-def test_all_features_of_a_logical_table_go_in_one_exchange(ranks: Ranks) -> None:
+def test_all_features_of_a_logical_table_share_one_exchange(ranks: Ranks) -> None:
     for sent in ranks.run(2, collectives):
         assert sent == ["sizes", "ids", "counts", "rows", "sizes", "gradients"]
 
 
 def with_gaps(group: dist.ProcessGroup, seed: int) -> dict[str, Any]:
-    """Distribute samples at random: ranks without any, features without ids, a batch that is empty everywhere."""
+    """Distribute samples randomly: ranks without samples, features without ids, a batch that is empty everywhere."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     draw = random.Random(seed)
     engine = EmbeddingEngine(sharded.configs(), optimizer=sharded.OPTIMIZERS["Adagrad"], seed=3, group=group)
@@ -53,7 +53,7 @@ def with_gaps(group: dist.ProcessGroup, seed: int) -> dict[str, Any]:
     losses = []
     for step in range(5):
         samples = 0 if step == 2 else draw.randint(1, 12)
-        cuts = sorted([0, samples, *(draw.randint(0, samples) for _ in range(3))])  # of four ranks, or two
+        cuts = sorted([0, samples, *(draw.randint(0, samples) for _ in range(3))])  # for four ranks, or for two
         cuts = [0, cuts[2], samples] if ranks == 2 else [0, samples] if ranks == 1 else cuts
         whole = sharded.part_of(sharded.global_batch(step), 0, samples)
         for name in ("item", "item_too", "best"):
@@ -65,14 +65,14 @@ def with_gaps(group: dist.ProcessGroup, seed: int) -> dict[str, Any]:
                     weights = whole["item_weight"]
                     assert isinstance(weights, RaggedTensor)
                     whole["item_weight"] = RaggedTensor(weights.values[:0], torch.zeros_like(column.offsets))
-        mine = cuts[rank + 1] - cuts[rank]
+        own_samples = cuts[rank + 1] - cuts[rank]
         values = engine(sharded.part_of(whole, cuts[rank], cuts[rank + 1]))
-        loss = sum((value - 0.3).square().sum() for value in values.values()) / max(mine, 1)
+        loss = sum((value - 0.3).square().sum() for value in values.values()) / max(own_samples, 1)
         assert isinstance(loss, torch.Tensor)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        total = loss.detach() * mine
+        total = loss.detach() * own_samples
         dist.all_reduce(total, group=group)
         losses.append(total.item())
     return {"losses": losses, "tables": sharded.rows_of(engine), "predictions": torch.zeros(0)}
@@ -86,7 +86,7 @@ def test_ranks_without_samples_and_features_without_ids(ranks: Ranks, seed: int)
 
 
 def subset(group: dist.ProcessGroup) -> tuple[int, dict[int, float]] | None:
-    """Train on ranks 1 and 3 of four alone."""
+    """Train only on ranks 1 and 3 of four."""
     pair = dist.new_group([1, 3])
     if dist.get_rank() not in (1, 3):
         return None
@@ -98,7 +98,7 @@ def subset(group: dist.ProcessGroup) -> tuple[int, dict[int, float]] | None:
     return dist.get_rank(pair), dict(zip(columns["ids"].tolist(), columns["embedding"][:, 0].tolist(), strict=True))
 
 
-def test_some_of_the_ranks_may_share_tables(ranks: Ranks) -> None:
+def test_a_subset_of_ranks_may_share_tables(ranks: Ranks) -> None:
     results = ranks.run(4, subset)
     assert [result if result is None else result[0] for result in results] == [None, 0, None, 1]
     rows = {key: value for result in results if result is not None for key, value in result[1].items()}

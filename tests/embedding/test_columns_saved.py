@@ -1,4 +1,4 @@
-"""Checkpoints of tables whose rows are split by column over the ranks."""
+"""Checkpoints of tables split by column."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def saver_of(group: dist.ProcessGroup, folder: str, background: bool = False) ->
 
 
 def trained(group: dist.ProcessGroup, folder: str, background: bool) -> None:
-    """Save everything, then a delta: changed rows, removed rows, and counts of ids that are not admitted."""
+    """Save a full checkpoint, then deltas: changed rows, removed rows, and counts of ids that are not admitted."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     parts, saver = parts_of(group, "column"), saver_of(group, folder, background)
     engine, sparse = parts["engine"], parts["sparse"]
@@ -47,7 +47,7 @@ def trained(group: dist.ProcessGroup, folder: str, background: bool) -> None:
     saver.wait()
 
 
-def saved_again(group: dist.ProcessGroup, sharding: str, source: str, target: str) -> None:
+def resaved(group: dist.ProcessGroup, sharding: str, source: str, target: str) -> None:
     parts = parts_of(group, sharding)
     assert saver_of(group, source).load(parts) == 3
     saver_of(group, target).save(3, parts)
@@ -61,7 +61,7 @@ def test_saved_columns_equal_whole_rows(ranks: Ranks, tmp_path: Path, background
     found = {}
     for world, sharding in ((1, "row"), (2, "column"), (3, "row"), (4, "column")):
         target = tmp_path / f"{world}"
-        ranks.run(world, saved_again, sharding, str(source), str(target))
+        ranks.run(world, resaved, sharding, str(source), str(target))
         found[world] = {p.relative_to(target).as_posix(): p.read_bytes() for p in target.rglob("*.safetensors")}
     tables = StoredCheckpoint(tmp_path / "1", 3).read("engine").tables
     assert tables["user"].columns["exp_avg"].shape[1] == DIM

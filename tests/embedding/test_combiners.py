@@ -1,4 +1,4 @@
-"""Combined bags and their gradients against plain torch on a table of known rows."""
+"""Combiners and their gradients against plain torch, with a table of known rows."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ CASES = [
 @on_devices
 @pytest.mark.parametrize("dim", [1, 5, 16, 64])
 @pytest.mark.parametrize(("combiner", "max_length", "weighted"), CASES)
-def test_values_and_gradients_are_those_of_plain_torch(
+def test_values_and_gradients_agree_with_plain_torch(
     device: str, dim: int, combiner: str | None, max_length: int | None, weighted: bool
 ) -> None:
     config = EmbeddingConfig(dim=dim, combiner=combiner, max_length=max_length, initializer=Normal(0, 1))
@@ -88,7 +88,7 @@ def test_values_and_gradients_are_those_of_plain_torch(
 
 @on_devices
 @pytest.mark.parametrize("combiner", ["sum", "mean", "max", "tile", None])
-def test_dense_columns_are_bags_of_one_length(device: str, combiner: str | None) -> None:
+def test_dense_columns_are_bags_of_equal_length(device: str, combiner: str | None) -> None:
     config = EmbeddingConfig(dim=4, combiner=combiner, max_length=3 if combiner == "tile" else None)
     engine = EmbeddingEngine({"item": config}, device=device)
     ids = torch.tensor([[1, 2, 3], [3, 3, 4]], device=device)
@@ -104,12 +104,12 @@ def test_weights_from_a_separate_column(device: str) -> None:
     column = bags(device, weighted=True)
     assert column.weights is not None
     plain = RaggedTensor(column.values, column.offsets)
-    carried = EmbeddingEngine({"item": EmbeddingConfig(dim=4, combiner="mean")}, device=device)({"item": column})
+    expected = EmbeddingEngine({"item": EmbeddingConfig(dim=4, combiner="mean")}, device=device)({"item": column})
     for weights in (column.weights, RaggedTensor(column.weights, column.offsets)):
-        assert torch.equal(engine({"item": plain, "w": weights})["item"], carried["item"])
+        assert torch.equal(engine({"item": plain, "w": weights})["item"], expected["item"])
 
 
-def test_weights_that_sum_to_zero_have_no_mean() -> None:
+def test_the_mean_with_weights_that_sum_to_zero_is_zero() -> None:
     engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, combiner="mean")})
     column = RaggedTensor(torch.tensor([1, 2]), torch.tensor([0, 2]), torch.tensor([1.0, -1.0]))
     assert engine({"item": column})["item"].tolist() == [[0.0, 0.0]]
@@ -132,7 +132,7 @@ def test_max_of_unknown_ids_and_of_nan() -> None:
             {"combiner": "max"},
             RaggedTensor(torch.tensor([1]), torch.tensor([0, 1]), torch.tensor([1.0])),
             ValueError,
-            "feature 'item': the combiner 'max' takes no weights, and the column carries some",
+            "feature 'item': the combiner 'max' takes no weights, but the column carries some",
         ),
         ({"weights": "w"}, torch.tensor([[1, 2]]), KeyError, "feature 'item': the batch has no column 'w'"),
     ],
@@ -143,14 +143,16 @@ def test_bad_weights_are_refused(settings: dict, column: object, error: type[Exc
         engine({"item": column})  # type: ignore[dict-item]
 
 
-def test_weights_of_another_form_are_refused() -> None:
+def test_weights_of_wrong_shape_or_dtype_are_refused() -> None:
     engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, weights="w")})
     ids = torch.tensor([[1, 2]])
-    with pytest.raises(ValueError, match=r"one weight for each id: 'w' has the shape \[1, 1\], the ids have \[1, 2\]"):
+    with pytest.raises(
+        ValueError, match=r"one weight for each id, but 'w' has the shape \[1, 1\] and the ids have \[1, 2\]"
+    ):
         engine({"item": ids, "w": torch.ones(1, 1)})
     with pytest.raises(TypeError, match="'w' must be floating-point numbers, got torch.int64; cast them"):
         engine({"item": ids, "w": ids})
-    with pytest.raises(ValueError, match="'w' are data and take no gradient"):
+    with pytest.raises(ValueError, match="'w' must not require a gradient"):
         engine({"item": ids, "w": torch.ones(1, 2, requires_grad=True)})
 
 

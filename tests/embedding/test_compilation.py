@@ -22,7 +22,7 @@ from tests.support.rank_processes import Ranks
 from tests.support.sharded import Job, assert_same
 
 pytestmark = [
-    # Within torch: as inductor is imported, and as dynamo looks at what comes out of a graph break.
+    # Raised by torch: when inductor is imported, and when Dynamo inspects the outputs of a graph break.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),
 ]
@@ -34,14 +34,14 @@ PAIRS = [list(pair) for pair in itertools.combinations(FORMS, 2)]
 
 
 @pytest.fixture(autouse=True)
-def _anew() -> Iterator[None]:
+def _reset_dynamo() -> Iterator[None]:
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
 
 
 def column(form: str, rows: int, shift: int) -> Tensor | RaggedTensor:
-    """Return ids that rows have partly in common."""
+    """Return a column in which rows share some ids."""
     if form == "dense":
         return (torch.arange(rows)[:, None] + torch.tensor([1, 2, 3, 3])) + shift
     weights = [[0.5 + n for n in range(row % 3)] for row in range(rows)] if form == "weighted" else None
@@ -56,7 +56,7 @@ def configs(forms: list[tuple[str, Any]]) -> dict[str, EmbeddingConfig]:
 
 
 def trained(forms: list[tuple[str, Any]], compiled: Callable[[nn.Module], Any]) -> list[Tensor]:
-    """Return outputs in training and in evaluation, and rows afterwards."""
+    """Return outputs in training and in evaluation, and the final rows."""
     engine = EmbeddingEngine(configs(forms))
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
     call, seen = compiled(engine), []
@@ -78,8 +78,8 @@ def same(got: list[Tensor], expected: list[Tensor]) -> bool:
 
 
 @pytest.mark.parametrize(("backend", "dynamic"), COMPILED)
-def test_a_compiled_engine_trains_as_an_eager_one(backend: str, dynamic: bool | None) -> None:
-    # All pairs in one way of compiling; in the others all settings side by side, and a mean table alone.
+def test_a_compiled_engine_trains_like_an_eager_one(backend: str, dynamic: bool | None) -> None:
+    # All pairs with one way of compiling; with the others, all forms together, and a mean table alone.
     for forms in [FORMS, [("dense", "mean")], *(PAIRS if (backend, dynamic) == ("eager", None) else [])]:
         expected = trained(forms, lambda engine: engine)
         got = trained(forms, lambda engine: torch.compile(engine, backend=backend, dynamic=dynamic))
@@ -94,8 +94,8 @@ def test_weighted_bags_under_compile(combiner: str, backend: str, dynamic: bool 
     assert same(got, trained(forms, lambda engine: engine))
 
 
-def test_a_mean_takes_its_share_of_the_gradient() -> None:
-    # Each of four ids has a quarter of the gradient 1.
+def test_a_mean_divides_the_gradient() -> None:
+    # Each of the four ids gets a quarter of the gradient 1.
     engine = EmbeddingEngine({"a": EmbeddingConfig(dim=4), "b": EmbeddingConfig(dim=8, combiner="mean")})
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
     ids = {name: torch.tensor([[1, 2, 3, 4]]) for name in "ab"}
@@ -107,7 +107,7 @@ def test_a_mean_takes_its_share_of_the_gradient() -> None:
 
 
 class Model(nn.Module):
-    """Operations on columns, tables, and a tower."""
+    """Feature operations, tables and a tower."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -159,22 +159,22 @@ def train_model(compiled: Callable[[Any], Any], whole_step: bool = False) -> lis
 
 def close(got: list[Tensor], expected: list[Tensor]) -> None:
     for a, b in zip(got, expected, strict=True):
-        # A compiled tower sums in another order: some ulps of sums of a dozen terms, and Adam's root of them.
+        # A compiled tower sums in another order, which changes sums of a dozen terms and Adam's roots by a few ulps.
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("whole_step", [False, True])
-def test_a_compiled_model_trains_as_an_eager_one(whole_step: bool) -> None:
+def test_a_compiled_model_trains_like_an_eager_one(whole_step: bool) -> None:
     got = train_model(lambda each: torch.compile(each, backend="eager", dynamic=whole_step), whole_step)
     close(got, train_model(lambda each: each, whole_step))
 
 
 @pytest.mark.slow
-def test_an_inductor_model_trains_as_an_eager_one() -> None:
+def test_an_inductor_model_trains_like_an_eager_one() -> None:
     close(train_model(torch.compile), train_model(lambda each: each))
 
 
-def test_lookup_and_apply_gradients_within_a_compiled_step() -> None:
+def test_lookup_and_apply_gradients_in_a_compiled_step() -> None:
     results = []
     for compiled in (False, True):
         engine = EmbeddingEngine(configs([("dense", "max"), ("ragged", "sqrtn")]))
@@ -191,8 +191,8 @@ def test_lookup_and_apply_gradients_within_a_compiled_step() -> None:
 
 
 @pytest.mark.slow
-def test_tables_alone_within_a_compiled_step() -> None:
-    # Traced as far as dynamo can: numbers of combiners are symbols here.
+def test_tables_without_an_engine_in_a_compiled_step() -> None:
+    # Dynamo traces as far as it can, so combiner numbers are symbols here.
     results = []
     for compiled in (False, True):
         engine = EmbeddingEngine({name: EmbeddingConfig(dim=4) for name in "ab"})
@@ -215,8 +215,8 @@ def test_tables_alone_within_a_compiled_step() -> None:
     assert same(results[1], results[0])
 
 
-def test_many_engines_and_modes_are_not_compiled_at_all(caplog: pytest.LogCaptureFixture) -> None:
-    # Each would be one more version of the same code, of which dynamo makes eight and then gives up.
+def test_engines_are_never_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    # If they were compiled, each would need another version of the same code, and Dynamo gives up after eight.
     for _ in range(5):
         assert same(
             trained([("dense", "mean")], lambda engine: torch.compile(engine, backend="eager")),
@@ -226,7 +226,7 @@ def test_many_engines_and_modes_are_not_compiled_at_all(caplog: pytest.LogCaptur
 
 
 def compiled_train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
-    """Train with a compiled forward, which is undone afterwards."""
+    """Train with a temporarily compiled forward method."""
     forward = sharded.Model.forward
     sharded.Model.forward = torch.compile(forward, backend="eager", dynamic=True)  # type: ignore[method-assign]
     try:
@@ -236,16 +236,16 @@ def compiled_train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
         torch._dynamo.reset()
 
 
-def test_compiled_models_on_two_ranks_and_prefetched(ranks: Ranks) -> None:
+def test_compiled_models_on_two_ranks_with_prefetching(ranks: Ranks) -> None:
     job = Job(rule="Adagrad", steps=3, prefetch=2, clip=0.5, engine={"prefetch_depth": 2})
     assert_same(ranks.run(2, compiled_train, job), ranks.run(2, sharded.train, job))
 
 
-def test_a_full_graph_is_refused_and_towers_have_one() -> None:
+def test_a_full_graph_is_refused_except_for_towers() -> None:
     model = Model()
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave out fullgraph=True, or compile the towers alone"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="omit fullgraph=True, or compile only the towers"):
         torch.compile(model, backend="eager", fullgraph=True)(batches()[0])
-    with pytest.raises(torch._dynamo.exc.Unsupported, match="leave out fullgraph=True, or compile the towers alone"):
+    with pytest.raises(torch._dynamo.exc.Unsupported, match="omit fullgraph=True, or compile only the towers"):
         torch.compile(model.engine, backend="eager", fullgraph=True)(batches()[0])
     expected = model(batches()[0])
     model.tower = torch.compile(model.tower, backend="eager", fullgraph=True)  # type: ignore[assignment]
@@ -253,7 +253,7 @@ def test_a_full_graph_is_refused_and_towers_have_one() -> None:
 
 
 class Dense(nn.Module):
-    """A model that takes a tensor, as exporters need it."""
+    """A model with a tensor as input, which exporters require."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -283,9 +283,9 @@ def test_recording_a_model_with_tables_is_refused(name: str, mode: str) -> None:
     model(IDS)
     by = name.split(",")[0].replace(".", r"\.")
     for module in (model, nn.Sequential(model)):
-        with pytest.raises(NotImplementedError, match=f"^{by} cannot record .* `recis-hybrid export`, or export the t"):
+        with pytest.raises(NotImplementedError, match=f"^{by} cannot record .* `recis-hybrid export`, or export only"):
             EXPORTERS[name](module, IDS)
-    assert model(IDS).shape == (2, 1)  # nothing is left behind
+    assert model(IDS).shape == (2, 1)  # the model still works
 
 
 def test_a_strict_export_is_refused() -> None:
@@ -293,7 +293,7 @@ def test_a_strict_export_is_refused() -> None:
         torch.export.export(Dense(), (IDS,), strict=True)
 
 
-def test_towers_are_recorded() -> None:
+def test_towers_can_be_recorded() -> None:
     model = Dense()
     found = model.engine({"a": IDS})["a"].detach()
     expected = model.tower(found)

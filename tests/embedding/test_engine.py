@@ -65,7 +65,7 @@ def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, batch: Batc
     ids=str,
 )
 def test_values_beyond_the_last_list_are_ignored(device: str, more: dict[str, Any]) -> None:
-    # What shortens lists on a GPU leaves as many values as there were, of which the first count.
+    # Shortening lists on a GPU does not change the number of values; only the first ones are valid.
     offsets = torch.tensor([0, 2, 2, 3], device=device)
     exact = RaggedTensor(torch.tensor([5, 6, 5], device=device), offsets)
     bound = RaggedTensor.unchecked(torch.tensor([5, 6, 5, 0, 0, 8], device=device), offsets)
@@ -214,13 +214,13 @@ def test_a_lookup_from_before_clear_is_refused() -> None:
     _, ctx = engine.lookup({"id": torch.tensor([1])})
     engine.tables[0].clear()
     with pytest.raises(
-        RuntimeError, match="is of generation .* and the table is in generation .*look the batch up again"
+        RuntimeError, match="is from generation .* but the table is in generation .*look up the batch again"
     ):
         engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(engine.parameters()))
 
 
 @on_devices
-def test_another_engine_loads_the_state_bitwise(device: str) -> None:
+def test_another_engine_loads_the_state_exactly(device: str) -> None:
     batch = batch_on(device)
     first = EmbeddingEngine(CONFIGS, optimizer=optim.Adam, seed=5, device=device)
     train(first, optim.Adam(first.parameters(), lr=0.1), batch)
@@ -251,7 +251,7 @@ def test_state_of_another_engine_is_refused_and_changes_nothing() -> None:
     assert len(engine.tables[0]) == 1
 
 
-def test_anchors_stay_out_of_state_dicts_and_dense_parameters() -> None:
+def test_anchors_are_not_in_state_dicts_and_dense_parameters() -> None:
     model = torch.nn.ModuleDict({"engine": EmbeddingEngine(CONFIGS), "tower": torch.nn.Linear(2, 1)})
     assert list(model.state_dict()) == ["engine.tables", "tower.weight", "tower.bias"]
     model.load_state_dict(model.state_dict())
@@ -348,13 +348,13 @@ def test_sgd_on_a_table_is_sgd_on_a_dict(batches: list[list[int]]) -> None:
         (lambda model: model.type(torch.float64), torch.float64),
     ],
 )
-def test_conversions_leave_tables_in_the_dtypes_of_their_configs(convert: Any, dtype: torch.dtype) -> None:
+def test_conversions_do_not_change_the_dtypes_of_tables(convert: Any, dtype: torch.dtype) -> None:
     model = torch.nn.ModuleDict({"engine": EmbeddingEngine(CONFIGS), "tower": torch.nn.Linear(2, 1)})
     engine, batch = model["engine"], batch_on("cpu")
     before = {name: value.detach() for name, value in engine(batch).items()}
     with pytest.warns(UserWarning, match=rf"tables keep the dtypes .* \(torch.float32\).* becomes {dtype}"):
         convert(model)
-    convert(model)  # once is enough: a second warning would be an error
+    convert(model)  # warns only once: a second warning would be an error
     assert model["tower"].weight.dtype == dtype
     assert {table.layout.dtype for table in engine.tables} == {torch.float32}
     for name, value in engine(batch).items():
@@ -365,7 +365,7 @@ def test_conversions_leave_tables_in_the_dtypes_of_their_configs(convert: Any, d
     assert not torch.equal(engine(batch)["user"], before["user"])
 
 
-def test_float_of_tables_in_another_dtype_warns_and_no_conversion_does_not() -> None:
+def test_only_conversions_warn() -> None:
     engine = EmbeddingEngine({"a": EmbeddingConfig(dim=2, dtype=torch.bfloat16)})
     with pytest.warns(UserWarning, match=r"tables keep .* \(torch.bfloat16\)"):
         engine.float()
@@ -374,7 +374,7 @@ def test_float_of_tables_in_another_dtype_warns_and_no_conversion_does_not() -> 
         call()  # warnings are errors
 
 
-def test_devices_that_tables_cannot_go_to_are_refused() -> None:
+def test_unsupported_devices_are_refused() -> None:
     model = torch.nn.Sequential(EmbeddingEngine(CONFIGS))
     with pytest.raises(RuntimeError, match=r"tables cannot be on the meta device.* model.tower.to\('meta'\)"):
         model.to("meta")
@@ -384,7 +384,7 @@ def test_devices_that_tables_cannot_go_to_are_refused() -> None:
         model.share_memory()
     with pytest.raises(ValueError, match="device must be 'cpu' or 'cuda', got 'meta'"):
         EmbeddingEngine(CONFIGS, device="meta")
-    with torch.device("meta"):  # as large models are built; tables are where their engine says
+    with torch.device("meta"):  # as for large models; tables are on the device of their engine
         engine = EmbeddingEngine(CONFIGS)
     assert engine(batch_on("cpu"))["user"].shape == (4, 8)
 
@@ -395,7 +395,7 @@ def test_a_batch_that_is_not_a_dict_is_refused() -> None:
 
 
 def test_optional_features_and_other_columns() -> None:
-    """Features that a batch lacks are not looked up, inserted or updated."""
+    """Missing optional features are not looked up, inserted or updated."""
     configs = {
         "user": EmbeddingConfig(dim=4),
         "item": EmbeddingConfig(dim=4, optional=True, combiner="mean", weights="w"),
@@ -415,19 +415,19 @@ def test_optional_features_and_other_columns() -> None:
         whole = engine(rows)
         assert list(whole) == ["user", "item", "tiled", "each", "label"]
         assert whole["label"] is rows["label"]
-        for lacking in (["item", "w"], ["tiled"], ["each", "tiled"], ["item", "w", "tiled", "each", "label"]):
+        for missing in (["item", "w"], ["tiled"], ["each", "tiled"], ["item", "w", "tiled", "each", "label"]):
             engine = EmbeddingEngine(configs, coalesce=coalesce, pass_through=True)
-            batch = {name: column for name, column in rows.items() if name not in lacking}
-            made = engine(batch)
-            assert list(made) == [name for name in whole if name not in lacking]
-            assert all(torch.equal(made[name], whole[name]) for name in made)
-            sum(made[name].sum() for name in made if name in configs).backward()
+            batch = {name: column for name, column in rows.items() if name not in missing}
+            outputs = engine(batch)
+            assert list(outputs) == [name for name in whole if name not in missing]
+            assert all(torch.equal(outputs[name], whole[name]) for name in outputs)
+            sum(outputs[name].sum() for name in outputs if name in configs).backward()
             optim.SGD(engine.parameters(), lr=1.0).step()
             assert torch.equal(engine(batch)["user"], whole["user"] - 1)
             known = {m.name: len(t.ids(k)) for t in engine.tables for k, m in enumerate(t.members)}
-            assert all(known[name] == 0 for name in lacking if name in configs)
+            assert all(known[name] == 0 for name in missing if name in configs)
             values, found = engine.lookup(batch)
-            assert list(values) == [name for name in made if name in configs]
+            assert list(values) == [name for name in outputs if name in configs]
             gradients = {name: torch.ones_like(value) for name, value in values.items()}
             engine.apply_gradients(found, gradients, optim.SGD(engine.parameters(), lr=1.0))
     with pytest.raises(KeyError, match="feature 'user': the batch has no column 'user'"):
@@ -437,5 +437,5 @@ def test_optional_features_and_other_columns() -> None:
     assert "label" not in EmbeddingEngine(configs)(rows)
     with pytest.raises(TypeError, match="optional must be True or False, got 1"):
         EmbeddingConfig(dim=4, optional=1)  # type: ignore[arg-type]
-    with pytest.raises(KeyError, match=r"got gradients of \['usr'\]"):
+    with pytest.raises(KeyError, match=r"got gradients for \['usr'\]"):
         engine.apply_gradients(found, {**gradients, "usr": torch.ones(2, 4)}, optim.SGD(engine.parameters(), lr=1.0))

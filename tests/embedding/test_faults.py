@@ -1,4 +1,4 @@
-"""Every way of losing a rank, once; ``make faults`` runs each twenty times."""
+"""Each way of losing a rank, once; ``make faults`` runs each twenty times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code of docs/frameworks.md runs, and does what the page says."""
+"""The code in docs/frameworks.md runs and does what the page says."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ import torch
 from tests.support.sharded import rows_of
 
 pytestmark = [
-    # Within Lightning, Accelerate and what they bring.
+    # Raised by Lightning, Accelerate and their dependencies.
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),
     pytest.mark.filterwarnings("ignore::UserWarning:lightning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # within torch.compile
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf"),  # raised by torch.compile
     pytest.mark.filterwarnings("ignore:The '.*dataloader' does not have many workers"),
 ]
 
 
 @pytest.fixture
 def page(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Run the first section of the page and another one, and return the names that they define."""
+    """Return a function that runs the first and other sections of the page and returns the names they define."""
     monkeypatch.chdir(tmp_path)
     text = (root / "docs" / "frameworks.md").read_text()
     sections = re.split(r"^## ", text, flags=re.MULTILINE)
@@ -43,7 +43,7 @@ def page(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def assert_same(a: Any, b: Any) -> None:
-    """Compare rows, optimizer state in them, and towers."""
+    """Compare rows, including their optimizer state, and towers."""
     assert a.engine.tables[0].step == b.engine.tables[0].step
     for name, columns in rows_of(a.engine).items():
         for column, values in columns.items():
@@ -77,12 +77,12 @@ def test_lightning(page: Any) -> None:
     with pytest.warns(UserWarning, match="rows of embedding tables are not in the state_dict"):
         names = page("Lightning")
     assert_same(names["scorer"].ranker, names["module"].ranker)
-    whole = names["LightningRanker"]()
-    start = names["continued"].ranker  # the same initial weights are not needed: all of it came from the checkpoint
-    names["lightning_trainer"](1).fit(whole, names["loader"])
-    names["lightning_trainer"](2).fit(whole, names["loader"], ckpt_path="lightning.ckpt", weights_only=True)
-    assert_same(start, whole.ranker)
-    assert start.engine.tables[0].step == 2 * len(names["batches"])
+    uninterrupted = names["LightningRanker"]()
+    continued = names["continued"].ranker  # everything is from the checkpoint, so initial weights need not match
+    names["lightning_trainer"](1).fit(uninterrupted, names["loader"])
+    names["lightning_trainer"](2).fit(uninterrupted, names["loader"], ckpt_path="lightning.ckpt", weights_only=True)
+    assert_same(continued, uninterrupted.ranker)
+    assert continued.engine.tables[0].step == 2 * len(names["batches"])
     restored, saved = names["scorer_with_saver"].ranker, names["with_saver"].ranker
     assert_same(restored, saved)
     assert torch.equal(predictions(restored, names), predictions(saved, names))

@@ -1,4 +1,4 @@
-"""Read-only tables: rows without optimizer state, beside tables that are trained, and through checkpoints."""
+"""Read-only tables: rows without optimizer state, next to trained tables, and in checkpoints."""
 
 from __future__ import annotations
 
@@ -42,20 +42,20 @@ def embeddings(engine: EmbeddingEngine) -> dict[str, torch.Tensor]:
     return {name: columns["embedding"] for name, columns in rows_of(engine).items()}
 
 
-def same_but_state(a: EmbeddingEngine, b: EmbeddingEngine) -> None:
-    """Compare the columns of rows of b with those of a, which may have more."""
+def assert_same_except_state(a: EmbeddingEngine, b: EmbeddingEngine) -> None:
+    """Compare the columns of the rows of b with those of a, which may have more columns."""
     for name, columns in rows_of(b).items():
         for column, values in columns.items():
             assert torch.equal(values, rows_of(a)[name][column]), (name, column)
 
 
-def same(a: EmbeddingEngine, b: EmbeddingEngine) -> None:
-    same_but_state(a, b)
-    same_but_state(b, a)
+def assert_same(a: EmbeddingEngine, b: EmbeddingEngine) -> None:
+    assert_same_except_state(a, b)
+    assert_same_except_state(b, a)
 
 
 def test_rows_of_read_only_tables_keep_no_optimizer_state() -> None:
-    # 64 floats, 16 bytes of metadata, padded to a cache line; and with two moments of 64 floats.
+    # 64 floats and 16 bytes of metadata, padded to a cache line; with optimizer state, two moments of 64 floats more.
     engine = engine_of(frozen=("old",))
     by_name = {member.name: table for table in engine.tables for member in table.members}
     assert by_name["old"].layout.record_bytes == -(-(64 * 4 + 16) // 64) * 64 == 320
@@ -66,7 +66,7 @@ def test_rows_of_read_only_tables_keep_no_optimizer_state() -> None:
     assert list(by_name["old"].store.export_none()) == ["ids", "embedding", "updated_step", "seen_step", "frequency"]
 
 
-def test_read_only_tables_are_coalesced_only_with_each_other() -> None:
+def test_read_only_tables_are_only_coalesced_with_each_other() -> None:
     assert [len(table.members) for table in engine_of(frozen=("old",)).tables] == [2, 1]
     assert [len(table.members) for table in engine_of(frozen=("old", "user")).tables] == [2, 1]
     with pytest.raises(ValueError, match="share the table 't' but have different settings: trainable=True against tra"):
@@ -89,7 +89,7 @@ def test_a_read_only_table_does_not_affect_training() -> None:
     assert not torch.equal(embeddings(free)["old"][:5], embeddings(base)["old"][:5])
 
 
-def test_a_read_only_table_loads_a_trained_checkpoint_and_back(tmp_path: Path) -> None:
+def test_a_read_only_table_loads_a_trained_checkpoint_and_vice_versa(tmp_path: Path) -> None:
     engine, optimizer = trained()
     saver = Saver(tmp_path)
     saver.save(1, {"engine": engine, "optimizer": optimizer})
@@ -97,11 +97,11 @@ def test_a_read_only_table_loads_a_trained_checkpoint_and_back(tmp_path: Path) -
     sparse = optim.Adam(frozen.parameters(), lr=0.1)
     with pytest.warns(UserWarning, match="table 'old', column 'exp_avg' is in the checkpoint only"):
         saver.load({"engine": frozen, "optimizer": sparse})
-    same_but_state(engine, frozen)
+    assert_same_except_state(engine, frozen)
     saver.save(2, {"engine": frozen, "optimizer": sparse})
     again = engine_of(frozen=("old",))
-    saver.load({"engine": again})  # as it was saved: nothing to warn of
-    same(again, frozen)
+    saver.load({"engine": again})  # the same columns as saved, so there is no warning
+    assert_same(again, frozen)
     free = engine_of()
     with pytest.warns(UserWarning, match="table 'old', column 'exp_avg' is in the live object only"):
         saver.load({"engine": free, "optimizer": optim.Adam(free.parameters(), lr=0.1)})
@@ -113,7 +113,7 @@ def test_a_read_only_table_loads_a_trained_checkpoint_and_back(tmp_path: Path) -
     assert not torch.equal(embeddings(free)["old"], before)
 
 
-def test_some_tables_of_another_run_are_loaded_and_frozen(tmp_path: Path) -> None:
+def test_some_tables_of_another_run_can_be_loaded_and_frozen(tmp_path: Path) -> None:
     engine, optimizer = trained()
     Saver(tmp_path).save(1, {"engine": engine, "optimizer": optimizer})
     frozen = engine_of(frozen=("old", "user"))
@@ -125,8 +125,8 @@ def test_some_tables_of_another_run_are_loaded_and_frozen(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("frozen", [("old",), ()])
-def test_changes_after_a_change_of_layout_build_on_a_whole_part(tmp_path: Path, frozen: tuple[str, ...]) -> None:
-    # A checkpoint of rows without moments cannot be put over one of rows with moments, nor the other way round.
+def test_the_first_delta_after_a_layout_change_is_a_full_part(tmp_path: Path, frozen: tuple[str, ...]) -> None:
+    # A delta of rows without moments cannot build on rows with moments, nor vice versa.
     engine, optimizer = trained(() if frozen else ("old",))
     saver = Saver(tmp_path)
     saver.save(1, {"engine": engine, "optimizer": optimizer}, delta=True)
@@ -141,22 +141,22 @@ def test_changes_after_a_change_of_layout_build_on_a_whole_part(tmp_path: Path, 
         saver.save(step, {"engine": other, "optimizer": sparse}, delta=True)
         restored = engine_of(frozen)
         assert saver.load({"engine": restored}, step) == step
-        same(other, restored)
+        assert_same(other, restored)
 
 
-def test_a_state_dict_goes_both_ways() -> None:
+def test_a_state_dict_is_loaded_into_read_only_and_trained_tables() -> None:
     engine, _ = trained()
     engine.rows_in_state_dict = "record"
     frozen = engine_of(frozen=("old",), rows_in_state_dict="record")
     frozen.load_state_dict(engine.state_dict())
-    same_but_state(engine, frozen)
+    assert_same_except_state(engine, frozen)
     free = engine_of()
     free.load_state_dict(frozen.state_dict())
     assert torch.equal(embeddings(free)["old"], embeddings(engine)["old"])
 
 
 def test_column_sharding_ignores_the_state_of_read_only_tables() -> None:
-    # RowwiseAdagrad keeps one number for a whole row, of which no rank has one; read-only rows have none.
+    # RowwiseAdagrad keeps one number per whole row, but no rank has a whole row. Read-only rows have no such state.
     configs = {"a": EmbeddingConfig(dim=16, sharding="column", trainable=False)}
     (plan,) = plan_tables(configs, optim.RowwiseAdagrad.row_state(), coalesce=True, ranks=2)
     assert (plan.sharding, plan.layout.state) == ("column", ())

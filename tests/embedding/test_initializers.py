@@ -41,7 +41,7 @@ def test_uniform_values_fill_their_bounds(device: str, initializer: Initializer,
     values = drawn(initializer, device)
     assert float(values.abs().max()) <= bound * (1 + 1e-6)
     assert float(values.abs().max()) > 0.999 * bound
-    # A uniform variable's variance is bound^2 / 3; five standard errors of 160,000 numbers.
+    # The variance of a uniform variable is bound^2 / 3; tolerance: five standard errors of 160,000 numbers.
     assert abs(float(values.square().mean()) / (bound**2 / 3) - 1) < 5 * 0.9 / values.numel() ** 0.5
 
 
@@ -69,7 +69,7 @@ def test_truncated_normal_is_normal_between_its_bounds(device: str, low: float, 
     assert float(values.min()) >= mean + std * low - 1e-7
     assert float(values.max()) <= mean + std * high + 1e-7
     below, above = (0.5 * (1 + math.erf(end / math.sqrt(2))) for end in (low, high))
-    # Kolmogorov and Smirnov: the greatest distance of the two cumulative distributions.
+    # Kolmogorov-Smirnov: the largest distance between the two cumulative distributions.
     standard = ((values - mean) / std).sort().values
     want = (0.5 * (1 + torch.erf(standard / math.sqrt(2))) - below) / (above - below)
     got = (torch.arange(values.numel(), dtype=torch.float64) + 0.5) / values.numel()

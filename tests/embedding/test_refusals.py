@@ -1,4 +1,4 @@
-"""Errors of tables and engines, raised before anything is changed; each names the rule, the value and a remedy."""
+"""Errors of tables and engines, raised before any change; each states the rule, the value and the remedy."""
 
 from __future__ import annotations
 
@@ -47,8 +47,8 @@ from tests.support.tables import make_table
     [copy.copy, copy.deepcopy, pickle.dumps, lambda thing: torch.save(thing, io.BytesIO())],
     ids=["copy", "deepcopy", "pickle", "torch.save"],
 )
-def test_a_table_is_neither_copied_nor_pickled(duplicate: Callable[[object], object]) -> None:
-    # A copy would share the records' memory, whose addresses are in it.
+def test_a_table_can_neither_be_copied_nor_pickled(duplicate: Callable[[object], object]) -> None:
+    # A copy would hold the addresses of the records, and so share their memory.
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
     table = engine.tables[0]
     things = [table, table.anchor, *([] if duplicate is copy.copy else [engine, torch.nn.Sequential(engine)])]
@@ -84,9 +84,7 @@ def meta_columns(**given: Tensor) -> dict[str, Tensor]:
         ({"embedding": [[1.0] * 4]}, TypeError, "embedding must be a tensor, got a list"),
     ],
 )
-def test_columns_that_a_row_cannot_hold_are_refused(
-    columns: dict[str, Any], error: type[Exception], message: str
-) -> None:
+def test_columns_that_do_not_fit_are_refused(columns: dict[str, Any], error: type[Exception], message: str) -> None:
     table = make_table(dim=4)
     with pytest.raises(error, match="table 't0': insert: " + message):
         table.insert(0, torch.tensor([5]), columns)
@@ -100,24 +98,24 @@ def test_columns_that_a_row_cannot_hold_are_refused(
     assert all(torch.equal(table.export(0)[name], values) for name, values in greatest.items())
 
 
-class Answering:
-    """A rule that returns what it is given."""
+class CustomRule:
+    """An eviction rule that returns the result of a function."""
 
-    def __init__(self, answer: Callable[[Rows], object]) -> None:
-        self.answer = answer
+    def __init__(self, function: Callable[[Rows], object]) -> None:
+        self.function = function
 
     def unwanted(self, rows: Rows) -> Tensor:
-        return self.answer(rows)  # type: ignore[return-value]
+        return self.function(rows)  # type: ignore[return-value]
 
 
 @pytest.mark.parametrize(
     ("rule", "error", "message"),
     [
-        (Answering(lambda rows: 1 * (rows.frequency < 2)), TypeError, "a tensor of bool .* got torch.int64"),
-        (Answering(lambda rows: rows.frequency.tolist()), TypeError, r"a tensor of bool \[2\].* got a list"),
-        (Answering(lambda rows: rows.ids[:1] > 0), ValueError, r"each of the 2 rows .*got bool \[1\]"),
-        (Answering(lambda rows: torch.ones(2, 1, dtype=torch.bool)), ValueError, r"got bool \[2, 1\]"),
-        (None, TypeError, r"a rule must have a method unwanted\(rows\), as Unused\(steps=1000\) has, got None"),
+        (CustomRule(lambda rows: 1 * (rows.frequency < 2)), TypeError, "a bool tensor .* got torch.int64"),
+        (CustomRule(lambda rows: rows.frequency.tolist()), TypeError, r"a bool tensor \[2\].* got a list"),
+        (CustomRule(lambda rows: rows.ids[:1] > 0), ValueError, r"each of the 2 rows, .*got bool \[1\]"),
+        (CustomRule(lambda rows: torch.ones(2, 1, dtype=torch.bool)), ValueError, r"got bool \[2, 1\]"),
+        (None, TypeError, r"a rule must have a method unwanted\(rows\), e.g. Unused\(steps=1000\), got None"),
     ],
 )
 def test_bad_eviction_rules_evict_nothing(rule: Any, error: type[Exception], message: str) -> None:
@@ -130,7 +128,7 @@ def test_bad_eviction_rules_evict_nothing(rule: Any, error: type[Exception], mes
     assert [(len(table), table.generation) for table in engine.tables] == [(2, each) for each in before]
 
 
-def test_pending_gradients_of_one_table_keep_all_rows() -> None:
+def test_pending_gradients_of_one_table_protect_all_tables() -> None:
     engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
     optimizer, both, one = optim.SGD(engine.parameters(), lr=1.0), torch.tensor([1, 2]), torch.tensor([1])
     engine({"x": both, "y": both})
@@ -140,7 +138,7 @@ def test_pending_gradients_of_one_table_keep_all_rows() -> None:
     engine({"x": one, "y": one})["y"].sum().backward()
     before = [table.generation for table in engine.tables]
     for change in (lambda: engine.evict(Unused(2)), engine.compact):
-        with pytest.raises(RuntimeError, match="table y: .* would separate gradients that wait here"):
+        with pytest.raises(RuntimeError, match="table y: .* would detach pending gradients"):
             change()
     assert [(len(table), table.generation) for table in engine.tables] == [(2, each) for each in before]
     optimizer.step()
@@ -151,7 +149,7 @@ def test_a_rule_is_applied_to_all_tables_before_rows_are_erased() -> None:
     engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
     engine({"x": torch.tensor([1]), "y": torch.tensor([1, 2])})
     with pytest.raises(ValueError, match=r"got bool \[1\]"):
-        engine.evict(Answering(lambda rows: torch.ones(1, dtype=torch.bool)))
+        engine.evict(CustomRule(lambda rows: torch.ones(1, dtype=torch.bool)))
     assert [len(table) for table in engine.tables] == [1, 2]
 
 
@@ -161,31 +159,33 @@ def test_a_rule_is_applied_to_all_tables_before_rows_are_erased() -> None:
         (
             RaggedTensor.from_lists([[1, 2], [3]]),
             RaggedTensor.from_lists([[1.0], [2.0, 3.0]]),
-            "row 0 has 1, and 2 ids",
+            "row 0 has 1 for 2 ids",
         ),
         (
             RaggedTensor.from_lists([[1, 2], [3], [4]]),
             RaggedTensor.from_lists([[1.0, 2.0], [], [3.0, 4.0]]),
-            "row 1 has 0, and 1 ids",
+            "row 1 has 0 for 1 ids",
         ),
         (
             RaggedTensor.from_lists([[1, 2], [3]]),
             RaggedTensor.from_lists([[1.0, 2.0, 3.0]]),
-            "they have 1 rows and 1 levels, the ids 2 and 1",
+            "the weights have 1 rows and 1 levels, the ids 2 and 1",
         ),
         (
             RaggedTensor.from_lists([[1, 2], [3]]),
             RaggedTensor.from_lists([[[1.0, 2.0], [3.0]]]),
-            "they have 1 rows and 2 levels, the ids 2 and 1",
+            "the weights have 1 rows and 2 levels, the ids 2 and 1",
         ),
         (
             torch.tensor([1, 2, 3]),
             RaggedTensor.from_lists([[1.0, 2.0], [3.0]]),
-            r"'w' is ragged and the ids are \[3\]; give the weights in the ids' shape",
+            r"'w' is ragged, but the ids are \[3\]; pass the weights in the ids' shape",
         ),
     ],
 )
-def test_weights_of_other_rows_are_refused(ids: Tensor | RaggedTensor, weights: RaggedTensor, message: str) -> None:
+def test_weights_with_different_rows_are_refused(
+    ids: Tensor | RaggedTensor, weights: RaggedTensor, message: str
+) -> None:
     engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, weights="w")})
     with pytest.raises(ValueError, match="feature 'item': .*" + message):
         engine({"item": ids, "w": weights})
@@ -202,7 +202,7 @@ def test_columns_that_are_not_tensors_are_refused(column: object) -> None:
         engine({"item": torch.tensor([1, 2]), "w": column})  # type: ignore[dict-item]
 
 
-def test_an_insert_keeps_columns_that_it_does_not_name() -> None:
+def test_an_insert_keeps_missing_columns() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(0.0))}, optimizer=optim.Adam)
     optimizer, table = optim.Adam(engine.parameters(), lr=0.1), engine.tables[0]
     engine({"id": torch.tensor([1])})["id"].sum().backward()
@@ -229,14 +229,17 @@ def test_an_insert_keeps_columns_that_it_does_not_name() -> None:
         ({"initializer": Normal}, "initializer must be an object with a method draw, as Constant(0.5), got <class"),
         ({"admission": 3}, "admission must be an object with a method gate, as MinFrequency(3), got 3"),
         ({"trainable": "no"}, "trainable must be True or False, got 'no'"),
-        ({"table": 5}, "table must be a name, or None, got 5"),
-        ({"weights": 5}, "weights must be a name, or None, got 5"),
-        ({"optimizer_overrides": 0.1}, "optimizer_overrides must be a mapping, as {'lr': 0.1}, or None, got 0.1"),
-        ({"placement": "cpu"}, "placement must be a Placement, as Placement(id_map='cpu', blocks='cpu'), or None, got"),
+        ({"table": 5}, "table must be a name or None, got 5"),
+        ({"weights": 5}, "weights must be a name or None, got 5"),
+        ({"optimizer_overrides": 0.1}, "optimizer_overrides must be a mapping, e.g. {'lr': 0.1}, or None, got 0.1"),
+        (
+            {"placement": "cpu"},
+            "placement must be a Placement, e.g. Placement(id_map='cpu', blocks='cpu'), or None, got",
+        ),
     ],
     ids=str,
 )
-def test_settings_of_another_type_are_refused(settings: dict[str, Any], message: str) -> None:
+def test_settings_of_wrong_types_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(TypeError, match="^" + re.escape("EmbeddingConfig: " + message)):
         EmbeddingConfig(**{"dim": 2, **settings})
 
@@ -247,7 +250,7 @@ def test_settings_of_another_type_are_refused(settings: dict[str, Any], message:
         (
             lambda: EmbeddingEngine({"id": 8}),
             TypeError,  # type: ignore[dict-item]
-            "feature 'id': it must have an EmbeddingConfig, as EmbeddingConfig(dim=16), got 8",
+            "feature 'id': it must have an EmbeddingConfig, e.g. EmbeddingConfig(dim=16), got 8",
         ),
         (
             lambda: EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, seed=1.5),
@@ -292,12 +295,12 @@ def test_settings_of_another_type_are_refused(settings: dict[str, Any], message:
         ),
     ],
 )
-def test_other_settings_are_refused(make: Callable[[], object], error: type[Exception], message: str) -> None:
+def test_bad_settings_are_refused(make: Callable[[], object], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match="^" + re.escape(message)):
         make()
 
 
-def test_integers_of_numpy_are_integers() -> None:
+def test_numpy_integers_are_accepted() -> None:
     one, two = torch.tensor([1, 2]).numpy()
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=two, max_length=one, admission=MinFrequency(one))}, seed=one)
     assert engine({"id": torch.tensor([[1, 2]])})["id"].shape == (1, 2)
@@ -327,7 +330,7 @@ F32, F16, BF16 = torch.float32, torch.float16, torch.bfloat16
     ids=str,
 )
 def test_first_values_beyond_the_dtype_are_refused(initializer: Initializer, dtype: torch.dtype, greatest: str) -> None:
-    message = re.escape(f"{initializer!r} makes numbers up to {greatest}, and those of torch.")
+    message = re.escape(f"{initializer!r} draws numbers up to {greatest}, which exceed the range of torch.")
     with pytest.raises(ValueError, match="feature 'id': " + message):
         EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=initializer, dtype=dtype)})
     with pytest.raises(ValueError, match="table 't': " + message):
@@ -408,8 +411,11 @@ CONFIGS = {"id": EmbeddingConfig(dim=2)}
             lambda: EmbeddingEngine(CONFIGS, optimizer=torch.optim.Adam),
             "optimizer must be an optimizer class of recis_hybrid.optim, .* got Adam",
         ),
-        (lambda: EmbeddingEngine(CONFIGS, optimizer=optim.Adam.row_state()), "as optim.Adam, .* or None, got a tuple"),
-        (lambda: EmbeddingEngine(CONFIGS, optimizer="adam"), "as optim.Adam, .* or None, got 'adam'"),
+        (
+            lambda: EmbeddingEngine(CONFIGS, optimizer=optim.Adam.row_state()),
+            "e.g. optim.Adam, .* or None, got a tuple",
+        ),
+        (lambda: EmbeddingEngine(CONFIGS, optimizer="adam"), "e.g. optim.Adam, .* or None, got 'adam'"),
         (
             lambda: EmbeddingEngine(CONFIGS, optimizer=optim.SGD(EmbeddingEngine(CONFIGS).parameters())),
             "optimizer must be an optimizer class .* got a SGD",
@@ -419,7 +425,7 @@ CONFIGS = {"id": EmbeddingConfig(dim=2)}
         (lambda: EmbeddingEngine(CONFIGS, optimizer_state=()), "unexpected keyword argument 'optimizer_state'"),
         (
             lambda: EmbeddingEngine(CONFIGS, device=3.5),
-            "a device must be one of torch's, as 'cpu' or 'cuda:0', got 3.5",
+            "a device must be one of torch's, e.g. 'cpu' or 'cuda:0', got 3.5",
         ),
         (lambda: EmbeddingEngine(CONFIGS, group="world"), "group must be a process group, None for all .* got 'world'"),
         (
@@ -435,7 +441,7 @@ CONFIGS = {"id": EmbeddingConfig(dim=2)}
         (lambda: Uniform(None, 1), "Uniform: values must be a number, got None"),
         (lambda: XavierUniform("a"), "XavierUniform: values must be a number, got 'a'"),
         (lambda: KaimingNormal(fan_in="a"), "KaimingNormal: a fan must be an integer, got 'a'"),
-        (lambda: StateField(3), "StateField: name must be a string, as 'exp_avg', got 3"),
+        (lambda: StateField(3), "StateField: name must be a string, e.g. 'exp_avg', got 3"),
         (lambda: StateField("x", dtype="float32"), "StateField 'x': dtype must be a torch.dtype, .* got 'float32'"),
         (lambda: RecordLayout(dim=4, state=StateField("x")), "RecordLayout: state must be .* got a StateField"),
         (lambda: dense_parameters([]), "dense_parameters: module must be a torch.nn.Module, got a list"),
@@ -461,15 +467,15 @@ CONFIGS = {"id": EmbeddingConfig(dim=2)}
         ),
     ],
 )
-def test_arguments_of_wrong_types_are_named(make: Any, message: str) -> None:
+def test_arguments_of_wrong_types_are_refused(make: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         make()
 
 
 @pytest.mark.parametrize("betas", [0.9, (0.9,), ("a", 0.9)])
-def test_betas_are_two_numbers(betas: Any) -> None:
+def test_betas_must_be_two_numbers(betas: Any) -> None:
     engine = EmbeddingEngine(CONFIGS, optimizer=optim.Adam)
-    with pytest.raises(TypeError, match="Adam: betas must be two numbers, as"):
+    with pytest.raises(TypeError, match="Adam: betas must be two numbers, e.g."):
         optim.Adam(engine.parameters(), betas=betas)
 
 
@@ -480,8 +486,8 @@ def test_betas_are_two_numbers(betas: Any) -> None:
         ({"staleness": 2}, "staleness must be one of 0, 1, got 2"),
     ],
 )
-def test_settings_of_an_engine_out_of_range(settings: dict[str, Any], message: str) -> None:
+def test_settings_out_of_range_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         EmbeddingEngine(CONFIGS, **settings)
-    with pytest.raises(ValueError, match="a group of parameters must have 'params'"):
+    with pytest.raises(ValueError, match="a parameter group must have 'params'"):
         optim.SGD([{"lr": 1.0}])

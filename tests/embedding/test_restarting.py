@@ -1,4 +1,4 @@
-"""A job that comes back: torchrun starts it anew when a rank is killed, and a launch on other ranks goes on."""
+"""Restarts: torchrun restarts a job when a rank is killed, and a different number of ranks can continue it."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def torchrun(root: Path, folder: Path, *more: str) -> list[dict[str, Any]]:
         text=True,
         check=False,
         timeout=120,
-        # Else ranks find the addresses of those that ended in the store that torchrun keeps (docs/distributed.md).
+        # Otherwise, ranks find the addresses of the previous ranks in torchrun's store (docs/distributed.md).
         env={
             **os.environ,
             "PYTHONPATH": str(root),
@@ -70,7 +70,7 @@ def test_a_job_restarted_by_torchrun_ends_bitwise_identical(root: Path, tmp_path
     ended = torchrun(root, tmp_path / "killed", "--die-after", "8")
     assert (tmp_path / "killed" / "died").exists()
     for ours, theirs in zip(ended, undisturbed, strict=True):
-        assert ours["begun"] == 6  # the checkpoint before the kill
+        assert ours["first_step"] == 6  # that of the checkpoint before the kill
         assert torch.equal(torch.tensor(ours["tower"]), theirs["tower"])
         assert torch.equal(torch.tensor(ours["predictions"]), theirs["predictions"])
         for name, columns in theirs["tables"].items():
@@ -83,10 +83,10 @@ def test_a_job_restarted_by_torchrun_ends_bitwise_identical(root: Path, tmp_path
 
 
 @pytest.mark.parametrize(("world", "sharding"), [(1, "row"), (3, "row"), (4, "row"), (1, "column"), (4, "column")])
-def test_a_restart_on_other_ranks_continues(tmp_path: Path, ranks: Ranks, world: int, sharding: str) -> None:
+def test_a_different_number_of_ranks_continues(tmp_path: Path, ranks: Ranks, world: int, sharding: str) -> None:
     ranks.run(2, in_ranks, str(tmp_path), 6, sharding)
-    went_on = ranks.run(world, in_ranks, str(tmp_path), STEPS, sharding)
-    assert {result["begun"] for result in went_on} == {6}
+    continued = ranks.run(world, in_ranks, str(tmp_path), STEPS, sharding)
+    assert {result["first_step"] for result in continued} == {6}
     one = ranks.run(1, in_ranks, str(tmp_path / "one"), STEPS, sharding)
-    assert_same(went_on, one, sharding="row" if world == 1 else sharding)
-    assert_near(went_on[0]["tower"], one[0]["tower"])
+    assert_same(continued, one, sharding="row" if world == 1 else sharding)
+    assert_near(continued[0]["tower"], one[0]["tower"])

@@ -1,4 +1,4 @@
-"""Tables are independent of a batch's tensors, of other tables' lookups and of unusual modes."""
+"""Tables do not depend on later changes to a batch's tensors, on lookups of other tables or on inference mode."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from recis_hybrid.embedding.table.lookup import FeatureIds, Lookup
 from recis_hybrid.ragged import RaggedTensor
 
 
-def one_table(engine: EmbeddingEngine) -> HashTable:
+def only_table(engine: EmbeddingEngine) -> HashTable:
     (table,) = engine.tables
     return table
 
 
 def trained(engine: EmbeddingEngine, name: str = "id") -> list[float]:
-    values: list[float] = one_table(engine).export(0)["embedding"].flatten().tolist()
+    values: list[float] = only_table(engine).export(0)["embedding"].flatten().tolist()
     return values
 
 
@@ -32,8 +32,9 @@ def test_micro_batches_may_share_memory(reused: bool) -> None:
     for bags, share in (([0, 1, 4], 1.0), ([0, 3, 4], 2.0)):
         offsets.copy_(torch.tensor(bags))
         weights.fill_(share)
-        mine = (offsets, weights) if reused else (offsets.clone(), weights.clone())
-        batch = {"id": RaggedTensor(torch.tensor([1, 2, 3, 4]), mine[0]), "weight": RaggedTensor(mine[1], mine[0])}
+        own_offsets, own_weights = (offsets, weights) if reused else (offsets.clone(), weights.clone())
+        ids = RaggedTensor(torch.tensor([1, 2, 3, 4]), own_offsets)
+        batch = {"id": ids, "weight": RaggedTensor(own_weights, own_offsets)}
         engine(batch)["id"].backward(torch.tensor([[1.0], [10.0]]))
         weights.fill_(100.0)
         offsets.mul_(10**6)
@@ -44,7 +45,7 @@ def test_micro_batches_may_share_memory(reused: bool) -> None:
 def test_the_maximum_of_a_bag_uses_the_offsets_of_the_lookup() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1, combiner="max", initializer=Constant(0.0))})
     ids, offsets = torch.tensor([1, 2, 3, 4]), torch.tensor([0, 2, 4])
-    one_table(engine).insert(0, ids, {"embedding": torch.tensor([[1.0], [2.0], [3.0], [4.0]])})
+    only_table(engine).insert(0, ids, {"embedding": torch.tensor([[1.0], [2.0], [3.0], [4.0]])})
     output = engine({"id": RaggedTensor(ids, offsets)})["id"]
     offsets.copy_(torch.tensor([0, 1, 4]))
     output.backward(torch.ones(2, 1))
@@ -66,7 +67,7 @@ def test_a_feature_without_a_gradient_does_not_shift_the_bags_of_others() -> Non
 @pytest.mark.parametrize("train", [True, False])
 @pytest.mark.parametrize("combiner", ["sum", "mean", "max"])
 @pytest.mark.parametrize("bad", [[0, 10**9, 3], [0, 2, 4], [0, 2, 1], [-1, 2, 3]])
-def test_offsets_that_were_written_to_since_they_were_checked_are_refused(
+def test_offsets_overwritten_after_validation_are_refused(
     bad: list[int], combiner: Literal["sum", "mean", "max"], train: bool
 ) -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4, combiner=combiner)}).train(train)
@@ -85,7 +86,7 @@ def test_a_lookup_of_another_table_is_refused() -> None:
     values, ctx = engines[0].lookup({"id": torch.tensor([1, 2])})
     engines[1].lookup({"id": torch.tensor([100, 200])})
     before = engines[1].tables[0].export(0)["embedding"]
-    with pytest.raises(RuntimeError, match="or it was made by another table; look the batch up again"):
+    with pytest.raises(RuntimeError, match="or the lookup is from another table; look up the batch again"):
         engines[1].apply_gradients(ctx, {"id": torch.ones(2, 2)}, optimizers[1])
     assert torch.equal(engines[1].tables[0].export(0)["embedding"], before)
     lookup: Lookup = ctx.lookups[0]
@@ -97,13 +98,13 @@ def test_a_lookup_of_another_table_is_refused() -> None:
 @pytest.mark.parametrize("member", [-1, 1, 10**6])
 @pytest.mark.parametrize("train", [True, False])
 def test_an_unknown_member_table_is_refused(member: int, train: bool) -> None:
-    table = one_table(EmbeddingEngine({"id": EmbeddingConfig(dim=2)}))
+    table = only_table(EmbeddingEngine({"id": EmbeddingConfig(dim=2)}))
     with pytest.raises(IndexError, match=f"table id: member table must be 0 to 0, got {member}"):
         table.lookup([FeatureIds(torch.tensor([1]), 1, member)], train=train)
     assert len(table) == 0
 
 
-def test_a_table_that_was_made_and_loaded_in_inference_mode_grows_outside_of_it() -> None:
+def test_a_table_built_and_loaded_in_inference_mode_grows_outside_of_it() -> None:
     config = {"id": EmbeddingConfig(dim=2)}
     saved = EmbeddingEngine(config)
     saved({"id": torch.arange(10)})
@@ -113,11 +114,11 @@ def test_a_table_that_was_made_and_loaded_in_inference_mode_grows_outside_of_it(
     output = engine({"id": torch.arange(5000)})["id"]
     output.sum().backward()
     optim.SGD(engine.parameters(), lr=1.0).step()
-    assert len(one_table(engine)) == 5000
+    assert len(only_table(engine)) == 5000
 
 
 @pytest.mark.parametrize(("dtype", "more"), [(torch.float16, 5.0), (torch.bfloat16, 1e35)])
-def test_stochastic_rounding_makes_no_infinity(dtype: torch.dtype, more: float) -> None:
+def test_stochastic_rounding_does_not_overflow(dtype: torch.dtype, more: float) -> None:
     most = torch.finfo(dtype).max
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=64, initializer=Constant(most), dtype=dtype)})
     engine({"id": torch.tensor([1])})["id"].backward(torch.full((1, 64), -more))

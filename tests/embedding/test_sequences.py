@@ -50,7 +50,7 @@ def pooled(vectors: Tensor, combiner: Any, weights: Tensor) -> Tensor:
 
 @on_devices
 @pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn", "max"])
-def test_ids_of_three_dimensions(device: str, combiner: Any) -> None:
+def test_three_dimensional_ids(device: str, combiner: Any) -> None:
     engine = engine_of(combiner, device)
     weight = table_of(engine).requires_grad_()
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
@@ -66,14 +66,14 @@ def test_ids_of_three_dimensions(device: str, combiner: Any) -> None:
     optimizer.step()
     assert weight.grad is not None
     got = engine.tables[0].export(0, torch.arange(7, device=device))["embedding"].cpu()
-    # Row 2's two ids of one bag tie for the greatest, which torch shares out between them, and rows are the same.
+    # Both ids in a bag of row 2 have the maximum. torch splits its gradient between them, but their row is the same.
     torch.testing.assert_close(got, weight.detach() - weight.grad)
 
 
 @on_devices
 @pytest.mark.parametrize("weighted", [False, True, "column"])
 @pytest.mark.parametrize("combiner", ["sum", "mean", "sqrtn"])
-def test_ragged_ids_of_two_levels(device: str, combiner: Any, weighted: bool | str) -> None:
+def test_two_level_ragged_ids(device: str, combiner: Any, weighted: bool | str) -> None:
     engine = engine_of(combiner, device, weights="w" if weighted == "column" else None)
     weight = table_of(engine).requires_grad_()
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
@@ -96,7 +96,7 @@ def test_ragged_ids_of_two_levels(device: str, combiner: Any, weighted: bool | s
     assert outputs.shape == (5, 4)
     torch.testing.assert_close(outputs.cpu(), expected)
 
-    # Side by side, as a tower takes them: rows of 2, 0, 2 and 1 bags.
+    # Padded, as for a tower: rows of 2, 0, 2 and 1 bags.
     padded = RaggedTensor(outputs, ids.outer[0]).to_padded(length=3)
     assert padded.shape == (4, 3, 4)
     mask = torch.arange(3) < ids.outer[0].diff().cpu()[:, None]
@@ -111,7 +111,7 @@ def test_ragged_ids_of_two_levels(device: str, combiner: Any, weighted: bool | s
     torch.testing.assert_close(got, weight.detach() - weight.grad)
 
 
-def test_shapes_of_other_combiners() -> None:
+def test_shapes_with_other_combiners() -> None:
     ids = RaggedTensor.from_lists(LISTS)
     each = engine_of(None)
     weight = table_of(each)
@@ -137,7 +137,7 @@ def test_shapes_of_other_combiners() -> None:
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 3), (2, 0, 3), (2, 3, 0)])
-def test_empty_sequences_give_zeros(shape: tuple[int, ...]) -> None:
+def test_empty_sequences_yield_zeros(shape: tuple[int, ...]) -> None:
     for combiner in ("sum", "max", "mean"):
         outputs = engine_of(combiner)({"seq": torch.zeros(shape, dtype=torch.int64)})["seq"]
         assert torch.equal(outputs, torch.zeros(*shape[:2], 4))
@@ -148,7 +148,7 @@ def test_empty_sequences_give_zeros(shape: tuple[int, ...]) -> None:
 
 
 def test_lists_beyond_the_outer_offsets_are_ignored() -> None:
-    # What shortens rows on a GPU leaves as many lists as there were.
+    # Shortening rows on a GPU does not change the number of lists.
     lists = RaggedTensor.unchecked(
         torch.tensor([1, 2, 3, 9]), torch.tensor([0, 2, 3, 4]), outer=(torch.tensor([0, 1, 2]),)
     )
@@ -162,18 +162,18 @@ def test_lists_beyond_the_outer_offsets_are_ignored() -> None:
     [
         (
             RaggedTensor.from_lists([[[1.0, 2.0, 3.0]], [], [[], [1.0, 2.0]], [[1.0]]]),
-            "row 0 has 1, and 2 lists of ids",
+            "row 0 has 1 for 2 lists of ids",
         ),
-        (RaggedTensor.from_lists([[[1.0, 2.0], [3.0]], [], [[], [1.0, 2.0]], [[1.0]]]), "list 0 has 2, and 3 ids"),
-        (RaggedTensor.from_lists([[1.0], [2.0], [3.0], []]), "they have 4 rows and 1 levels, the ids 4 and 2"),
+        (RaggedTensor.from_lists([[[1.0, 2.0], [3.0]], [], [[], [1.0, 2.0]], [[1.0]]]), "list 0 has 2 for 3 ids"),
+        (RaggedTensor.from_lists([[1.0], [2.0], [3.0], []]), "the weights have 4 rows and 1 levels, the ids 4 and 2"),
     ],
 )
-def test_weights_of_other_lists_are_refused(weights: RaggedTensor, text: str) -> None:
-    with pytest.raises(ValueError, match=f"feature 'seq': 'w' must have as many weights .*: {text}"):
+def test_weights_with_different_lists_are_refused(weights: RaggedTensor, text: str) -> None:
+    with pytest.raises(ValueError, match=f"feature 'seq': 'w' must have one weight for each id .*: {text}"):
         engine_of("sum", weights="w")({"seq": RaggedTensor.from_lists(LISTS), "w": weights})
 
 
-def test_from_files_through_operations_to_vectors(tmp_path: Path) -> None:
+def test_sequences_from_files_to_vectors(tmp_path: Path) -> None:
     shifted = [[[id_ + 70 for id_ in bag] for bag in row] for row in LISTS]
     pq.write_table(pa.table({"plain": shifted, "ids": shifted, "w": WEIGHTS}), tmp_path / "a.parquet")
     dataset = ColumnDataset(tmp_path, ["plain", "ids", "w"], 4)
@@ -196,7 +196,7 @@ def test_from_files_through_operations_to_vectors(tmp_path: Path) -> None:
 
 
 def sequences(group: dist.ProcessGroup) -> dict[str, Any]:
-    """Do a step on this rank's share of the rows."""
+    """Do one step on this rank's share of the rows."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
         {"cube": EmbeddingConfig(dim=4, combiner="mean"), "lists": EmbeddingConfig(dim=4, combiner="sqrtn")},
@@ -216,7 +216,7 @@ def sequences(group: dist.ProcessGroup) -> dict[str, Any]:
     }
 
 
-def test_two_ranks_pool_sequences_as_one(ranks: Ranks) -> None:
+def test_two_ranks_pool_sequences_like_one(ranks: Ranks) -> None:
     (one,) = ranks.run(1, sequences)
     two = ranks.run(2, sequences)
     assert one["outputs"]["cube"].shape == (4, 2, 4)

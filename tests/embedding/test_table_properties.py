@@ -1,4 +1,4 @@
-"""An engine against a Python dict, over random sequences of everything that changes tables."""
+"""Comparison of an engine with a Python dict, over random sequences of all operations that change tables."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def first_value(name: str, i: int) -> np.ndarray:
 
 
 class TableMachine(RuleBasedStateMachine):
-    """``model`` is what the tables should hold."""
+    """Random operations on an engine; ``model`` holds the expected rows."""
 
     @initialize(coalesce=st.booleans())
     def build(self, coalesce: bool) -> None:
         self.model: dict[tuple[str, int], Row] = {}
         self.step = 0
-        self.engine, self.optimizer = self.fresh(coalesce)
+        self.engine, self.optimizer = self.build_engine(coalesce)
 
-    def fresh(self, coalesce: bool) -> tuple[EmbeddingEngine, optim.SGD]:
+    def build_engine(self, coalesce: bool) -> tuple[EmbeddingEngine, optim.SGD]:
         config = EmbeddingConfig(dim=DIM, initializer=Uniform(-1.0, 1.0))
         engine = EmbeddingEngine(dict.fromkeys(NAMES, config), seed=SEED, coalesce=coalesce)
-        for table in engine.tables:  # small blocks, so that growth is common
+        for table in engine.tables:  # small blocks, so that they grow often
             table.store.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=8)
         return engine, optim.SGD(engine.parameters(), lr=LR)
 
@@ -87,9 +87,9 @@ class TableMachine(RuleBasedStateMachine):
     @rule(name=st.sampled_from(NAMES), ids=ids_of_a_batch)
     def erase(self, name: str, ids: list[int]) -> None:
         table, member = self.places()[name]
-        had = {i for i in ids if (name, i) in self.model}
-        assert self.engine.tables[table].erase(member, torch.tensor(ids, dtype=torch.int64)) == len(had)
-        for i in had:
+        existing = {i for i in ids if (name, i) in self.model}
+        assert self.engine.tables[table].erase(member, torch.tensor(ids, dtype=torch.int64)) == len(existing)
+        for i in existing:
             del self.model[name, i]
 
     @rule(name=st.sampled_from(NAMES))
@@ -100,9 +100,9 @@ class TableMachine(RuleBasedStateMachine):
 
     @rule(steps=st.integers(1, 4))
     def evict(self, steps: int) -> None:
-        kept = {key: row for key, row in self.model.items() if row[2] > self.step - steps}
-        assert self.engine.evict(Unused(steps)) == len(self.model) - len(kept)
-        self.model = kept
+        remaining = {key: row for key, row in self.model.items() if row[2] > self.step - steps}
+        assert self.engine.evict(Unused(steps)) == len(self.model) - len(remaining)
+        self.model = remaining
 
     @rule()
     def compact(self) -> None:
@@ -113,17 +113,17 @@ class TableMachine(RuleBasedStateMachine):
     @rule(coalesce=st.booleans())
     def save_and_load(self, coalesce: bool) -> None:
         state = self.engine.checkpoint_state()
-        self.engine, self.optimizer = self.fresh(coalesce)
-        self.engine({name: torch.tensor([12345]) for name in NAMES})  # goes when the state comes
+        self.engine, self.optimizer = self.build_engine(coalesce)
+        self.engine({name: torch.tensor([12345]) for name in NAMES})  # removed by loading the state
         self.engine.load_checkpoint_state(state)
 
     @invariant()
-    def holds_what_the_dict_holds(self) -> None:
+    def rows_equal_the_model(self) -> None:
         for name, (table, member) in self.places().items():
             columns = self.engine.tables[table].export(member)
-            wanted = sorted(i for n, i in self.model if n == name)
-            assert columns["ids"].tolist() == wanted
-            for at, i in enumerate(wanted):
+            expected = sorted(i for n, i in self.model if n == name)
+            assert columns["ids"].tolist() == expected
+            for at, i in enumerate(expected):
                 w, *meta = self.model[name, i]
                 assert np.array_equal(columns["embedding"][at].numpy(), w)
                 assert [int(columns[c][at]) for c in ("updated_step", "seen_step", "frequency")] == meta

@@ -1,4 +1,4 @@
-"""Gradients on their way into tables: accumulation, clipping, scaling, several losses, overrides, coalescing."""
+"""Gradients of tables: accumulation, clipping, scaling, several losses, overrides, coalescing."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Twin:
 
 @on_devices
 @pytest.mark.parametrize("max_norm", [1e-3, 1.0, 1e6])
-def test_clip_grad_norm_counts_tables_with_dense_parameters(device: str, max_norm: float) -> None:
+def test_clip_grad_norm_includes_tables_and_dense_parameters(device: str, max_norm: float) -> None:
     twin = Twin(device)
     tower, other = (torch.nn.Parameter(torch.ones(3, device=where)) for where in (device, "cpu"))
     for parameter in (tower, other):
@@ -72,7 +72,7 @@ def test_clip_grad_norm_counts_tables_with_dense_parameters(device: str, max_nor
 
 
 @on_devices
-def test_clipping_between_micro_batches_clips_the_gradients_so_far(device: str) -> None:
+def test_clipping_between_micro_batches_clips_the_accumulated_gradients(device: str) -> None:
     twin = Twin(device)
     for seed, ids in enumerate(([1, 2, 1], [2, 2, 5], [7])):
         twin.backward(ids, seed)
@@ -111,8 +111,8 @@ def test_gradient_scaling_works_as_for_dense_parameters(device: str, unscale: bo
             optimizer.zero_grad()
         before = twin.values()
         for scaler, where in zip(scalers, (device, "cpu"), strict=True):
-            scaler.scale(torch.ones(1, device=where))  # as a loss would be; here the gradients are given
-        # An overflow in the third step: it is left out, and the scale is halved.
+            scaler.scale(torch.ones(1, device=where))  # in place of a loss; the test computes gradients itself
+        # The third step overflows: it is skipped, and the scale is halved.
         twin.backward([1, 2, 1, seed], seed, scale=torch.inf if seed == 2 else scalers[0].get_scale())
         for scaler, optimizer in zip(scalers, optimizers, strict=True):
             if unscale:
@@ -141,11 +141,11 @@ def test_gradients_of_several_losses_add_up(device: str) -> None:
 @on_devices
 def test_reading_the_gradient_changes_nothing(device: str) -> None:
     results = []
-    for look in (False, True):
+    for read_gradient in (False, True):
         twin = Twin(device)
         gradient = torch.tensor([[1.0] * 6, [torch.inf] + [1.0] * 5])
         twin.engine({"id": torch.tensor([1, 2], device=device)})["id"].backward(gradient.to(device))
-        if look:
+        if read_gradient:
             assert not torch.isfinite(twin.table.anchor.grad).all()  # type: ignore[arg-type]
         twin.optimizers()[0].step()
         results.append(twin.values())
@@ -165,7 +165,7 @@ def test_clipping_by_an_infinite_norm_matches_dense_parameters() -> None:
     twin.check()
 
 
-def test_each_output_may_be_changed_in_place() -> None:
+def test_each_output_may_be_modified_in_place() -> None:
     engine = EmbeddingEngine({name: EmbeddingConfig(dim=16, initializer=Constant(1.0)) for name in "ab"})
     outputs = engine({name: torch.tensor([1, 2]) for name in "ab"})
     square = outputs["b"].square()
@@ -187,7 +187,7 @@ def test_the_caller_may_reuse_offsets() -> None:
     assert engine.tables[0].export(0)["embedding"].tolist() == [[-1.0, -1.0]] * 3
 
 
-def test_gradients_of_wrong_shapes_change_no_table_and_count_no_step() -> None:
+def test_gradients_of_wrong_shapes_change_neither_tables_nor_steps() -> None:
     engine = EmbeddingEngine({"a": EmbeddingConfig(dim=2), "b": EmbeddingConfig(dim=3)}, optimizer=optim.Adam)
     optimizer = optim.Adam(engine.parameters())
     batch: Batch = {"a": torch.tensor([1]), "b": torch.tensor([1])}
@@ -198,7 +198,7 @@ def test_gradients_of_wrong_shapes_change_no_table_and_count_no_step() -> None:
     assert all(not optimizer.state[table.anchor].get("step") for table in engine.tables)
 
 
-def test_an_engine_is_not_moved_by_to() -> None:
+def test_to_does_not_move_an_engine() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
     model = torch.nn.ModuleDict({"engine": engine, "tower": torch.nn.Linear(2, 1)})
     with pytest.warns(UserWarning, match="tables keep the dtypes of their configs"):
@@ -230,10 +230,10 @@ def test_zero_grad_of_model_optimizer_and_parameter_drops_gradients() -> None:
     twin = Twin("cpu")
     before = twin.values()
     optimizer = twin.optimizers()[0]
-    for forget in (twin.engine.zero_grad, optimizer.zero_grad, lambda: setattr(twin.table.anchor, "grad", None)):
+    for drop in (twin.engine.zero_grad, optimizer.zero_grad, lambda: setattr(twin.table.anchor, "grad", None)):
         twin.backward([1, 2], 0)
         assert twin.table.anchor.grad is not None
-        forget()
+        drop()
         assert twin.table.anchor.grad is None
         optimizer.step()
     assert torch.equal(before, twin.values())
@@ -249,7 +249,7 @@ def test_no_grad_in_training_mode_inserts_and_takes_no_gradient() -> None:
     assert len(engine.tables[0]) == 2
 
 
-def test_a_frozen_table_beside_a_trained_one() -> None:
+def test_a_frozen_table_next_to_a_trained_one() -> None:
     engine = EmbeddingEngine(
         {
             "a": EmbeddingConfig(dim=2, initializer=Constant(1.0)),
@@ -270,7 +270,7 @@ def test_a_frozen_table_beside_a_trained_one() -> None:
     assert engine(batch)["a"].tolist() == [[-0.5, -0.5]]
 
 
-def test_overrides_of_a_table_have_a_group_that_schedules_change() -> None:
+def test_overrides_of_a_table_get_a_group_that_schedules_change() -> None:
     engine = EmbeddingEngine(
         {
             "a": EmbeddingConfig(dim=2, initializer=Constant(0.0)),
@@ -343,7 +343,7 @@ def mixed_batch(seed: int, device: str) -> Batch:
 @pytest.mark.parametrize("max_norm", [None, 1.0])
 @pytest.mark.parametrize("rule", ["SGD", "Adagrad", "RowwiseAdagrad", "Adam", "AdamW"])
 def test_coalescing_changes_no_bit_of_any_combiner(device: str, rule: str, max_norm: float | None) -> None:
-    # Also where the gradients are clipped by the norm of tables and tower together, whatever number of tables it is of.
+    # Also if gradients are clipped by the norm over tables and tower, however many tables there are.
     results = [trained_mixed(device, rule, coalesce=coalesce, max_norm=max_norm) for coalesce in (True, False)]
     for name in [*MIXED, "tower"]:
         assert torch.equal(results[0][0][name], results[1][0][name])
@@ -364,7 +364,7 @@ def trained_mixed(
     dense = torch.optim.SGD(tower, lr=0.1)
     for step in range(4):
         outputs = engine(mixed_batch(8 * seed + step, device))
-        # In one step only one feature has a gradient: tables count steps alike all the same.
+        # In step 1, only one feature has a gradient, but all tables count the step.
         used = list(outputs.values())[: 1 if step == 1 else None]
         loss = torch.stack([((value - 0.5) ** 2).sum() for value in used]).sum()
         (loss + sum((used[0][:, :8] @ each).square().sum() for each in tower)).backward()  # type: ignore[no-untyped-call]
@@ -378,7 +378,7 @@ def trained_mixed(
 
 
 @on_devices
-def test_another_engine_loads_all_state_and_continues(device: str) -> None:
+def test_another_engine_loads_the_whole_state_and_continues(device: str) -> None:
     engines = [EmbeddingEngine(MIXED, optimizer=optim.Adam, device=device) for _ in range(2)]
     optimizers = [optim.Adam(engine.parameters(), lr=0.1) for engine in engines]
 
@@ -401,7 +401,7 @@ def test_another_engine_loads_all_state_and_continues(device: str) -> None:
 
 @settings(max_examples=20)
 @given(st.integers(1, 70), st.integers(1, 6), st.sampled_from(["Adagrad", "RowwiseAdagrad", "Adam"]))
-def test_thread_counts_train_to_the_same_bits(dim: int, spread: int, rule: str) -> None:
+def test_training_does_not_depend_on_the_number_of_threads(dim: int, spread: int, rule: str) -> None:
     make, before, results = getattr(optim, rule), torch.get_num_threads(), []
     for threads in (1, 2):
         torch.set_num_threads(threads)
@@ -409,7 +409,7 @@ def test_thread_counts_train_to_the_same_bits(dim: int, spread: int, rule: str) 
         engine = EmbeddingEngine({"id": config}, optimizer=make)
         optimizer, generator = make(engine.parameters(), lr=0.1), torch.Generator().manual_seed(dim)
         for _ in range(3):
-            # Several parts of 4,096 positions, so that threads insert at the same time.
+            # Several chunks of 4,096 positions, so that threads insert concurrently.
             ids = torch.randint(0, 10**spread, (20_000,), generator=generator)
             engine({"id": ids})["id"].backward(torch.randn(20_000, dim, generator=generator))
             optimizer.step()
@@ -419,7 +419,7 @@ def test_thread_counts_train_to_the_same_bits(dim: int, spread: int, rule: str) 
 
 
 def test_rows_catch_up_before_they_are_read() -> None:
-    """Exact decoupled weight decay, applied to a row when it is next looked up."""
+    """Apply exact decoupled weight decay to a row at its next lookup."""
     decay, lr, dim = 0.9, 0.5, 3
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))})
     table, optimizer = engine.tables[0], optim.SGD(engine.parameters(), lr=lr)

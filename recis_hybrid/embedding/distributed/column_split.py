@@ -1,4 +1,4 @@
-"""Rows that are split by column: each rank has some elements of every row.
+"""Rows split by column: each rank has some elements of every row.
 
 Letters: n rows, W ranks, D dim.
 """
@@ -21,23 +21,23 @@ from recis_hybrid.ops.id_map import bucket_order
 def columns_of(dim: int, ranks: int) -> list[int]:
     """Return the number of elements of each row that each rank has if rows are split by column.
 
-    First values are drawn four at a time: so each rank has a multiple of four, and the last one also the remainder.
+    First values are drawn four at a time, so each rank has a multiple of four, and the last rank also the remainder.
     """
-    quads, left = divmod(dim, QUAD)
-    each = [quads * rank // ranks for rank in range(ranks + 1)]
-    widths = [QUAD * (end - begin) for begin, end in pairwise(each)]
-    widths[-1] += left
+    quads, remainder = divmod(dim, QUAD)
+    bounds = [quads * rank // ranks for rank in range(ranks + 1)]
+    widths = [QUAD * (end - begin) for begin, end in pairwise(bounds)]
+    widths[-1] += remainder
     return widths
 
 
 def side_by_side(parts: Tensor, rows: int, widths: Sequence[int]) -> Tensor:
-    """Join column blocks ``[rows, width]``, given flat one after another, into rows ``[rows, sum(widths)]``."""
-    each = parts.split([rows * width for width in widths])
-    return torch.cat([part.view(rows, width) for part, width in zip(each, widths, strict=True)], 1)
+    """Join column blocks ``[rows, width]``, flattened and concatenated, into rows ``[rows, sum(widths)]``."""
+    blocks = parts.split([rows * width for width in widths])
+    return torch.cat([block.view(rows, width) for block, width in zip(blocks, widths, strict=True)], 1)
 
 
 def own_columns(columns: Mapping[str, Tensor], layout: RecordLayout) -> dict[str, Tensor]:
-    """Return the elements of whole rows ``[n, ...]`` that a layout has: some of them if rows are split by column.
+    """Return the elements of whole rows ``[n, ...]`` that a layout contains: some of them if rows are split by column.
 
     Raises:
         ValueError: If a part of the record has another width.
@@ -55,12 +55,12 @@ def own_columns(columns: Mapping[str, Tensor], layout: RecordLayout) -> dict[str
 
 
 def whole_rows(columns: dict[str, Tensor], widths: Sequence[int], exchange: Exchange) -> dict[str, Tensor]:
-    """Return the whole rows of this rank's buckets, by (bucket, id); collective.
+    """Return the whole rows of this rank's buckets, ordered by (bucket, id); collective.
 
     Args:
-        columns: Columns of the same rows on all ranks: ``ids`` int64 ``[n]``; ``[n]`` for one number a row, equal on
-            all ranks; and ``[n, widths[rank]]`` for parts that are split.
-        widths: For each rank, the number of elements it has of a row.
+        columns: Columns of the same rows on all ranks: ``ids`` int64 ``[n]``; columns ``[n]`` with one number per row,
+            equal on all ranks; and columns ``[n, widths[rank]]``, which are split.
+        widths: For each rank, the number of its elements of a row.
         exchange: Collectives of the ranks that share the table.
 
     Raises:
@@ -70,8 +70,8 @@ def whole_rows(columns: dict[str, Tensor], widths: Sequence[int], exchange: Exch
     rows = [n for (n,) in exchange.all([ids.numel()])]
     if set(rows) != {ids.numel()}:
         raise ExchangeError(
-            f"rank {exchange.rank}: ranks that each have some columns of every row must have the same rows, and have "
-            f"{rows} of them; evict and erase on all ranks alike"
+            f"rank {exchange.rank}: with sharding='column', all ranks must have the same rows, but they have {rows} "
+            f"rows; evict and erase the same ids on all ranks"
         )
     order = bucket_order(ids)
     owners = rank_of(ids[order], exchange.size)
@@ -82,7 +82,7 @@ def whole_rows(columns: dict[str, Tensor], widths: Sequence[int], exchange: Exch
         if values.dim() == 1:
             joined[name] = values[order[owners == exchange.rank]]
             continue
-        # Sorted by bucket, and so by the rank that owns it.
+        # The order by bucket is also an order by owner.
         send, receive = [n * width for n in counts], [mine * other for other in widths]
         received = exchange.start("rows", values[order].view(-1), send, receive).wait()
         joined[name] = side_by_side(received.to(values.device), mine, widths)

@@ -19,25 +19,25 @@ from recis_hybrid.ops.gather import Distinct
 
 @dataclass(frozen=True)
 class Kind:
-    """Ids that are looked up alike; equal ids of one kind are requested once."""
+    """Class of ids that are looked up in the same way; equal ids of one kind are requested only once."""
 
     member: int
     """Number of the member table."""
     unknown: int
-    """The member table whose first values stand for ids without a row; -1: zeros."""
+    """The member table whose first values ids without a row get; -1: zeros."""
     owner: int | None
-    """The rank that owns them all; None: each is owned by the owner of its bucket."""
+    """The rank that owns all of them; None: each belongs to the owner of its bucket."""
 
 
 def rank_of(ids: Tensor, ranks: int) -> Tensor:
-    """Return the rank, int64 ``[N]``, that owns each id (int64 ``[N]``): the owner of its bucket."""
+    """Return the rank, int64 ``[N]``, that owns the bucket of each id (int64 ``[N]``)."""
     return rank_of_bucket(ops.id_map.bucket_of(ids), ranks)
 
 
 def distinct_ids(
     request: Request, kind_of: Sequence[int], kinds: Sequence[Kind], ranks: int, *, deduplicate: bool = True
 ) -> Distinct:
-    """Find the distinct ids of a request, without waiting for the device.
+    """Return the distinct ids of a request, without waiting for the device.
 
     Args:
         request: The ids of all features.
@@ -55,7 +55,7 @@ def distinct_ids(
 def distinct_by_sorting(
     request: Request, kind_of: Sequence[int], kinds: Sequence[Kind], ranks: int, *, deduplicate: bool = True
 ) -> Distinct:
-    """Find distinct ids as :func:`distinct_ids` does, by torch's operations: on a GPU, or without deduplication."""
+    """Like :func:`distinct_ids`, with torch operations: for GPUs, and without deduplication."""
     ids = torch.cat(request.ids) if len(request.ids) > 1 else request.ids[0]
     n, device = ids.numel(), ids.device
     lengths = torch.tensor(request.bags.lengths, device=device)
@@ -80,7 +80,7 @@ def distinct_by_sorting(
     if deduplicate:
         first[1:] = (ids[1:] != ids[:-1]) | (share[1:] != share[:-1])
     place = first.cumsum(0) - 1
-    # Into buffers of N, since the host does not know U; equal ids write equal values.
+    # The host does not know U, so the buffers have N elements. Equal ids write equal values.
     found = torch.empty_like(ids).scatter_(0, place, ids)
     counts = torch.zeros_like(ids).scatter_add_(0, place, torch.ones_like(ids))
     sizes = torch.zeros(shares + 1, dtype=torch.int64, device=device).scatter_add_(0, share, first.to(torch.int64))

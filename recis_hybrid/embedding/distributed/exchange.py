@@ -1,6 +1,6 @@
 """Exchange: the all-to-all collectives of a process group.
 
-All ranks call the same methods in the same order, even with nothing to send. Letters: W ranks.
+All ranks call the same methods in the same order, even with nothing to send. Letter: W ranks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class ExchangeError(RuntimeError):
-    """The ranks of a group cannot continue together: one failed, died, hangs, or has other settings."""
+    """The ranks of a group cannot continue together: one failed, died, hangs, or has different settings."""
 
 
 @dataclass
@@ -30,11 +30,11 @@ class Traffic:
     """Bytes that this rank has sent to other ranks; bytes to itself are not counted."""
 
     sizes: int = 0
-    """Sizes of the other messages, numbers of samples, and settings that ranks compare."""
+    """Sizes of the other messages, numbers of samples, and compared settings."""
     ids: int = 0
     """Ids, 8 bytes each."""
     counts: int = 0
-    """Number of times that each id occurs, in training."""
+    """Number of occurrences of each id, in training."""
     rows: int = 0
     """Embeddings, from the owners of the rows."""
     gradients: int = 0
@@ -45,7 +45,7 @@ class Traffic:
 
     @property
     def total(self) -> int:
-        """Sum of all."""
+        """Sum over all kinds."""
         return sum(getattr(self, field.name) for field in fields(self))
 
 
@@ -58,10 +58,10 @@ class Transfer:
     work: dist.Work | None
     exchange: Exchange
     sent: Tensor
-    """Held until the collective has ended."""
+    """Keeps the sent tensor alive until the collective has completed."""
 
     def wait(self) -> Tensor:
-        """Return the received tensor, from rank 0 first, after waiting."""
+        """Wait, and return the received tensor, ordered by rank."""
         with self.exchange.wait_context(), self.exchange.explained(self.what):
             if self.work is not None:
                 self.work.wait()
@@ -73,7 +73,7 @@ class Exchange:
 
     Args:
         group: The ranks.
-        device: Device of the tables; tensors are sent from there if the group's backend can.
+        device: Device of the tables; tensors are sent from it if the group's backend supports that.
     """
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
@@ -84,13 +84,13 @@ class Exchange:
         self.device = device if device.type == "cuda" and "nccl" in dist.get_backend(group) else torch.device("cpu")
         self.traffic = Traffic()
         self.wait_context: Callable[[], AbstractContextManager[None]] = nullcontext
-        """Makes a context around each wait for other ranks, to time it."""
+        """Factory of a context around each wait for other ranks, e.g. to time it."""
 
     def sizes(self, send: Tensor) -> tuple[list[list[int]], list[list[int]]]:
-        """Send each rank a row of int64 ``[W, n]``; n is the same on all ranks. Waits.
+        """Send each rank a row of int64 ``[W, n]``, with the same n on all ranks, and wait.
 
         Returns:
-            The numbers sent to each rank, and those received from it, n each.
+            The n numbers sent to each rank, and the n numbers received from it.
         """
         send = send.to(self.device)
         receive = self.start("sizes", send, [1] * self.size, [1] * self.size).wait()
@@ -104,19 +104,19 @@ class Exchange:
         send: Sequence[int],
         receive: Sequence[int],
     ) -> Transfer:
-        """Start sending each rank a slice of the first dimension, rank 0 the first slice.
+        """Start sending each rank a slice along the first dimension, in rank order.
 
         Args:
-            what: Kind of the message, for ``traffic`` and error messages.
+            what: Kind of message, for ``traffic`` and error messages.
             values: ``[sum(send), ...]``.
             send: For each rank, the length of the slice sent to it.
             receive: For each rank, the length of the slice received from it.
         """
         values = values.to(self.device).contiguous()
         received = ops.memory.empty((sum(receive), *values.shape[1:]), values.dtype, self.device)
-        each = values[0].numel() if len(values) else int(values.shape[1:].numel())
+        width = values[0].numel() if len(values) else int(values.shape[1:].numel())
         remote = sum(send) - send[self.rank]
-        setattr(self.traffic, what, getattr(self.traffic, what) + remote * each * values.element_size())
+        setattr(self.traffic, what, getattr(self.traffic, what) + remote * width * values.element_size())
         with self.explained(what):
             work = dist.all_to_all_single(received, values, list(receive), list(send), group=self.group, async_op=True)
         return Transfer(what, received, work, self, values)
@@ -129,12 +129,12 @@ class Exchange:
         return total.to(value.device)
 
     def all(self, numbers: Sequence[int]) -> list[list[int]]:
-        """Return the numbers of every rank, as many on each."""
+        """Return the numbers of every rank; all ranks must pass equally many."""
         return self.sizes(torch.tensor(numbers, dtype=torch.int64).expand(self.size, -1))[1]
 
     @contextmanager
     def explained(self, what: str) -> Iterator[None]:
-        """Turn an error of the backend into an ExchangeError that says what was being exchanged."""
+        """Convert errors of the backend to an ExchangeError that names the kind of message."""
         try:
             yield
         except ExchangeError:
@@ -142,8 +142,8 @@ class Exchange:
         except RuntimeError as error:
             raise ExchangeError(
                 f"rank {self.rank} of {self.size}: the exchange of {what} between embedding tables failed: another "
-                f"rank has died or raised an error, or does not take part; see the errors of the others first, and "
-                f"restart all ranks from a checkpoint. The backend says: {error}"
+                f"rank has died, raised an error, or does not take part; check the errors of the other ranks first, "
+                f"and restart all ranks from a checkpoint. Error of the backend: {error}"
             ) from error
 
 
@@ -155,23 +155,23 @@ def timeout_of(group: dist.ProcessGroup) -> timedelta | None:
 
 
 def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGroup | None:
-    """Return the group whose ranks share an engine's tables; None where one process has them all.
+    """Return the group whose ranks share an engine's tables; None if this process has all tables.
 
     Args:
-        group: A process group; None for all ranks, which this process joins if a launcher has started several; False
-            for this process alone.
+        group: A process group; None: all ranks, which this process joins if a launcher has started several; False:
+            only this process.
 
     Raises:
         RuntimeError: If the processes of a launcher cannot be joined.
-        TypeError: If it is none of these.
+        TypeError: If the argument is none of these.
         ValueError: If this rank is not in the group.
     """
-    # `new_group` gives a number to the ranks that are not in the group.
+    # `new_group` returns a number to the ranks that are not in the group.
     kinds = (dist.ProcessGroup,) if dist.is_available() else ()
     outside = dist.is_available() and group == dist.GroupMember.NON_GROUP_MEMBER
     if not (group is None or group is False or outside or isinstance(group, kinds)):
         raise TypeError(
-            f"EmbeddingEngine: group must be a process group, None for all ranks, or False for this process alone, "
+            f"EmbeddingEngine: group must be a process group, None for all ranks, or False for only this process, "
             f"got {describe_value(group)}"
         )
     if group is None:
@@ -182,7 +182,7 @@ def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGr
         group = dist.group.WORLD
     if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
         raise ValueError(
-            f"EmbeddingEngine: rank {dist.get_rank()} is not in the process group {group!r}; build the engine on the "
-            f"group's ranks only, or with group=False"
+            f"EmbeddingEngine: rank {dist.get_rank()} is not in the process group {group!r}; build the engine on "
+            f"the group's ranks only, or with group=False"
         )
     return group if dist.get_world_size(group) > 1 else None

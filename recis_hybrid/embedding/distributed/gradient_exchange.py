@@ -1,8 +1,8 @@
-"""Sends row gradients from the ranks that computed them to the ranks that own the rows.
+"""Exchange of row gradients: from the ranks that computed them to the ranks that own the rows.
 
-Backward runs on each rank independently: a rank may have no gradient for a lookup, or only for some of its ids. So the
-exchange is decided where all ranks meet, in an optimizer's step or where a norm is read: each rank announces what it
-has for each lookup that is still alive.
+Backward runs independently on each rank: a rank may have no gradient for a lookup, or only for some of its ids. The
+exchange therefore happens where all ranks meet, in an optimizer's step or when a norm is read. There, each rank
+announces the gradients that it has for each lookup that is still referenced.
 
 Letters: U distinct ids of this rank's batch, R ids requested from this rank, W ranks, D dim.
 """
@@ -28,27 +28,27 @@ from recis_hybrid.ops.gather import Bags, RowGroups
 Reduce: TypeAlias = Literal["mean", "sum", "id"]
 _NO_GRADIENTS, _ALL_GRADIENTS, _SOME_GRADIENTS = range(3)
 _MAX_LOOKUPS = 64
-"""Lookups without a step between them after which those that autograd has dropped are removed."""
+"""Number of lookups without a step after which lookups that autograd has dropped are removed."""
 
 
 @dataclass(eq=False)
 class SharedLookup:
-    """One lookup of all ranks: the rows that this rank found for them, and its gradients for the ids that it sent."""
+    """One lookup of all ranks: the rows that this rank found for all, and its gradients for the ids that it sent."""
 
     owned: Lookup
-    """Lookup of the ids that all ranks requested from this one, rank after rank; its rows are this rank's."""
+    """Lookup of the ids that all ranks requested from this rank, ordered by rank; its rows are on this rank."""
     send: list[int]
-    """For each rank, the number of ids sent to it, and so of gradients."""
+    """For each rank, the number of ids, and thus of gradients, sent to it."""
     receive: list[int]
     """For each rank, the number of ids received from it."""
     weight: float
     """Factor of this rank's gradients."""
     groups: RowGroups | None
-    """This rank's positions grouped by distinct id, in the order in which the ids were sent; None if not grouped."""
+    """This rank's positions grouped by distinct id, in the order in which ids were sent; None if not grouped."""
     local: PendingGradients = field(default_factory=PendingGradients)
-    """Gradients of this rank; their rows are numbers of its distinct ids."""
+    """Gradients of this rank; their rows are the numbers of its distinct ids."""
     full: bool = False
-    """True if every one of its distinct ids has a gradient."""
+    """True if each of its distinct ids has a gradient."""
     user: weakref.ref[object] | None = None
     """Weak reference to the lookup that autograd holds."""
 
@@ -68,7 +68,7 @@ class SharedLookup:
 
     @property
     def state(self) -> int:
-        """Code for the other ranks: no gradients, all or some."""
+        """Code sent to the other ranks: no, all or some gradients."""
         return _NO_GRADIENTS if not self.local else _ALL_GRADIENTS if self.full else _SOME_GRADIENTS
 
 
@@ -77,11 +77,11 @@ class Sums:
     """Gradients that a rank sends."""
 
     values: Tensor
-    """float32 ``[U, D]``, or fewer rows: in the order of the ranks that receive them."""
+    """float32 ``[U, D]``, or fewer rows; ordered by the ranks that receive them."""
     places: Tensor | None
-    """int64: the distinct ids that they belong to, ascending; None: all of them, or none."""
+    """int64: the numbers of their distinct ids, ascending; None: all ids, or no ids."""
     counts: list[int]
-    """For each rank, how many it receives."""
+    """For each rank, the number of gradients that it receives."""
 
 
 class GradientExchange:
@@ -91,8 +91,8 @@ class GradientExchange:
         table: This rank's rows.
         exchange: Collectives of the ranks that share the table.
         wire_dtype: Dtype in which gradients are sent.
-        reduce: How the gradients that ranks have for one row are combined.
-        routing: On which ranks the rows are.
+        reduce: How the ranks' gradients for one row are combined.
+        routing: Ranks of the rows.
         dim: Elements of a whole row.
     """
 
@@ -119,18 +119,18 @@ class GradientExchange:
         return any(lookup.local for lookup in self._lookups)
 
     def clear(self) -> None:
-        """Drop gradients that were not exchanged; later gradients of the same lookups count."""
+        """Drop gradients that were not exchanged; the same lookups may get new ones."""
         for lookup in self._lookups:
             lookup.clear()
 
     def norm(self, own: Tensor) -> Tensor:
-        """Return the norm over all rows of the table, from that over this rank's."""
+        """Return the norm over all rows of the table, given that over this rank's rows."""
         return own if self.everywhere and self.columns is None else self.exchange.sum(own.square()).sqrt()
 
     def watch(self, lookup: SharedLookup, user: object) -> None:
-        """Expect gradients of a lookup until no rank holds ``user`` any more; collective."""
+        """Expect gradients of a lookup until ``user`` is dropped on all ranks; collective."""
         if len(self._lookups) >= _MAX_LOOKUPS:
-            self.table.fetch_gradients()  # removes the lookups that no rank holds
+            self.table.fetch_gradients()  # removes the lookups that all ranks have dropped
         lookup.user = weakref.ref(user)
         self._lookups.append(lookup)
 
@@ -157,7 +157,7 @@ class GradientExchange:
         return parts
 
     def exchange_full(self, lookup: SharedLookup) -> list[Tensor]:
-        """Exchange gradients that every rank has for all its ids; for each rank and kind, float32 ``[n, D]``."""
+        """Exchange the gradients of a lookup, of which all ranks have all; return ``[n, D]`` for each rank and kind."""
         sums = self._sums(lookup)
         lookup.clear()
         values = self._send(sums, lookup.receive)
@@ -180,11 +180,11 @@ class GradientExchange:
         return Part(rows, [0], owned.row_bound, Bags.single([rows.numel()]), [values], None)
 
     def _positions(self, lookup: SharedLookup, own: Sums, states: list[int], counts: list[int]) -> Tensor:
-        """Return int64: for each received gradient, the position of its id among the R requested from this rank."""
+        """Return the position of each received gradient's id among the R ids requested from this rank, int64."""
         ranks, device = self.exchange.size, self.table.device
         places = [torch.arange(n, device=device) for n in counts]
         if states.count(_SOME_GRADIENTS):
-            # Ranks that have gradients for some of their ids send which.
+            # Ranks with gradients for some of their ids also send the places of these ids.
             send, own_places = [0] * ranks, lookup.owned.rows[:0]
             if own.places is not None:
                 send = own.counts
@@ -194,14 +194,14 @@ class GradientExchange:
             receive = [n if state == _SOME_GRADIENTS else 0 for n, state in zip(counts, states, strict=True)]
             received = self.exchange.start("ids", own_places, send, receive).wait().to(device).split(receive)
             places = [
-                some if state == _SOME_GRADIENTS else every
-                for some, every, state in zip(received, places, states, strict=True)
+                received_places if state == _SOME_GRADIENTS else all_places
+                for received_places, all_places, state in zip(received, places, states, strict=True)
             ]
         starts_of_ranks = accumulate(lookup.receive[:-1], initial=0)
         return torch.cat([start + part for start, part in zip(starts_of_ranks, places, strict=True)])
 
     def _sums(self, lookup: SharedLookup) -> Sums:
-        """Sum this rank's gradients, in the order in which ids were sent."""
+        """Return the sums of this rank's gradients, in the order in which the ids were sent."""
         dim, ranks = self.dim, self.exchange.size
         n, state = lookup.distinct(self.everywhere), lookup.state
         sums = ops.memory.empty((n if state != _NO_GRADIENTS else 0, dim), torch.float32, self.table.device)
@@ -237,7 +237,7 @@ class GradientExchange:
         return received.to(device=self.table.device, dtype=torch.float32)
 
     def _mean_over_ranks(self, rows: Tensor, values: Tensor, counts: list[int]) -> Tensor:
-        """Divide the gradient of each row by the number of ranks that have one for it."""
+        """Divide the gradient of each row by the number of ranks that have a gradient for it."""
         ranks = torch.arange(len(counts), device=rows.device).repeat_interleave(
             torch.tensor(counts, device=rows.device)
         )

@@ -1,4 +1,4 @@
-"""Sends ids to the ranks that own them, before any table is touched.
+"""Exchange of ids: sends ids to the ranks that own them, without access to tables.
 
 Letters: N positions, U distinct ids of this rank's batch, R ids requested from this rank, W ranks, K kinds.
 """
@@ -19,12 +19,12 @@ from recis_hybrid.ops.gather import Distinct, RowGroups
 
 Shapes: TypeAlias = list[tuple[int, ...]]
 Read: TypeAlias = tuple[list[tuple[Request, Shapes]], int]
-"""A batch as tables read it: for each table its request and the shapes of its features' outputs; number of samples."""
+"""Requests to all tables, each with the shapes of its features' outputs; and the number of samples."""
 
 
 @dataclass(eq=False)
 class Route:
-    """The ids of a batch in one table: where this rank's were sent, and those received; nothing is looked up yet."""
+    """The ids of a batch in one table, sent and received, but not looked up yet."""
 
     request: Request
     """This rank's positions."""
@@ -33,17 +33,17 @@ class Route:
     places: Tensor
     """int64 ``[N]``: the distinct id of each position."""
     groups: RowGroups | None
-    """The positions grouped by distinct id, in the order in which the ids were sent; None if not grouped."""
+    """The positions grouped by distinct id, in the order in which ids were sent; None if not grouped."""
     send: list[int]
     """For each rank, the number of ids sent to it."""
     receive: list[int]
     """For each rank, the number of ids received from it."""
     lengths: list[int]
-    """Number of ids received from each rank and of each kind, ``[W * K]``."""
+    """``[W * K]``: number of ids received from each rank and of each kind."""
     ids: Tensor
     """int64 ``[R]``: the received ids."""
     counts: Tensor | None
-    """int64 ``[R]``: how often each occurs in its rank's batch; None in evaluation."""
+    """int64 ``[R]``: how often each id occurs in the batch of its sender; None in evaluation."""
 
 
 @dataclass(eq=False)
@@ -52,7 +52,7 @@ class RoutedBatch:
 
     routes: list[Route]
     samples: list[int]
-    """For each rank, its number of samples."""
+    """Number of samples of each rank."""
     train: bool
 
 
@@ -64,20 +64,20 @@ class TableRouting:
     kind_of: list[int]
     """For each feature, the number of its kind."""
     everywhere: bool
-    """True if all ids go to all ranks: each has every row, whole or some columns of it."""
+    """True if all ids are sent to all ranks, each of which has every row, or some columns of every row."""
     columns: list[int] | None
-    """For each rank, the number of elements it has of every row; None: rows are whole."""
+    """For each rank, the number of its elements of every row; None: rows are whole."""
     counted: bool
-    """True if training counts how often an id occurs."""
+    """True if the occurrences of each id are counted in training."""
     device: torch.device
     """Device of the ids."""
 
 
 class Router:
-    """Sends the ids of batches to the ranks that look them up, those of all tables together.
+    """Sends the ids of batches, of all tables together, to the ranks that look them up.
 
     Args:
-        routings: For each table.
+        routings: Routing of each table.
         exchange: Collectives of the ranks that share the tables.
         deduplicate: Send distinct ids only; False sends the id of every position.
         settings: Numbers that must be equal on all ranks.
@@ -93,7 +93,7 @@ class Router:
         self._agreed = False
 
     def agree(self) -> None:
-        """Check, once, that all ranks have the same settings.
+        """Check once that all ranks have the same settings.
 
         Raises:
             ExchangeError: If they differ.
@@ -104,25 +104,25 @@ class Router:
         others = [rank for rank, settings in enumerate(all_settings) if settings != self._settings]
         if others:
             raise ExchangeError(
-                f"rank {self._exchange.rank}: the engines of the ranks {others} have other features, tables, seeds or "
-                f"settings than this one's; build it alike on all ranks"
+                f"rank {self._exchange.rank}: the engines of ranks {others} have different features, tables, seeds or "
+                f"settings; build the same engine on all ranks"
             )
         self._agreed = True
 
     def route(
         self, read: Callable[[], Read], *, train: bool, grad: bool, exchange: Exchange | None = None
     ) -> RoutedBatch:
-        """Send the ids of a batch to the ranks that look them up; touches no table.
+        """Send the ids of a batch to the ranks that look them up; accesses no table.
 
         Args:
             read: Returns the requests to all tables, and the number of samples.
             train: Whether it is a training lookup.
             grad: Whether gradients may follow.
-            exchange: Collectives to use; None for those of the tables.
+            exchange: Collectives to use; None: those of the tables.
 
         Raises:
-            ExchangeError: If another rank has failed, or looks up in another mode. An exception of ``read`` is raised
-                again after the failure has been sent to the other ranks.
+            ExchangeError: If another rank has failed, or is in another mode. An exception of ``read`` is re-raised
+                after the other ranks have been notified.
         """
         exchange = exchange or self._exchange
         kinds = [len(routing.kinds) for routing in self._routings]
@@ -141,8 +141,8 @@ class Router:
             failure = error
         status = torch.tensor([int(failure is not None), int(train) + int(train and grad), samples])
         if failure is not None:
-            ours = [status, torch.zeros(len(kinds) + sum(kinds), dtype=torch.int64)]
-            header = torch.cat(ours).expand(exchange.size, -1)
+            parts = [status, torch.zeros(len(kinds) + sum(kinds), dtype=torch.int64)]
+            header = torch.cat(parts).expand(exchange.size, -1)
         else:
             header = self._header(status, found)
         sent, received = exchange.sizes(header)
@@ -151,7 +151,7 @@ class Router:
         return RoutedBatch(routes, [line[2] for line in received], train)
 
     def _header(self, status: Tensor, found: Sequence[Distinct]) -> Tensor:
-        """Return int64 [W, 3 + tables + kinds]: status; each table's highest count of an id; sizes of its kinds."""
+        """Return int64 [W, 3 + tables + kinds]: status, the highest count of each table, the sizes of all kinds."""
         ranks, device = self._exchange.size, self._exchange.device
         highest = [(each.counts.max() if each.counts.numel() else each.counts.sum()).to(device) for each in found]
         same = torch.cat([status.to(device), torch.stack(highest)])
@@ -168,15 +168,15 @@ class Router:
         failed = [other for other, line in enumerate(received) if line[0]]
         if failed:
             raise ExchangeError(
-                f"rank {rank}: the ranks {failed} could not look up their batch, and no rank has looked up this one; "
+                f"rank {rank}: ranks {failed} failed to look up the batch, so that no rank has looked it up; "
                 f"see their errors"
             )
         differ = [other for other, line in enumerate(received) if line[1] != received[rank][1]]
         if differ:
             modes = {other: _MODES[line[1]] for other, line in enumerate(received)}
             raise ExchangeError(
-                f"rank {rank}: all ranks must look up in one mode, got {modes}; call train() or eval(), and no_grad, "
-                f"on all of them alike"
+                f"rank {rank}: all ranks must look up in the same mode, got {modes}; use the same train(), eval() and "
+                f"no_grad() on all ranks"
             )
 
     def _send_ids(
@@ -234,8 +234,8 @@ def _count_dtype(highest: int) -> torch.dtype:
 
 
 def _widened(counts: Tensor, receive: Sequence[int], highest: Sequence[int]) -> Tensor:
-    """Return received counts as int64; each rank sent them in the narrowest dtype that holds its highest."""
+    """Return received counts as int64; each rank sends them in the narrowest dtype that holds its highest count."""
     widths = [_count_dtype(number).itemsize * n for number, n in zip(highest, receive, strict=True)]
     parts = zip(counts.split(widths), highest, strict=True)
-    # A copy of each, since it may not start at a multiple of its width.
+    # Copy each part, because it may not be aligned to its element size.
     return torch.cat([part.clone().view(_count_dtype(number)).to(torch.int64) for part, number in parts])

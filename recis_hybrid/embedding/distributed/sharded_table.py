@@ -1,21 +1,22 @@
-"""Tables whose rows lie on several ranks.
+"""Tables whose rows are distributed over several ranks.
 
-The id space is cut into 65,536 buckets, of which each rank owns a contiguous range (``dedup.rank_of``); a rank's
-HashTable holds the rows of its own. A batch takes these steps, all features of a logical table together:
+The id space is divided into 65,536 buckets. Each rank owns a contiguous range of them (``dedup.rank_of``), and its
+HashTable holds their rows. A batch takes these steps, with all features of a logical table together:
 
 1. Each rank finds the distinct (member table, id) of its batch and sorts them by owner (``dedup``).
-2. ``Exchange.sizes``: the number of ids that go to each rank, for every table; and samples, and whether a rank failed.
-3. ids → owners. Each owner looks up the received ids in rank order: it inserts in training, never in evaluation.
-4. rows → back. Each rank pools its bags from them, with the kernel that pools from blocks.
-5. Backward leaves gradients at the rank. When an optimizer steps, or a norm is read, each rank sums those of each
-   distinct id, and the sums → owners (``gradient_exchange``): they enter the owner's table as gradients of one lookup
-   whose features are the ranks, so that the update adds them in rank order. It is the update of one process.
+2. ``Exchange.sizes``: ranks exchange the number of ids for every table, the number of samples, and whether they failed.
+3. Ids are sent to their owners.
+4. Each owner looks up the received ids in rank order (inserting them in training only) and sends the rows back. Each
+   rank pools its bags from the received rows, with the kernel that pools from blocks.
+5. Backward leaves gradients on the rank. When an optimizer steps, or a norm is read, each rank sums the gradients of
+   each distinct id and sends the sums to the owners (``gradient_exchange``). They enter the owner's table as gradients
+   of one lookup whose features are the ranks, so that the update adds them in rank order, as one process would.
 
-Steps 1 to 3 touch no table: they may run ahead of the batch (``prefetch``). A replicated table is the same with every
-rank as owner of every id, without step 4; if a table lies on one rank, that rank owns all its ids. If a table is split
-by column, every rank owns every id, but has only some elements of each row: step 4 joins them, step 5 splits them.
+Steps 1 to 3 access no table, so they may run ahead of the batch (``prefetch``). In a replicated table, every rank owns
+every id, and no rows are sent back. If a table is on one rank, that rank owns all its ids. If a table is split by
+column, every rank owns every id, but has only some elements of each row: step 4 joins them, step 5 splits them.
 
-Every rank takes part in every exchange, with nothing to send if its batch has nothing.
+Every rank takes part in every exchange, even with nothing to send.
 
 Letters: N positions, U distinct ids of this rank's batch, R ids requested from this rank, W ranks, K kinds, D dim.
 """
@@ -51,17 +52,17 @@ from recis_hybrid.ops.update import Gradients
 
 @dataclass(eq=False)
 class Reply:
-    """Rows of the received ids, looked up but not yet sent back."""
+    """Rows of the received ids, looked up but not sent back yet."""
 
     route: Route
     shared: SharedLookup
     rows: Tensor | None
-    """``[R, D]`` of the wire dtype; None if every rank has them."""
+    """``[R, D]`` in the wire dtype; None if every rank has the rows."""
 
 
 @dataclass(eq=False)
 class ShardedLookup:
-    """A lookup of this rank's batch in a table that ranks share; used like a Lookup by pooling."""
+    """A lookup of this rank's batch in a shared table; pooling uses it like a Lookup."""
 
     request: Request
     shapes: Shapes
@@ -71,11 +72,11 @@ class ShardedLookup:
     shared: SharedLookup
     """The lookup of all ranks that this one is part of."""
     received: Tensor
-    """``[U, D]`` of the wire dtype: the rows of its distinct ids, padded by ``_padded``."""
+    """``[U, D]`` in the wire dtype: the rows of its distinct ids, padded by ``_padded``."""
     own: Lookup | None
-    """Used instead of ``received`` if the table is replicated: this rank's positions in its own rows."""
+    """Lookup in this rank's rows, used instead of ``received`` if the table is replicated."""
     gathered: Tensor | None = None
-    """As in a Lookup; None, because vectors are gathered later."""
+    """As in a Lookup; None, because vectors are always gathered later."""
 
     @property
     def train(self) -> bool:
@@ -84,17 +85,17 @@ class ShardedLookup:
 
 
 class ShardedTable:
-    """A logical table that ranks share: this rank's HashTable together with those of the other ranks.
+    """A logical table shared by ranks: this rank's HashTable together with those of the other ranks.
 
     Args:
         table: This rank's part.
-        kinds: Kinds of ids that are looked up in it.
+        kinds: Kinds of ids looked up in the table.
         kind_of: For each feature, the number of its kind.
         everywhere: Send all ids to all ranks.
-        columns: For each rank, the number of elements it has of every row; None: rows are whole.
+        columns: For each rank, the number of its elements of every row; None: rows are whole.
         exchange: Collectives of the ranks that share the table.
         wire_dtype: Dtype in which rows and gradients are sent.
-        reduce: How the gradients that ranks have for one row are combined.
+        reduce: How the ranks' gradients for one row are combined.
     """
 
     def __init__(
@@ -144,18 +145,18 @@ class ShardedTable:
         return Reply(route, shared, rows.to(self.wire_dtype))
 
     def send_rows(self, reply: Reply, exchange: Exchange) -> Transfer | None:
-        """Start sending the rows to the ranks that requested them, and receiving those of this rank's ids."""
+        """Start sending the rows to the ranks that requested them, and receiving the rows of this rank's ids."""
         if reply.rows is None:
             return None
         receive, send, columns = reply.route.receive, reply.route.send, self.routing.columns
         if columns is None:
             return exchange.start("rows", reply.rows, receive, send)
-        mine = columns[exchange.rank]
+        width = columns[exchange.rank]
         return exchange.start(
             "rows",
             reply.rows.view(-1),
-            [n * mine for n in receive],
-            [n * width for n, width in zip(send, columns, strict=True)],
+            [n * width for n in receive],
+            [n * other for n, other in zip(send, columns, strict=True)],
         )
 
     def lookup(self, reply: Reply, rows: Transfer | None) -> ShardedLookup:
@@ -169,10 +170,12 @@ class ShardedTable:
             return ShardedLookup(route.request, route.shapes, route.places, shared, received, None)
         rank, owned = self.exchange.rank, shared.owned
         first = sum(route.receive[:rank])
-        # One row more for places that are -1, which have no id.
-        mine = torch.cat([owned.rows[first : first + route.receive[rank]], owned.rows.new_tensor([-1])])
-        own = Lookup(route.request, mine[route.places], owned.row_bound, owned.generation, owned.complete, owned.step)
-        return ShardedLookup(route.request, route.shapes, route.places, shared, mine, own)
+        # Places of -1 have no id and index the additional last row.
+        own_rows = torch.cat([owned.rows[first : first + route.receive[rank]], owned.rows.new_tensor([-1])])
+        own = Lookup(
+            route.request, own_rows[route.places], owned.row_bound, owned.generation, owned.complete, owned.step
+        )
+        return ShardedLookup(route.request, route.shapes, route.places, shared, own_rows, own)
 
     def gather(self, lookup: ShardedLookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
         """Write each feature's vectors, as :meth:`HashTable.gather` does."""
@@ -199,11 +202,11 @@ class ShardedTable:
         lookup.received = received.new_empty(0)  # no longer needed
 
     def watch(self, lookup: ShardedLookup) -> None:
-        """Expect gradients of a lookup for as long as any rank holds it; collective."""
+        """Expect gradients of a lookup until all ranks have dropped it; collective."""
         self.gradients.watch(lookup.shared, lookup)
 
     def add_gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> None:
-        """Add the gradients of a training lookup, to be exchanged later; None for a feature without one."""
+        """Add the gradients of a training lookup, which are exchanged later; None for a feature without one."""
         part = gradient_part(
             self.table.name,
             lookup.places,
@@ -218,10 +221,11 @@ class ShardedTable:
             lookup.shared.add(part, full=all(gradient is not None for gradient in gradients))
 
     def gradients_of(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> Gradients:
-        """Exchange the gradients of a training lookup, and return those of this rank's rows, after checking them."""
+        """Check and exchange the gradients of a training lookup, and return those of this rank's rows."""
         if any(gradient is None for gradient in gradients):
             raise ValueError(
-                f"table {self.table.name}: apply_gradients takes a gradient for each feature; give zeros for None"
+                f"table {self.table.name}: apply_gradients needs a gradient for each feature; "
+                f"pass zeros instead of None"
             )
         self.add_gradients(lookup, gradients)
         received = self.gradients.exchange_full(lookup.shared)
@@ -250,7 +254,7 @@ class ShardedTables:
         return [self._look_up(routed, number) for number in range(len(self.tables))]
 
     def fetch(self, replies: Sequence[Reply], exchange: Exchange) -> list[ShardedLookup]:
-        """Fetch the rows of this rank's ids; touches no table."""
+        """Fetch the rows of this rank's ids; accesses no table."""
         transfers = [table.send_rows(reply, exchange) for table, reply in zip(self.tables, replies, strict=True)]
         return self._finish(replies, transfers)
 
@@ -264,12 +268,12 @@ class ShardedTables:
 
     @property
     def step(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return self.tables[0].table.step
 
 
 def _padded(rows: Tensor) -> Tensor:
-    """Return rows padded to a multiple of 16 bytes and at least 32, as kernels need records."""
+    """Return rows padded to a multiple of 16 bytes, at least 32, which kernels require of records."""
     width, size = rows.size(1), rows.element_size()
     record = max(-(-width * size // 16) * 16, 32)
     if record == width * size:
@@ -286,7 +290,7 @@ def _unused_initializers(device: torch.device) -> Tensor:
 
 
 def refuse_settings(wire_dtype: torch.dtype, reduce: str) -> None:
-    """Raise ValueError for a setting that is not one of its choices."""
+    """Raise ValueError if a setting is not one of its choices."""
     if wire_dtype not in WIRE_DTYPES:
         raise ValueError(f"EmbeddingEngine: wire_dtype must be one of {list(WIRE_DTYPES)}, got {wire_dtype}")
     if reduce not in get_args(Reduce):
@@ -309,31 +313,31 @@ def shard(
     Args:
         tables: This rank's tables.
         plans: Their plans.
-        unknown: For each table and feature, the member table whose first values stand for unknown ids; -1: zeros.
+        unknown: For each table and feature, the member table whose first values unknown ids get; -1: zeros.
         exchange: Collectives of the group.
         wire_dtype: Dtype in which rows and gradients are sent.
-        reduce: How the gradients that ranks have for one row are combined.
+        reduce: How the ranks' gradients for one row are combined.
         deduplicate: Send distinct ids only; False sends the id of every position.
         seed: Seed of the tables.
     """
-    whole = [
+    table_wise = [
         (number, k) for number, plan in enumerate(plans) if plan.sharding == "table" for k in range(len(plan.members))
     ]
-    loads = [plans[number].layout.dim * list(plans[number].features.values()).count(k) for number, k in whole]
-    owners: dict[tuple[int, int], int | None] = dict(zip(whole, deal(loads, exchange.size), strict=True))
+    loads = [plans[number].layout.dim * list(plans[number].features.values()).count(k) for number, k in table_wise]
+    owners: dict[tuple[int, int], int | None] = dict(zip(table_wise, deal(loads, exchange.size), strict=True))
     sharded = []
     for number, (table, plan) in enumerate(zip(tables, plans, strict=True)):
         everywhere = plan.sharding in ("replicated", "column")
-        each = [
+        kind_of_feature = [
             Kind(member, zeros, exchange.rank if everywhere else owners.get((number, member)))
             for member, zeros in zip(plan.features.values(), unknown[number], strict=True)
         ]
-        kinds = list(dict.fromkeys(each))
+        kinds = list(dict.fromkeys(kind_of_feature))
         sharded.append(
             ShardedTable(
                 table,
                 kinds,
-                [kinds.index(kind) for kind in each],
+                [kinds.index(kind) for kind in kind_of_feature],
                 everywhere=everywhere,
                 columns=columns_of(plan.layout.dim, exchange.size) if plan.sharding == "column" else None,
                 exchange=exchange,
@@ -360,5 +364,5 @@ def shard(
 
 
 def _rule_text(rule: object) -> str:
-    """Return a text for a rule that is equal on all ranks."""
+    """Return a text of a rule that is the same on all ranks."""
     return repr(rule) if rule is None or dataclasses.is_dataclass(rule) else type(rule).__qualname__

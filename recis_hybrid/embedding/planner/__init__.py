@@ -1,4 +1,4 @@
-"""Decisions taken once, before an engine is built: which tables become one, and which rank holds which columns.
+"""Decisions made once, before an engine is built: which tables are coalesced, and how they are sharded.
 
-The engine and ``embedding.distributed`` may import it; it reads configurations and touches no table.
+The engine and ``embedding.distributed`` may import this package. It reads configurations and accesses no table.
 """

@@ -15,7 +15,7 @@ from recis_hybrid.embedding.planner.sharding import Sharding, sharding_of
 from recis_hybrid.embedding.table.record_layout import MemberTable, RecordLayout, StateField
 
 COUNTS = ".admission"
-"""Suffix of a member table's name for its state of admission in checkpoints."""
+"""Suffix of a member table's name, for its admission state in checkpoints."""
 
 
 @dataclass(frozen=True)
@@ -26,35 +26,35 @@ class TablePlan:
     """Layout of whole rows."""
     members: tuple[MemberTable, ...]
     features: dict[str, int]
-    """Feature name → number of its member table."""
+    """Number of the member table of each feature."""
     config: EmbeddingConfig
-    """Config of one of its features; the table's settings are the same in all."""
+    """Config of one of its features; all of them have the same table settings."""
     sharding: Sharding
-    """Distribution of its rows over several ranks."""
+    """Distribution of its rows over the ranks."""
 
 
 def plan_tables(
     configs: Mapping[str, EmbeddingConfig], optimizer_state: tuple[StateField, ...], *, coalesce: bool, ranks: int = 1
 ) -> list[TablePlan]:
-    """Group features by member table, and member tables with equal settings, apart from initializers, by logical table.
+    """Group features by member table, and member tables with equal settings (except initializers) by logical table.
 
     Args:
-        configs: By feature.
+        configs: Configs by feature name.
         optimizer_state: Optimizer state of every row; rows of read-only tables have none.
-        coalesce: False makes every member table a logical table.
+        coalesce: False makes every member table a separate logical table.
         ranks: Number of ranks that share the tables.
 
     Raises:
         TypeError: If a feature has no EmbeddingConfig.
-        ValueError: If features that share a member table disagree about it, first values are beyond the dtype, or rows
-            cannot be split by column.
+        ValueError: If features that share a member table have different settings, first values exceed the range of the
+            dtype, or rows cannot be split by column.
     """
     first_of: dict[str, str] = {}
     groups: dict[tuple[object, ...], list[str]] = {}
     for name, config in configs.items():
         if not isinstance(config, EmbeddingConfig):
             raise TypeError(
-                f"feature {name!r}: it must have an EmbeddingConfig, as EmbeddingConfig(dim=16), got {config!r}"
+                f"feature {name!r}: it must have an EmbeddingConfig, e.g. EmbeddingConfig(dim=16), got {config!r}"
             )
         refuse_unrepresentable(f"feature {name!r}", config.initializer, config.dim, config.dtype)
         table = config.table or name
@@ -95,7 +95,7 @@ def plan_tables(
 
 
 def layout_on(plan: TablePlan, rank: int, ranks: int) -> RecordLayout:
-    """Return the layout of a rank's part of a table's rows."""
+    """Return the layout of the rows on a rank."""
     if plan.sharding != "column":
         return plan.layout
     widths = columns_of(plan.layout.dim, ranks)
@@ -109,7 +109,7 @@ def describe_plans(
 
     Args:
         plans: The tables.
-        sizes: For each table, its rows and bytes on this rank.
+        sizes: For each table, the number of its rows and bytes on this rank.
         device: Device of tables without a placement.
         sharded: Add the sharding, if several ranks share the tables.
     """
@@ -142,14 +142,14 @@ def _state_dtype(config: EmbeddingConfig) -> torch.dtype:
 def _refuse_columns(names: str, layout: RecordLayout, ranks: int) -> None:
     if layout.dim < QUAD * ranks:
         raise ValueError(
-            f"table {names}: sharding='column' gives each of {ranks} ranks at least {QUAD} elements of a row, and "
+            f"table {names}: sharding='column' needs at least {QUAD} elements of a row for each of {ranks} ranks, got "
             f"dim={layout.dim}; use sharding='row'"
         )
     shared = [field.name for field in layout.state if field.width is not None]
     if shared:
         raise ValueError(
-            f"table {names}: sharding='column' needs optimizer state for each element, and {shared} are of a whole "
-            f"row, which no rank has; use another sharding, or optim.Adagrad instead of optim.RowwiseAdagrad"
+            f"table {names}: sharding='column' needs optimizer state per element, but {shared} belong to a whole row, "
+            f"which no rank has; use another sharding, or optim.Adagrad instead of optim.RowwiseAdagrad"
         )
 
 

@@ -16,31 +16,31 @@ from recis_hybrid.embedding.table.record_layout import StateField
 Sharding: TypeAlias = Literal["row", "table", "column", "replicated"]
 
 COLLECTIVE_S = 50e-6
-"""Fixed seconds of a collective: a round trip between hosts, and the calls."""
+"""Fixed cost of a collective in seconds: a round trip between hosts, and the calls."""
 BYTES_PER_S = 10e9
-"""Bandwidth between two ranks, in bytes a second."""
+"""Bandwidth between two ranks, in bytes per second."""
 LOOKUP_S = 25e-9
 """Seconds to look up an id for another rank."""
 REPLICA_BYTES = 64 << 20
-"""Maximum bytes of the embeddings of a replicated table on each rank."""
+"""Maximum size of the embeddings of a replicated table on each rank, in bytes."""
 
 
 def sharding_of(config: EmbeddingConfig, ranks: int, optimizer_state: tuple[StateField, ...] = ()) -> Sharding:
     """Return the sharding of a table: from its config, or for ``auto`` the fastest by an estimate.
 
-    The estimate is for the worst case, a batch that has every id of the table on every rank, and for the busiest rank.
-    With vectors of v bytes, c seconds for a collective, b bytes a second and l seconds for a lookup:
+    The estimate is for the busiest rank in the worst case: every rank's batch contains every id of the table. With
+    vectors of v bytes:
 
-    - ``row``: hashing gives the busiest rank M = R / W + √(2 R / W · ln W) of R rows. It sends
+    - ``row``: hashing assigns the busiest rank M = R / W + √(2 R / W · ln W) of R rows. It sends
       (W - 1) (8 R / W + 2 v M) bytes in three collectives, and looks up W M ids.
     - ``column``: every rank sends all ids to all ranks, and exactly its share of vectors and gradients:
-      (W - 1) (8 R + 2 v R / W) bytes in three collectives, and looks up W R ids. This pays for few and very long rows,
-      which hashing distributes unevenly.
-    - ``replicated``: (W - 1) R (8 + v) bytes in two collectives, and W R lookups; if the embeddings fit into
-      ``REPLICA_BYTES``.
+      (W - 1) (8 R + 2 v R / W) bytes in three collectives, and looks up W R ids. This pays off for a few very long
+      rows, which hashing distributes unevenly.
+    - ``replicated``: (W - 1) R (8 + v) bytes in two collectives, and W R lookups. Considered only if the embeddings
+      fit into ``REPLICA_BYTES``.
 
-    ``table`` is never chosen, because it sends as much as ``row``, and less evenly; ``column`` only if ranks have at
-    least 4 elements of a row, and the optimizer has no state of one number a row. Tables without ``expected_rows`` are
+    ``table`` is never chosen, because it sends as much as ``row``, but less evenly. ``column`` requires at least 4
+    elements of a row on each rank, and an optimizer without per-row state. Tables without ``expected_rows`` are
     sharded by row.
 
     Args:
@@ -49,7 +49,7 @@ def sharding_of(config: EmbeddingConfig, ranks: int, optimizer_state: tuple[Stat
         optimizer_state: Optimizer state of every row.
 
     References:
-        Raab, Steger: "Balls into bins" - a simple and tight analysis. RANDOM 1998: for M.
+        Raab, Steger: "Balls into bins" - a simple and tight analysis. RANDOM 1998 (the estimate of M).
 
     Example:
         >>> sharding_of(EmbeddingConfig(dim=8, sharding="auto", expected_rows=100), 4)
@@ -82,7 +82,7 @@ def _seconds(collectives: int, sent: float, lookups: float) -> float:
 
 
 def deal(loads: Sequence[float], ranks: int) -> list[int]:
-    """Return a rank for each load: the heaviest load first, to the rank with the least total."""
+    """Assign each load to a rank: the heaviest first, to the rank with the smallest total; return the ranks."""
     owners, totals = [0] * len(loads), [0.0] * ranks
     for number in sorted(range(len(loads)), key=lambda k: (-loads[k], k)):
         owners[number] = totals.index(min(totals))

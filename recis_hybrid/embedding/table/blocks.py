@@ -1,4 +1,4 @@
-"""EmbeddingBlocks: the rows' storage, growing without ever moving a row."""
+"""EmbeddingBlocks: storage of rows that grows without ever moving a row."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ _BLOCK_BYTES = 32 << 20
 
 
 class EmbeddingBlocks:
-    """A growing list of equal blocks of a power of two of records.
+    """A growing list of blocks of equal size, a power of two of records.
 
     Args:
-        layout: How a record lies in memory.
-        device: Device whose kernels work on the blocks.
+        layout: Memory layout of a record.
+        device: Device whose kernels access the blocks.
         pinned: Keep the blocks in pinned host memory, which kernels of a CUDA device read and write directly.
-        block_rows: Rows of a block, a power of two; by default as many as fit into 32 MiB.
+        block_rows: Rows per block, a power of two; by default, as many as fit into 32 MiB.
     """
 
     def __init__(
@@ -29,7 +29,7 @@ class EmbeddingBlocks:
         if block_rows <= 0 or block_rows & (block_rows - 1):
             raise ValueError(f"block_rows must be a power of two, got {block_rows}")
         if pinned and device.type != "cuda":
-            raise ValueError(f"pinned blocks are for kernels of a CUDA device, got {device}; use blocks on 'cpu'")
+            raise ValueError(f"pinned blocks need a CUDA device, got {device}; use blocks='cpu'")
         self.layout = layout
         self.device = device
         self.pinned = pinned
@@ -55,11 +55,11 @@ class EmbeddingBlocks:
             self._set([*self.blocks, *(self._block() for _ in range(more))])
 
     def truncate(self, rows: int) -> None:
-        """Free the blocks that lie wholly after the first ``rows`` rows."""
+        """Free the blocks that hold none of the first ``rows`` rows."""
         self._set(self.blocks[: -(-rows // self.block_rows)])
 
     def read(self, rows: Tensor, part: str) -> Tensor:
-        """Return a part of the records of ``rows`` (int64 ``[n]``): ``[n, width]`` of the part's dtype."""
+        """Return a part of the records of ``rows`` (int64 ``[n]``): ``[n, width]`` in the dtype of the part."""
         layout = self.layout
         values = torch.empty(rows.numel(), layout.width(part), dtype=layout.part_dtype(part), device=self.device)
         ops.blocks.read(self.handle, rows, layout.offset(part), values)
@@ -85,4 +85,4 @@ class EmbeddingBlocks:
         self.handle = ops.blocks.Blocks(
             addresses, self.block_rows.bit_length() - 1, self.layout.meta_offset, self.layout.record_bytes
         )
-        """The blocks as kernels take them."""
+        """The blocks in the form kernels expect."""

@@ -1,7 +1,7 @@
-"""ChangeLog: what changed in a table since a moment, for incremental checkpoints.
+"""ChangeLog: changes of a table since a point in time, for incremental checkpoints.
 
-Rows that lookups and updates change are found by their metadata. Other changes (erasing, evicting, clearing, inserting
-by hand) are logged, but only while somebody holds a ``ChangeLog``.
+Rows changed by lookups and updates are found by their metadata. Other changes (erasing, evicting, clearing, inserting
+manually) are logged, but only while a ``ChangeLog`` is referenced.
 
 Letters: n rows, m ids.
 """
@@ -20,26 +20,26 @@ _FEW = 4096
 
 
 class ChangeLog:
-    """Changes of a table since a moment, apart from lookups and updates: the ids, 8 bytes each.
+    """Ids changed since a point in time other than by lookups and updates, 8 bytes each.
 
-    An id is held once, however often it comes and goes, and never more ids of a member table than the table has rows:
-    beyond that the whole member table counts as changed.
+    An id is stored once, however often it is inserted and erased. If there were more ids of a member table than the
+    table has rows, the whole member table counts as changed.
 
     Args:
-        step: Steps that the table had done at that moment.
-        admission: By member table that has admission, the state of its gate at that moment.
+        step: Number of steps done on the table at that time.
+        admission: For each member table with admission, the state of its gate at that time.
     """
 
     def __init__(self, step: int, admission: Mapping[int, dict[str, Tensor]]) -> None:
         self.step = step
         self.admission = admission
         self.whole: set[int] = set()
-        """Member tables of which every row may have changed."""
+        """Member tables in which every row may have changed."""
         self._ids: dict[int, list[Tensor]] = {}
         self._limits: dict[int, int] = {}
 
     def note(self, member: int, ids: Tensor, rows: int) -> None:
-        """Note that ids (int64 ``[m]``) of a member table got, changed or lost rows; the table has ``rows`` now."""
+        """Note that ids (int64 ``[m]``) of a member table got, changed or lost rows; it now has ``rows`` rows."""
         if member in self.whole or ids.numel() == 0:
             return
         parts = self._ids.setdefault(member, [])
@@ -64,15 +64,15 @@ class ChangeLog:
 
 
 def changed_rows(store: RowStore, log: ChangeLog) -> list[tuple[dict[str, Tensor], Tensor | None]]:
-    """Return the rows that changed since a log was made.
+    """Return the rows that changed since a log was created.
 
     Args:
-        store: Rows of the table that made the log.
+        store: Rows of the table that created the log.
         log: The log.
 
     Returns:
-        For each member table the rows that may have changed, as ``HashTable.export`` returns them but by (bucket, id);
-        and the ids (int64 ``[m]``) that may have lost their row, or None where the rows are all there are.
+        For each member table, the rows that may have changed, in the form of ``HashTable.export`` but ordered by
+        (bucket, id); and the ids (int64 ``[m]``) that may have lost their row, or None if these are all rows.
     """
     ids, members = store.touched(log.step)
     result: list[tuple[dict[str, Tensor], Tensor | None]] = []
@@ -89,14 +89,14 @@ def changed_rows(store: RowStore, log: ChangeLog) -> list[tuple[dict[str, Tensor
 
 
 def changed_admission(before: dict[str, Tensor], now: dict[str, Tensor]) -> tuple[dict[str, Tensor], Tensor]:
-    """Compare two states of admission of one member table.
+    """Compare two admission states of one member table.
 
     Args:
         before: Columns ``[n]``, ``ids`` ascending.
         now: Columns ``[n]``, ``ids`` ascending.
 
     Returns:
-        The entries of ``now`` that are new or differ, and the ids (int64 ``[m]``) that are gone.
+        The new or changed entries of ``now``, and the ids (int64 ``[m]``) that are missing in ``now``.
     """
     if before["ids"].numel() == 0:
         return now, before["ids"]
@@ -108,7 +108,7 @@ def changed_admission(before: dict[str, Tensor], now: dict[str, Tensor]) -> tupl
 
 
 def _without(ids: Tensor, others: Tensor) -> Tensor:
-    """Return the ids that are not among others; both ascending."""
+    """Return the ids that are not in ``others``; both are ascending."""
     if others.numel() == 0:
         return ids
     at = torch.searchsorted(others, ids).clamp_(max=others.numel() - 1)

@@ -1,4 +1,4 @@
-"""Row gradients that backward has left at a table for the optimizer's next step.
+"""Row gradients that backward has added to a table, pending until the optimizer's next step.
 
 Letters: N positions, U distinct rows, D dim.
 """
@@ -17,7 +17,7 @@ from recis_hybrid.embedding.table.lookup import Lookup, select
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
 
-_MARK = 2.0**-500  # its square does not count beside that of any norm of float32 numbers
+_MARK = 2.0**-500  # its square is negligible against that of any norm of float32 numbers
 
 
 @dataclass
@@ -27,53 +27,58 @@ class Part:
     rows: Tensor
     """int64 ``[N]``; -1 for an id without a row."""
     members: list[int]
-    """For each feature its member table; features of different ones share no row. Or one number for all."""
+    """For each feature, its member table, or the same number for all; rows of different member tables are distinct."""
     row_bound: int
+    """Greater than every row."""
     bags: Bags
     """Bags of the gradients: how they map to positions."""
     values: list[Tensor]
     """For each feature, float32 ``[V, D]``."""
     groups: RowGroups | None
-    """The positions grouped by row, if they are already."""
+    """The positions grouped by row; None if not grouped yet."""
 
 
 @dataclass
 class Reduced:
-    """Summed row gradients, and their norm as torch's utilities read and scale it."""
+    """Summed row gradients, and their norm in the form that torch's utilities read and scale."""
 
     groups: RowGroups
     sums: Tensor
-    """float32 ``[N, D]``: of the rows ``groups.unique``; zeros after them."""
+    """float32 ``[N, D]``: sums of the rows ``groups.unique``, followed by zeros."""
     row_bound: int
     grad: Tensor
-    """float64 ``[2]``: their norm, and a mark too small to count in a norm. It is the anchor's ``grad``; a factor that
-    is multiplied into it is recovered from the mark, exactly, even if the norm is not finite. It is float64 so that
-    torch adds the norms of tables in float64, too: then coalescing does not change float32 gradients."""
+    """float64 ``[2]``, the anchor's ``grad``: the norm of the sums, and a mark too small to change a norm.
+
+    A factor multiplied into ``grad`` is recovered exactly from the mark, even if the norm is not finite. float64 makes
+    torch add the norms of tables in float64, too, so that coalescing does not change float32 gradients."""
 
     @property
     def factor(self) -> Tensor:
-        """float32 ``[1]``: factor of the sums."""
+        """float32 ``[1]``: the factor to apply to the sums."""
         return (self.grad[1:] / _MARK).to(torch.float32)
 
 
 class RemoteGradients(Protocol):
-    """Gradients of a table that ranks share, still to be exchanged; the seam to ``embedding.distributed`` above."""
+    """Gradients of a table shared by several ranks that are still to be exchanged."""
+
+    # A protocol, although GradientExchange is the only implementation: embedding.distributed imports this package, so
+    # a HashTable cannot import the class.
 
     def __bool__(self) -> bool:
         """Return whether this rank has any."""
 
     def fetch(self) -> list[tuple[Lookup, Part]]:
-        """Exchange them, and return those of this rank's rows with their lookups; collective."""
+        """Exchange the gradients, and return those of this rank's rows with their lookups; collective."""
 
     def clear(self) -> None:
-        """Drop those of this rank."""
+        """Drop the gradients of this rank."""
 
     def norm(self, own: Tensor) -> Tensor:
-        """Return the norm over all ranks' rows, from that over this rank's (float64 ``[]``); collective."""
+        """Return the norm over the rows of all ranks, given that of this rank (float64 ``[]``); collective."""
 
 
 class PendingGradients:
-    """Gradients of any number of lookups, reduced once: for an update, or when their norm is read."""
+    """Gradients of any number of lookups, reduced only once: for an update, or when their norm is read."""
 
     def __init__(self) -> None:
         self._parts: list[Part] = []
@@ -109,15 +114,15 @@ class PendingGradients:
 
         Args:
             dim: D.
-            norm: Returns the norm over all ranks' rows, from that over this rank's.
+            norm: Returns the norm over the rows of all ranks, given that of this rank.
         """
         if self._reduced is None and self._parts:
             gradients = self.gradients()
             n, device = gradients.groups.sources.numel(), gradients.groups.sources.device
             sums = torch.zeros(n, dim, dtype=torch.float32, device=device)
             ops.update.reduce_rows(gradients, sums)
-            each = torch.arange(n + 1, dtype=torch.int64, device=device)
-            groups = RowGroups(gradients.groups.count, gradients.groups.unique, each, each[:n], None)
+            numbers = torch.arange(n + 1, dtype=torch.int64, device=device)
+            groups = RowGroups(gradients.groups.count, gradients.groups.unique, numbers, numbers[:n], None)
             bound = max(part.row_bound for part in self._parts)
             self._parts = []
             self.replace_sums(groups, sums, bound, norm)
@@ -136,7 +141,7 @@ class PendingGradients:
 
 
 def _merged(parts: list[Part]) -> Part:
-    """Join several parts, their features in order."""
+    """Join several parts; their features follow one another."""
     bags = [part.bags for part in parts]
     return Part(
         torch.cat([part.rows for part in parts]),
@@ -145,8 +150,8 @@ def _merged(parts: list[Part]) -> Part:
         Bags(
             [n for each in bags for n in each.lengths],
             [v for each in bags for v in each.vectors],
-            _joined([each.offsets for each in bags], bags),
-            _joined([each.weights for each in bags], bags),
+            _joined([part.bags.offsets for part in parts], bags),
+            _joined([part.bags.weights for part in parts], bags),
             [c for each in bags for c in each.combiners],
             [t for each in bags for t in each.tiles],
         ),
@@ -178,10 +183,10 @@ def gradient_part(
     Args:
         where: Name of the table, for messages.
         rows: int64 ``[N]``.
-        members: For each feature its member table.
+        members: For each feature, its member table.
         row_bound: Greater than every row.
         bags: How gradients map to positions.
-        groups: The positions grouped by row, if they are already.
+        groups: The positions grouped by row; None if not grouped yet.
         gradients: For each feature, float32 ``[V, D]``, or None.
         dim: D.
 
@@ -200,10 +205,10 @@ def gradient_part(
 def checked_gradients(
     where: str, vectors: Sequence[int], gradients: Sequence[Tensor | None], dim: int, device: torch.device
 ) -> list[Tensor]:
-    """Return the gradients that are not None as kernels take them: on the device, rows contiguous.
+    """Return the gradients that are not None in the form kernels expect: on the device, with contiguous rows.
 
     Raises:
-        ValueError: If one is not float32 ``[V, D]``.
+        ValueError: If a gradient is not float32 ``[V, D]``.
     """
     found = []
     for count, gradient in zip(vectors, gradients, strict=True):

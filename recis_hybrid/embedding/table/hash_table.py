@@ -1,4 +1,4 @@
-"""HashTable: one logical table in training; and its anchor, by which autograd and optimizers know it.
+"""HashTable: one logical table in training; and its anchor, which represents it in autograd and optimizers.
 
 Letters: n ids, N positions (ids of a call over all features), D dim.
 """
@@ -41,17 +41,17 @@ from recis_hybrid.ops.update import Gradients
 class HashTable:
     """A growing, collision-free table of records for one or more member tables.
 
-    A :class:`RowStore` holds the rows; this class adds what training needs: lookups and their generation, gradients
-    until an optimizer uses them, and the log of changes for incremental checkpoints.
+    A :class:`RowStore` holds the rows. This class adds the parts that training needs: lookups and their generation,
+    pending gradients, and the log of changes for incremental checkpoints.
 
     Args:
-        members: The member tables; their number is their index here.
-        layout: How a record lies in memory.
-        device: Where IDMap and blocks live, unless ``placement`` says otherwise.
+        members: The member tables; the number of a member table is its index here.
+        layout: Memory layout of a record.
+        device: Device of IDMap and blocks, if there is no ``placement``.
         seed: Seed of the rows' first values and of stochastic rounding.
-        placement: Where IDMap and blocks live, each.
-        admission: Which ids get a row; None: all that a training lookup finds.
-        read_only: Refuse every change of rows, except loading them.
+        placement: Devices of IDMap and blocks.
+        admission: Rule for which ids get a row; None: all ids of training lookups.
+        read_only: Refuse all changes of rows except loading.
     """
 
     def __init__(
@@ -71,27 +71,27 @@ class HashTable:
         self.device = self.store.device
         self.read_only = read_only
         self.generation = next_generation()
-        """Changed by whatever makes row numbers of earlier lookups meaningless; no two tables have the same."""
+        """Changes whenever row numbers of earlier lookups become invalid; unique over all tables of the process."""
         self.step = 0
-        """Steps done on this table; the optimizer counts them."""
+        """Number of steps done on this table, counted by the optimizer."""
         self.before_read: BeforeRead | None = None
         """Called in each training lookup, before values are read."""
         self.pending = PendingGradients()
-        """Gradients that backward has left here."""
+        """Gradients that wait for the next step."""
         self.overrides: dict[str, Any] = {}
-        """Hyperparameters of the optimizer for this table alone."""
+        """Optimizer hyperparameters for this table only."""
         self.built_alone = False
-        """True if its engine was built without a process group, and not explicitly for one process."""
+        """True if the engine was built without a process group, but not explicitly for one process."""
         self._unrecorded: Lookup | None = None
-        # The remote and the anchor hold the table. If the table held them too, the memory of a table that is dropped
-        # would wait for the garbage collector.
+        # The remote and the anchor refer to the table. Weak references avoid cycles, which would keep the memory of a
+        # dropped table until the garbage collector runs.
         self._remote: weakref.ref[RemoteGradients] | None = None
         self._anchor: weakref.ref[Anchor] | None = None
         self.change_logs: weakref.WeakSet[ChangeLog] = weakref.WeakSet()
-        """Logs of changes that somebody holds."""
+        """Logs of changes that are still referenced."""
 
     def __len__(self) -> int:
-        """Rows in use; waits for the device."""
+        """Return the number of rows in use; waits for the device."""
         return len(self.store)
 
     def __repr__(self) -> str:
@@ -100,7 +100,7 @@ class HashTable:
         return f"HashTable({self.name}, dim={self.layout.dim}, dtype={dtype}, rows={len(self):,}{frozen})"
 
     def __reduce__(self) -> Any:
-        """Refuse ``copy``, ``deepcopy`` and pickling, which all come here."""
+        """Refuse ``copy``, ``deepcopy`` and pickling, which all call this."""
         raise _refused_copy()
 
     @property
@@ -110,7 +110,7 @@ class HashTable:
 
     @property
     def anchor(self) -> Anchor:
-        """The table's place in autograd and in optimizers: the same as long as anyone holds it."""
+        """The parameter that represents the table in autograd and optimizers; the same while anything refers to it."""
         anchor = None if self._anchor is None else self._anchor()
         if anchor is None:
             anchor = Anchor(self)
@@ -130,12 +130,12 @@ class HashTable:
 
         Args:
             features: The ids, on the table's device.
-            train: Insert ids that have no row, as far as they are admitted, and update the rows' metadata. Otherwise,
-                and in a read-only table, nothing is changed, and an unknown id has row -1.
+            train: Insert ids that have no row, if they are admitted, and update the rows' metadata. Otherwise, and in
+                a read-only table, nothing is changed, and an unknown id has row -1.
 
         Raises:
-            IndexError: If a feature's member table is not one of the table's.
-            RuntimeError: If offsets decrease, or lie outside of the ids.
+            IndexError: If a feature's member table is not in the table.
+            RuntimeError: If offsets decrease or exceed the number of ids.
         """
         refuse_recording()
         for feature in features:
@@ -148,7 +148,7 @@ class HashTable:
     def find(self, request: Request, *, train: bool, out: Tensor | None = None, starts: Sequence[int] = ()) -> Lookup:
         """Find the rows of a request, as :meth:`lookup` does.
 
-        A training lookup also gathers the vectors into ``out`` where it can, and returns the buffer as
+        A training lookup also gathers the vectors into ``out`` if possible, and returns that buffer as
         ``Lookup.gathered``.
         """
         store = self.store
@@ -157,7 +157,7 @@ class HashTable:
             return Lookup(request, rows, store.id_map.row_bound, self.generation, False, self.step)
         self.record_lookup()
         request = request.with_own_bags()
-        # Rows that before_read changes are gathered after it.
+        # If before_read may change the rows, they are gathered after it.
         rows, groups, gathered = store.insert_grouped(request, None if self.before_read else out, starts)
         complete, bound = store.gate is None, store.id_map.row_bound
         lookup = Lookup(request, rows, bound, self.generation, complete, self.step + 1, groups, gathered)
@@ -167,10 +167,10 @@ class HashTable:
         return lookup
 
     def record_lookup(self) -> None:
-        """Write the last training lookup into the metadata of its rows.
+        """Record the last training lookup in the metadata of its rows.
 
-        An update of the same rows does this in the same pass. This method does it for lookups without an update, and
-        must come before metadata is read or rows are moved.
+        An update of the same rows does this in the same pass. For lookups without an update, this method does it; call
+        it before metadata is read or rows are moved.
         """
         lookup, self._unrecorded = self._unrecorded, None
         if lookup is not None:
@@ -184,7 +184,7 @@ class HashTable:
             lookup: A lookup in this table.
             out: float32, one buffer for all features.
             starts: For each feature, the offset of its ``[V, D]`` in ``out``.
-            winners: int32, shaped as ``out``; needed for gradients of the combiner ``max``.
+            winners: int32, shaped like ``out``; needed for gradients of the combiner ``max``.
         """
         self.check(lookup)
         ids, members, bags, unknown, *_ = lookup.request
@@ -205,7 +205,7 @@ class HashTable:
     # Gradients and the optimizer's step
 
     def add_gradients(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> None:
-        """Keep the gradients of a training lookup for the next step; None for a feature without one."""
+        """Add the gradients of a training lookup to those of the next step; None for a feature without one."""
         self.check(lookup)
         part = gradient_part(
             self.name,
@@ -221,33 +221,33 @@ class HashTable:
             self.pending.add(part)
 
     def gradients_of(self, lookup: Lookup, gradients: Sequence[Tensor | None]) -> Gradients:
-        """Return the gradients of a training lookup as an update takes them, after checking them.
+        """Check the gradients of a training lookup, and return them in the form of an update.
 
         Args:
             lookup: A training lookup in this table.
-            gradients: For each feature, float32 ``[V, D]``: of its vectors, or of its positions with the combiner
+            gradients: For each feature, float32 ``[V, D]``: a gradient per vector, or per position with the combiner
                 ``max``.
         """
         self.check(lookup)
         self.refuse_read_only("apply_gradients")
         if any(gradient is None for gradient in gradients):
             raise ValueError(
-                f"table {self.name}: apply_gradients takes a gradient for each feature; give zeros for None"
+                f"table {self.name}: apply_gradients needs a gradient for each feature; pass zeros instead of None"
             )
         return Gradients(
             checked_gradients(self.name, lookup.sources.vectors, gradients, self.layout.dim, self.device), lookup.groups
         )
 
     def pending_gradients(self) -> Gradients | None:
-        """Return the gradients that backward has left, for one update, or None; collective where ranks share the table.
+        """Return all pending gradients for one update, or None; collective if ranks share the table.
 
-        They stay until :meth:`clear_gradients`.
+        They remain pending until :meth:`clear_gradients`.
         """
         self.fetch_gradients()
         return self.pending.gradients() if self.pending else None
 
     def records(self, gradients: Gradients) -> ops.update.Table:
-        """Return the records as an update by these gradients takes them; the update must follow."""
+        """Return the records in the form of an update by these gradients; the update must follow."""
         unrecorded, layout = self._unrecorded, self.layout
         marks_seen = (
             unrecorded is not None
@@ -268,7 +268,7 @@ class HashTable:
         )
 
     def reduced_gradients(self) -> Reduced | None:
-        """Return the summed gradient of each row and their norm, or None; collective where ranks share the table."""
+        """Return the summed gradient of each row and their norm, or None; collective if ranks share the table."""
         self.fetch_gradients()
         return self.pending.reduced(self.layout.dim, self._norm)
 
@@ -277,14 +277,14 @@ class HashTable:
         self.pending.replace_sums(groups, sums, row_bound, self._norm)
 
     def clear_gradients(self) -> None:
-        """Drop all gradients that no step has used."""
+        """Drop all pending gradients."""
         self.pending.clear()
         if (remote := self.remote) is not None:
             remote.clear()
 
     @property
     def remote(self) -> RemoteGradients | None:
-        """Gradients still to be exchanged with other ranks; None if the table is on one rank."""
+        """Gradients still to be exchanged with other ranks; None if the table is not shared."""
         return None if self._remote is None else self._remote()
 
     @remote.setter
@@ -292,23 +292,23 @@ class HashTable:
         self._remote = weakref.ref(remote)
 
     def fetch_gradients(self) -> None:
-        """Receive the gradients that other ranks have for this rank's rows; collective."""
+        """Receive the gradients of other ranks for this rank's rows; collective."""
         if (remote := self.remote) is not None:
             for lookup, part in remote.fetch():
                 self.check(lookup)
                 self.pending.add(part)
 
     def _norm(self, own: Tensor) -> Tensor:
-        """Return the norm over all ranks' rows, from that over this rank's."""
+        """Return the norm over the rows of all ranks, given that of this rank."""
         remote = self.remote
         return own if remote is None else remote.norm(own)
 
-    # The log of changes; all of it waits for the device
+    # Log of changes; all methods wait for the device
 
     def watch(self) -> ChangeLog:
-        """Return a log of changes from now on, filled as long as it lives: 8 bytes for each id erased or inserted.
+        """Return a log of all changes from now on, for as long as it is referenced: 8 bytes per erased or inserted id.
 
-        It has a copy of the state of admission, 16 bytes an id.
+        It holds a copy of the admission state, 16 bytes per id.
         """
         self.record_lookup()
         gate = self.store.gate
@@ -318,7 +318,7 @@ class HashTable:
         return log
 
     def watches(self, log: ChangeLog) -> bool:
-        """Return whether :meth:`watch` of this table returned the log."""
+        """Return whether :meth:`watch` of this table created the log."""
         return log in self.change_logs
 
     def changed_rows(self, log: ChangeLog) -> list[tuple[dict[str, Tensor], Tensor | None]]:
@@ -331,16 +331,16 @@ class HashTable:
         for log in self.change_logs:
             log.note(member, ids, len(self))
 
-    # Rows in bulk; all of it waits for the device
+    # Bulk access to rows; all methods wait for the device
 
     def insert(self, member: int, ids: Tensor, columns: dict[str, Tensor] | None = None) -> Tensor:
         """Insert ids, regardless of admission.
 
         Args:
             member: Number of the member table.
-            ids: int64 ``[n]``; distinct where columns are given.
-            columns: Values of the rows, as :meth:`export` returns them. A column that is missing has its first value in
-                a new row, and keeps its value in a row that exists. Without metadata the rows count as seen now.
+            ids: int64 ``[n]``; distinct if there are columns.
+            columns: Values of the rows, as :meth:`export` returns them. A missing column has its first value in a new
+                row, and keeps its value in an existing row. Without metadata, the rows count as seen now.
 
         Returns:
             int64 ``[n]``: the rows.
@@ -353,12 +353,12 @@ class HashTable:
         self.refuse_read_only("insert")
         rows = self.load(member, ids, columns or {})
         if columns is None or META[1] not in columns:
-            # As recent as if a lookup had just found them: the next eviction leaves them.
+            # As recent as after a lookup, so that the next eviction keeps them.
             self.store.mark_seen(rows, self.step)
         return rows
 
     def load(self, member: int, ids: Tensor, columns: dict[str, Tensor]) -> Tensor:
-        """Insert ids as :meth:`insert` does, also into a read-only table: how a checkpoint is loaded."""
+        """Insert ids like :meth:`insert`, but also into a read-only table; used to load checkpoints."""
         ids = self.store.check_ids("insert", member, ids)
         self.store.check_columns(member, ids, columns)
         self.record_lookup()
@@ -370,7 +370,7 @@ class HashTable:
         return self.store.ids(member)
 
     def rows(self, member: int, ids: Tensor) -> Tensor:
-        """Return the rows of ids (int64 ``[n]``), -1 for an id that has none; they hold for this generation."""
+        """Return the rows of ids (int64 ``[n]``), -1 for an id that has none; valid in this generation only."""
         return self.store.rows(member, ids)
 
     def export(self, member: int, ids: Tensor | None = None) -> dict[str, Tensor]:
@@ -378,7 +378,7 @@ class HashTable:
 
         Args:
             member: Number of the member table.
-            ids: int64 ``[n]``; None: all that have a row, ascending.
+            ids: int64 ``[n]``; None: all ids that have a row, ascending.
 
         Returns:
             ``ids``; every part of the record, ``[n, width]``; ``updated_step``, ``seen_step`` and ``frequency``.
@@ -390,7 +390,7 @@ class HashTable:
         return self.store.export(member, ids)
 
     def export_all(self) -> list[dict[str, Tensor]]:
-        """Return :meth:`export` of each member table, rows by (bucket, id), as checkpoints have them."""
+        """Return :meth:`export` of each member table, rows ordered by (bucket, id) as in checkpoints."""
         self.record_lookup()
         return self.store.export_all()
 
@@ -402,16 +402,16 @@ class HashTable:
         return erased
 
     def evict(self, rule: Eviction) -> int:
-        """Erase the rows that a rule names, and return how many there were."""
+        """Erase the rows that a rule selects, and return their number."""
         return self.erase_evicted(self.evicted_by(rule))
 
     def evicted_by(self, rule: Eviction) -> Entries:
-        """Return the rows that a rule names, without erasing them.
+        """Return the rows that a rule selects, without erasing them.
 
         Raises:
-            RuntimeError: If the table is read-only, or gradients wait for its rows.
-            TypeError: If it is no rule, or does not return a tensor of bool.
-            ValueError: If that does not have as many elements as the table has rows.
+            RuntimeError: If the table is read-only, or has pending gradients.
+            TypeError: If ``rule`` is not a rule, or does not return a bool tensor.
+            ValueError: If that tensor does not have one element for each row.
         """
         self.refuse_read_only("evict")
         self.refuse_pending("evict")
@@ -419,7 +419,7 @@ class HashTable:
         return self.store.unwanted(rule, self.step)
 
     def erase_evicted(self, evicted: Entries) -> int:
-        """Erase the rows that :meth:`evicted_by` returned, if nothing has changed the table since."""
+        """Erase the rows that :meth:`evicted_by` returned; the table must not have changed since."""
         count = self._erase_slots("evict", evicted.slots)
         if self.change_logs:
             for member in evicted.members.unique().tolist():
@@ -427,18 +427,18 @@ class HashTable:
         return count
 
     def clear(self, member: int | None = None) -> None:
-        """Remove every row of a member table, or of all, and the state of admission for their ids."""
+        """Remove all rows of a member table, or of all member tables, and the admission state of their ids."""
         self.refuse_read_only("clear")
         self.discard(member)
 
     def discard(self, member: int | None = None) -> None:
-        """Remove rows as :meth:`clear` does, also from a read-only table."""
+        """Remove rows like :meth:`clear`, but also from a read-only table."""
         store = self.store
         if member is not None:
             checked_member("clear", len(self.members), member)
         for log in self.change_logs:
-            for cleared in range(len(self.members)) if member is None else [member]:
-                log.note_whole(cleared)
+            for number in range(len(self.members)) if member is None else [member]:
+                log.note_whole(number)
         if member is not None:
             entries = store.id_map.entries()
             self._erase_slots("clear", entries.slots[entries.members == member], loading=True)
@@ -451,7 +451,7 @@ class HashTable:
         self.generation = next_generation()
 
     def compact(self) -> None:
-        """Move rows together and give back blocks at the end; the only thing that moves rows."""
+        """Close gaps between rows and free the blocks at the end; the only operation that moves rows."""
         self.refuse_pending("compact")
         self.record_lookup()
         self.generation = next_generation()
@@ -460,8 +460,8 @@ class HashTable:
     def memory(self) -> dict[str, int]:
         """Return the bytes of each part: ``id_map``, ``blocks``, ``free_rows``, ``admission``, and ``total``.
 
-        Not counted are gradients that wait for a step, and up to 1 GiB of host memory that the process keeps for reuse
-        after tables and batches have given it back.
+        Pending gradients are not counted, nor up to 1 GiB of host memory that the process keeps for reuse after tables
+        and batches have freed it.
         """
         return self.store.memory()
 
@@ -477,43 +477,43 @@ class HashTable:
         """Raise RuntimeError if the table is read-only."""
         if self.read_only:
             raise RuntimeError(
-                f"table {self.name}: {where} would change it, and it is read-only; "
+                f"table {self.name}: {where} would change it, but it is read-only; "
                 f"build the engine with trainable=True for its features"
             )
 
     def refuse_pending(self, where: str) -> None:
-        """Raise RuntimeError if gradients wait for rows that would be erased or moved."""
+        """Raise RuntimeError if there are pending gradients, which erasing or moving rows would invalidate."""
         if self.pending or self.remote:
             raise RuntimeError(
-                f"table {self.name}: {where} would separate gradients that wait here from their rows; "
+                f"table {self.name}: {where} would detach pending gradients from their rows; "
                 f"call the optimizer's step or zero_grad first"
             )
 
     def check(self, lookup: Lookup) -> None:
-        """Raise RuntimeError for a lookup of another generation."""
+        """Raise RuntimeError if a lookup is from another generation."""
         if lookup.generation != self.generation:
             raise RuntimeError(
-                f"table {self.name}: this lookup is of generation {lookup.generation} and the table is in generation "
-                f"{self.generation}: rows were cleared, erased or moved since, or it was made by another table; look "
-                f"the batch up again, in this one"
+                f"table {self.name}: this lookup is from generation {lookup.generation}, but the table is in "
+                f"generation {self.generation}: rows were cleared, erased or moved since, or the lookup is from "
+                f"another table; look up the batch again in this table"
             )
 
 
 @outside_graphs("grad")
 class Anchor(nn.Parameter):
-    """A parameter of one meaningless element, whose ``grad`` stands for all row gradients of its table.
+    """A parameter with one meaningless element, whose ``grad`` represents all row gradients of its table.
 
-    ``grad`` is their L2 norm (and in a second element, too small to count, a mark), float64 ``[2]``, computed when it
-    is read; None if there are none. Whatever multiplies it in place multiplies the row gradients, and non-finite
-    gradients make it non-finite: so ``torch.nn.utils.clip_grad_norm_`` and ``torch.amp.GradScaler`` work on tables as
-    on dense parameters. Norms other than the L2 norm are not supported, and ``clip_grad_value_`` leaves tables alone.
-    Setting it to None, as ``zero_grad`` does, drops the gradients.
+    ``grad`` is float64 ``[2]``, computed when it is read: the L2 norm of the row gradients, and a mark too small to
+    change that norm; None if there are no gradients. Multiplying it in place multiplies the row gradients, and
+    non-finite gradients make it non-finite. So ``torch.nn.utils.clip_grad_norm_`` and ``torch.amp.GradScaler`` work on
+    tables as they do on dense parameters. Norms other than the L2 norm are not supported, and ``clip_grad_value_`` does
+    not affect tables. Setting ``grad`` to None, as ``zero_grad`` does, drops the gradients.
     """
 
     table: HashTable
 
     def __new__(cls, table: HashTable) -> Anchor:
-        """Make the anchor of a table."""
+        """Create the anchor of a table."""
         _watch_steps()
         prepare()
         anchor = super().__new__(cls, torch.zeros(1, device=table.device), requires_grad=not table.read_only)
@@ -543,28 +543,28 @@ class Anchor(nn.Parameter):
 
 
 def _refused_copy() -> TypeError:
-    """Return the error for copying or pickling a table: records lie at addresses that a copy would share."""
+    """Return the error for copying or pickling a table; a copy would share the memory of its records."""
     return TypeError(
         "an embedding table cannot be copied or pickled; save it with Saver and load it into a new engine, or build "
-        "the engine with rows_in_state_dict='record', take the model's state_dict() and load it into a new one; to "
-        "average weights, copy the towers alone, as AveragedModel(model.tower)"
+        "the engine with rows_in_state_dict='record' and load the model's state_dict() into a new model; to average "
+        "weights, copy only the towers, e.g. AveragedModel(model.tower)"
     )
 
 
 @cache
 def _watch_steps() -> None:
-    """Check every optimizer before its step: torch.optim accepts an anchor as any other parameter."""
+    """Check every optimizer before its step, because torch.optim accepts anchors as parameters."""
     register_optimizer_step_pre_hook(_refuse_step)
 
 
 def _refuse_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     if hasattr(optimizer, "update_table"):
         return
-    # By type: isinstance of a Parameter takes twenty times as long, and this comes before every step.
+    # type() instead of isinstance(), which takes twenty times as long on a Parameter: this runs before every step.
     if not any(type(parameter) is Anchor for group in optimizer.param_groups for parameter in group["params"]):
         return
     kind = type(optimizer)
     raise TypeError(
-        f"{kind.__module__}.{kind.__qualname__} cannot update embedding tables, and was given their parameters: give "
+        f"{kind.__module__}.{kind.__qualname__} cannot update embedding tables, but got their parameters: pass "
         f"engine.parameters() to an optimizer of recis_hybrid.optim, and embedding.dense_parameters(model) to this one"
     )

@@ -1,4 +1,4 @@
-"""IDMap: (member table, id) → row, for every 64-bit id, growing and without collisions."""
+"""IDMap: a growing, collision-free map from (member table, 64-bit id) to row."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Entries(NamedTuple):
 class IdMap:
     """An open-addressing hash table in torch tensors, changed in place by native operators.
 
-    Which id gets which row depends on the threads and is not guaranteed; rows of erased ids are reused. The host never
-    waits for a device to learn how full the map is: it keeps an upper bound (ids looked up so far, corrected by a count
-    that is copied asynchronously) and grows by that.
+    The assignment of rows to ids depends on thread timing and is not deterministic; rows of erased ids are reused. The
+    host never waits for a device to learn how full the map is. It grows the map based on an upper bound: the number of
+    ids looked up so far, corrected by a count that is copied asynchronously.
 
     Args:
         device: Device of the slots.
@@ -41,12 +41,12 @@ class IdMap:
     def __init__(self, device: torch.device, capacity: int = 1024) -> None:
         self.slots = _empty_slots(_power_of_two(max(capacity, 16)), device)
         """int64 ``[S, 2]``."""
-        # A tensor made in inference mode could not be written outside of it.
+        # A tensor created in inference mode cannot be written outside of it.
         with torch.inference_mode(False):
             self.counters = torch.zeros(ops.id_map.COUNTERS, dtype=torch.int64, device=device)
-        """int64 ``[5]``, indexed as ``ops.id_map`` says."""
+        """int64 ``[5]``, indexed by the constants of ``ops.id_map``."""
         self.free_rows = torch.empty(0, dtype=torch.int64, device=device)
-        """int64: rows of erased ids; the counters have their number."""
+        """int64: rows of erased ids; the counters hold their number."""
         self._bounds = CounterBounds(self.counters)
 
     @property
@@ -61,7 +61,7 @@ class IdMap:
 
     @property
     def row_bound(self) -> int:
-        """Greater than every row assigned so far; on the CPU, exactly the number of rows ever made."""
+        """Greater than every row assigned so far; on the CPU, exactly the number of rows ever created."""
         return self._bounds.bound(ops.id_map.ROWS)
 
     @property
@@ -75,7 +75,7 @@ class IdMap:
         return self.slots.nbytes + self.counters.nbytes
 
     def __len__(self) -> int:
-        """Ids that have a row; waits for the device."""
+        """Return the number of ids that have a row; waits for the device."""
         return int(self.counters[ops.id_map.LIVE])
 
     def find(self, ids: Sequence[Tensor], members: Sequence[int], used: Sequence[Tensor] = ()) -> Tensor:
@@ -85,15 +85,15 @@ class IdMap:
         return rows
 
     def reserve(self, more: int) -> None:
-        """Make room for ``more`` further ids. If memory runs out, nothing changes."""
+        """Make room for ``more`` additional ids. If memory runs out, nothing changes."""
         if self._bounds.bound(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
             return
         exact = self._bounds.exact()
         if exact[ops.id_map.LIVE] + more > MAX_ROWS:
-            raise ValueError(f"a hash table has at most 2**40 rows, {exact[ops.id_map.LIVE] + more} are needed")
+            raise ValueError(f"a hash table has at most 2**40 rows, but {exact[ops.id_map.LIVE] + more} are needed")
         if exact[ops.id_map.USED_SLOTS] + more > MAX_LOAD * self.capacity:
-            # Erased ids are dropped, so the number of slots may stay.
-            # With room to spare; otherwise steady inserts and erases would rehash at every step.
+            # Erased ids are dropped, so the number of slots may stay the same. Leave room to spare: otherwise,
+            # alternating inserts and erases would rehash at every step.
             self.rehash(min((exact[ops.id_map.LIVE] + more) * 5 // 4, MAX_ROWS))
 
     def rehash(self, ids: int) -> None:
@@ -111,16 +111,16 @@ class IdMap:
         admitted: Tensor | None = None,
         used: Sequence[Tensor] = (),
     ) -> tuple[Tensor, Tensor]:
-        """Find the row of each id, or insert it. Call :meth:`reserve` for as many ids before, and :meth:`commit` after.
+        """Find the row of each id, or insert it. Call :meth:`reserve` for the ids before, and :meth:`commit` after.
 
         Args:
             ids: For each feature, int64 ``[n_f]``, contiguous.
             members: For each feature, its member table's number.
-            admitted: uint8 ``[N]``: 0 for ids that must not be inserted, whose row is -1; None: all may.
+            admitted: uint8 ``[N]``: 0 for ids that must not be inserted and get row -1; None: insert all.
             used: As in ``ops.id_map.find``.
 
         Returns:
-            ``rows`` int64 ``[N]``, and ``fresh`` int64 ``[N]``: for each new row, a position that holds it.
+            ``rows`` int64 ``[N]``, and ``fresh`` int64 ``[N]``: for each new row, a position in ``rows`` with it.
         """
         total = _total(ids)
         rows, fresh = torch.empty(2, total, dtype=torch.int64, device=self.device).unbind()
@@ -135,7 +135,7 @@ class IdMap:
         self._bounds.count_inserts(at_most)
 
     def commit(self) -> None:
-        """End a :meth:`find_or_insert`, once its new rows have their first values."""
+        """Complete a :meth:`find_or_insert` after its new rows have got their first values."""
         ops.id_map.commit(self.counters)
 
     def withdraw(self, ids: Sequence[Tensor], members: Sequence[int], fresh: Tensor) -> None:
@@ -150,7 +150,7 @@ class IdMap:
         return list_entries(self.slots, len(self))
 
     def erase_slots(self, slots: Tensor) -> None:
-        """Erase the ids in slots (int64 ``[n]``, below 0: none); their rows are reused."""
+        """Erase the ids in slots (int64 ``[n]``, negative: none); their rows are reused."""
         rows = self._bounds.exact()[ops.id_map.ROWS]
         if self.free_rows.numel() < rows:
             free_rows = torch.empty(_power_of_two(rows), dtype=torch.int64, device=self.device)
@@ -160,13 +160,13 @@ class IdMap:
         self._bounds.exact()
 
     def slots_of(self, ids: Sequence[Tensor], members: Sequence[int]) -> Tensor:
-        """Return the number of each id's slot, int64 ``[N]``, -1 for an id that has none."""
+        """Return the slot number of each id, int64 ``[N]``, -1 for an id that has none."""
         slots = torch.empty(_total(ids), dtype=torch.int64, device=self.device)
         ops.id_map.find(self.slots, ids, members, slots, numbers=True)
         return slots
 
     def move(self, moved: Tensor, rows: int) -> None:
-        """Give the id of each row the row ``moved[row]`` (int64), all below ``rows``; no row is free then."""
+        """Move each id from its row to ``moved[row]`` (int64), all below ``rows``; no row is free afterwards."""
         ops.id_map.move(self.slots, moved)
         self.counters[ops.id_map.ROWS] = rows
         self.counters[ops.id_map.FREE] = 0
@@ -178,13 +178,13 @@ class IdCounts(IdMap):
     """A map whose entries hold counts instead of rows: exact counters of ids."""
 
     def count(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()) -> None:
-        """Count each id whose row (int64 ``[N]``) is below 0."""
+        """Count each id whose row (int64 ``[N]``) is negative."""
         self.reserve(rows.numel())
         ops.id_map.count(self.slots, self.counters, ids, members, rows, used=used)
         self._bounds.count_inserts(rows.numel())
 
     def set(self, ids: Tensor, member: int, counts: Tensor) -> None:
-        """Set the counts of distinct ids; int64 ``[n]`` both."""
+        """Set the counts (int64 ``[n]``) of distinct ids (int64 ``[n]``)."""
         if ids.numel() > 0:
             self.reserve(ids.numel())
             self.find_or_insert([ids], [member])
@@ -192,7 +192,7 @@ class IdCounts(IdMap):
             ops.id_map.set_rows(self.slots, self.slots_of([ids], [member]), counts)
 
     def erase_slots(self, slots: Tensor) -> None:
-        """Erase the ids in slots (int64 ``[n]``, below 0: none), without waiting."""
+        """Erase the ids in slots (int64 ``[n]``, negative: none), without waiting for the device."""
         ops.id_map.erase(self.slots, slots, self.counters, None)
 
 
@@ -205,10 +205,10 @@ def list_entries(slots: Tensor, live: int) -> Entries:
 
 
 class CounterBounds:
-    """Upper bounds of device counters that the host may read at any time.
+    """Upper bounds of device counters that the host can read at any time.
 
-    On CUDA the counters are copied asynchronously after each insert; when the copy has arrived, the bound becomes the
-    copied count plus what was inserted since.
+    On CUDA, the counters are copied asynchronously after each insert. When the copy has arrived, the bound becomes the
+    copied count plus the number of ids inserted since.
     """
 
     def __init__(self, counters: Tensor) -> None:
@@ -220,12 +220,12 @@ class CounterBounds:
         self._since_copy = 0
 
     def bound(self, counter: int) -> int:
-        """Return an upper bound of a counter, without waiting; on the CPU the counter itself."""
+        """Return an upper bound of a counter without waiting; on the CPU, the counter itself."""
         if self._view is not None:
             return int(self._view[counter])
         if self._copy is not None and self._copy[1].query():
             self._counted = self._copy[0].tolist()
-            # The copied count lacks the rows that were assigned but not yet committed at the time.
+            # The copied count does not include rows that were assigned but not yet committed at that time.
             self._since = self._since_copy + int(self._counted[ops.id_map.FRESH])
             self._copy = None
         return int(self._counted[counter]) + self._since

@@ -24,35 +24,35 @@ class FeatureIds(NamedTuple):
     member: int
     """Number of the member table."""
     offsets: Tensor | None = None
-    """int64 ``[bags + 1]`` into ``ids``; None: one id a bag."""
+    """int64 ``[bags + 1]`` into ``ids``; None: one id per bag."""
     weights: Tensor | None = None
-    """float32 ``[n]``; None: all are 1."""
+    """float32 ``[n]``; None: all 1."""
     combiner: int = ops.gather.SUM
-    """A number of ``ops.gather``."""
+    """A combiner number of ``ops.gather``."""
     tile: int = 0
-    """0, or the number of vectors of a bag: one for each of its first ids."""
+    """0, or the number of vectors of a bag, one for each of its first ids."""
     unknown_zeros: bool = False
-    """True if an id without a row counts as zeros, not with its first value."""
+    """True if an id without a row has zeros instead of its first value."""
     used: Tensor | None = None
-    """int64, whose last element is the number of valid ids, if the host knows only a bound; None: all."""
+    """int64 tensor whose last element is the number of valid ids, if the host only knows a bound; None: all."""
 
 
 class Request(NamedTuple):
-    """The ids of all features of a lookup, end to end, as kernels take them."""
+    """The ids of all features of a lookup, in the form kernels expect."""
 
     ids: list[Tensor]
     members: list[int]
     bags: Bags
     unknown: list[int]
-    """For each feature the member table whose first values stand for unknown ids; -1: zeros."""
+    """For each feature, the member table whose first values unknown ids get; -1: zeros."""
     used: list[Tensor] = []
-    """As ``ops.id_map.find`` takes it."""
+    """As in ``ops.id_map.find``."""
     counts: Tensor | None = None
-    """int64 ``[N]``: how often each id occurs on the rank that sent it, one id a bag; None: once for each position."""
+    """int64 ``[N]``: how often each id occurs on the rank that sent it, with one id per bag; None: once each."""
 
     @staticmethod
     def of(features: Sequence[FeatureIds]) -> Request:
-        """Put features side by side."""
+        """Return the request for several features."""
         ids, vectors, members, offsets, weights, combiners, tiles, zeros, used = map(list, zip(*features, strict=True))
         return Request(
             ids,
@@ -65,7 +65,7 @@ class Request(NamedTuple):
     def with_own_bags(self) -> Request:
         """Return the request with copies of its offsets and weights.
 
-        A reader may reuse the batch's memory for the next batch before gradients are summed.
+        A reader may reuse the batch's memory for the next batch before the gradients are summed.
         """
         bags = self.bags
         if not bags.offsets and not bags.weights:
@@ -81,7 +81,7 @@ _generations = itertools.count()
 
 
 def next_generation() -> int:
-    """Return a generation that no table of this process has had."""
+    """Return a generation that no table of this process has had yet."""
     return next(_generations)
 
 
@@ -89,7 +89,7 @@ _EMPTY: dict[torch.device, Tensor] = {}
 
 
 def _some(parts: list[Tensor | None]) -> list[Tensor]:
-    """Return an empty list if all are None, otherwise the list with an empty tensor for each None."""
+    """Replace each None by an empty tensor; return an empty list if all are None."""
     present = next((part for part in parts if part is not None), None)
     if present is None:
         return []
@@ -105,19 +105,19 @@ class Lookup:
 
     request: Request
     rows: Tensor
-    """int64 ``[N]``, features end to end; -1 for an id without a row."""
+    """int64 ``[N]``, feature after feature; -1 for an id without a row."""
     row_bound: int
     """Greater than every row in ``rows``."""
     generation: int
-    """Generation of the table at the lookup; the rows are invalid in a later one."""
+    """Generation of the table at the time of the lookup; the rows are invalid in later ones."""
     complete: bool
     """True if every id is known to have a row."""
     step: int
     """Step of the table that the lookup belongs to."""
     grouped: RowGroups | None = None
-    """The positions grouped by row, as gradients are summed; None if this is not a training lookup."""
+    """The positions grouped by row, for summing gradients; None if this is not a training lookup."""
     gathered: Tensor | None = None
-    """Buffer with its vectors, if they were gathered in the same pass, until :func:`pooling.gather` takes it."""
+    """Buffer of the vectors, if they were gathered in the same pass; reset when :func:`pooling.gather` takes it."""
 
     @property
     def train(self) -> bool:
@@ -137,11 +137,11 @@ class Lookup:
 
     @property
     def sources(self) -> Bags:
-        """The bags of gradients: ``request.bags``, but one for each position with the combiner ``max``."""
+        """The bags of gradients: ``request.bags``, but one bag per position with the combiner ``max``."""
         return gradient_bags(self.request.bags)
 
     def occurrences(self) -> Tensor:
-        """Return int64 ``[N + 1]``: row ``unique[u]`` occurs ``[u + 1] - [u]`` times."""
+        """Return offsets ``o``, int64 ``[N + 1]``: row ``unique[u]`` occurs ``o[u + 1] - o[u]`` times."""
         counts, groups = self.request.counts, self.groups
         if counts is None:
             return groups.offsets
@@ -156,7 +156,7 @@ class Lookup:
 
 
 def select(bags: Bags, numbers: list[int]) -> Bags:
-    """Return the bags of some of the features, by number."""
+    """Return the bags of the features with the given numbers."""
     lengths, vectors, offsets, weights, combiners, tiles = bags
     return Bags(
         [lengths[n] for n in numbers],
@@ -169,13 +169,13 @@ def select(bags: Bags, numbers: list[int]) -> Bags:
 
 
 def gradient_bags(bags: Bags) -> Bags:
-    """Return the bags of the gradients of these bags; see ``Lookup.sources``."""
+    """Return the bags of the gradients of bags; see ``Lookup.sources``."""
     if not bags.combiners.count(MAX):
         return bags
-    greatest = [combiner == MAX for combiner in bags.combiners]
-    offsets = bags.offsets and [part[:0] if g else part for part, g in zip(bags.offsets, greatest, strict=True)]
+    is_max = [combiner == MAX for combiner in bags.combiners]
+    offsets = bags.offsets and [part[:0] if m else part for part, m in zip(bags.offsets, is_max, strict=True)]
     return bags._replace(
         offsets=offsets,
-        vectors=[n if g else v for n, v, g in zip(bags.lengths, bags.vectors, greatest, strict=True)],
-        combiners=[ops.gather.SUM if g else c for c, g in zip(bags.combiners, greatest, strict=True)],
+        vectors=[n if m else v for n, v, m in zip(bags.lengths, bags.vectors, is_max, strict=True)],
+        combiners=[ops.gather.SUM if m else c for c, m in zip(bags.combiners, is_max, strict=True)],
     )

@@ -9,14 +9,14 @@ from functools import cached_property
 import torch
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.initializers import Initializer, beyond
+from recis_hybrid.embedding.initializers import Initializer, overflow_threshold
 from recis_hybrid.validation import check_integer, describe_value
 
 META = ("updated_step", "seen_step", "frequency")
-"""Metadata of a row, as columns of :meth:`HashTable.export`; int64 ``[n]`` each."""
+"""Columns of :meth:`HashTable.export` with the metadata of rows, int64 ``[n]`` each."""
 
 META_BITS = {"updated_step": 40, "seen_step": 40, "frequency": 48}
-"""Bits of each in a record."""
+"""Bits of each column in a record."""
 
 MAX_STATE_FIELDS = 8
 _ALIGN = 16
@@ -27,7 +27,7 @@ _LONG = 256
 
 @dataclass(frozen=True)
 class MemberTable:
-    """A table as the user named it; one :class:`HashTable` holds several."""
+    """A table as named by the user; one :class:`HashTable` holds one or more of them."""
 
     name: str
     initializer: Initializer
@@ -35,23 +35,23 @@ class MemberTable:
 
 @dataclass(frozen=True)
 class StateField:
-    """One tensor of optimizer state that every row carries."""
+    """One tensor of optimizer state, stored in every row."""
 
     name: str
-    """By torch.optim's name: ``exp_avg``, ``sum``, …"""
+    """Name as in torch.optim: ``exp_avg``, ``sum``, …"""
     width: int | None = None
-    """Elements; None for as many as the embedding has."""
+    """Number of elements; None: as many as the embedding has."""
     first_value: float = 0.0
     """Initial value."""
     dtype: torch.dtype | None = None
-    """None for the layout's ``state_dtype``."""
+    """Dtype; None: the layout's ``state_dtype``."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
-            raise TypeError(f"StateField: name must be a string, as 'exp_avg', got {self.name!r}")
+            raise TypeError(f"StateField: name must be a string, e.g. 'exp_avg', got {self.name!r}")
         where = f"StateField {self.name!r}"
         if not isinstance(self.dtype, torch.dtype | None):
-            raise TypeError(f"{where}: dtype must be a torch.dtype, as torch.float32, or None, got {self.dtype!r}")
+            raise TypeError(f"{where}: dtype must be a torch.dtype, e.g. torch.float32, or None, got {self.dtype!r}")
         if self.width is not None:
             check_integer(where, "width", self.width, low=1)
         if not isinstance(self.first_value, int | float) or not math.isfinite(self.first_value):
@@ -66,18 +66,18 @@ def check_state_fields(where: str, fields: object) -> tuple[StateField, ...]:
     """
     if not isinstance(fields, tuple | list) or not all(isinstance(field, StateField) for field in fields):
         raise TypeError(
-            f"{where} must be a tuple of StateField, as optim.Adam.row_state(), got {describe_value(fields)}"
+            f"{where} must be a tuple of StateField, e.g. optim.Adam.row_state(), got {describe_value(fields)}"
         )
     return tuple(fields)
 
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """Embedding first, then the row's metadata, then optimizer state; each part and the whole padded to 16 bytes.
+    """Memory layout of a record: embedding, metadata, optimizer state, each part padded to 16 bytes.
 
-    A record of 256 bytes or more is padded to 64, so that embeddings start at cache lines.
+    Records of 256 bytes or more are padded to a multiple of 64, so that embeddings start at cache lines.
 
-    The metadata, 16 bytes, are the steps of the last update and of the last training lookup, and the frequency.
+    The metadata take 16 bytes: the steps of the last update and of the last training lookup, and the frequency.
 
     Example:
         >>> layout = RecordLayout(dim=10, state=(StateField("exp_avg"), StateField("exp_avg_sq")))
@@ -92,11 +92,11 @@ class RecordLayout:
     dtype: torch.dtype = torch.float32
     """Dtype of the embedding: float32, bfloat16 or float16."""
     state_dtype: torch.dtype = torch.float32
-    """Dtype of optimizer state fields without one: float32, or as the embedding."""
+    """Dtype of optimizer state fields that have none: float32, or that of the embedding."""
     first: int = 0
     """If rows are split by column, the first element of the row that is stored here."""
     whole_dim: int | None = None
-    """If rows are split by column, elements of the whole row; None: rows are whole."""
+    """If rows are split by column, the number of elements of the whole row; None: rows are whole."""
 
     def __post_init__(self) -> None:
         check_integer("RecordLayout", "dim", self.dim, low=1)
@@ -115,30 +115,30 @@ class RecordLayout:
                     f"got {field.dtype}"
                 )
             dtype = field.dtype or self.state_dtype
-            if abs(field.first_value) >= beyond(dtype):
+            if abs(field.first_value) >= overflow_threshold(dtype):
                 raise ValueError(
                     f"RecordLayout: {field.name}: first_value must fit {dtype}, at most "
                     f"{torch.finfo(dtype).max:g}, got {field.first_value}"
                 )
         if len(self.state) > MAX_STATE_FIELDS:
             raise ValueError(
-                f"RecordLayout: a row has at most {MAX_STATE_FIELDS} parts of state, got {len(self.state)}"
+                f"RecordLayout: a row has at most {MAX_STATE_FIELDS} fields of optimizer state, got {len(self.state)}"
             )
         names = [field.name for field in self.state]
         if len(set(names)) != len(names) or "embedding" in names:
-            raise ValueError(f"RecordLayout: state names must be distinct and none 'embedding', got {names}")
+            raise ValueError(f"RecordLayout: state names must be distinct and not 'embedding', got {names}")
 
     def columns(self, first: int, count: int) -> RecordLayout:
-        """Return the layout of ``count`` elements of a row from ``first`` on, with their optimizer state."""
+        """Return the layout of ``count`` elements of a row, starting at ``first``, and their optimizer state."""
         return replace(self, dim=count, first=first, whole_dim=self.dim)
 
     @property
     def whole(self) -> RecordLayout:
-        """The layout of the whole row, if this one is some of its columns."""
+        """The layout of whole rows; this layout, if rows are not split by column."""
         return self if self.whole_dim is None else replace(self, dim=self.whole_dim, first=0, whole_dim=None)
 
     def width(self, name: str) -> int:
-        """Return the number of elements of a part: ``"embedding"`` or a state's name."""
+        """Return the number of elements of a part: ``"embedding"`` or the name of a state field."""
         field = self._field(name)
         return self.dim if field is None or field.width is None else field.width
 
@@ -164,22 +164,22 @@ class RecordLayout:
 
     @property
     def record_bytes(self) -> int:
-        """The size of a record."""
+        """The size of a record in bytes."""
         return self._offsets["end"]
 
     @property
     def element(self) -> int:
-        """The embedding's dtype, as a number for kernels."""
+        """The kernels' number of the embedding's dtype."""
         return ops.blocks.ELEMENTS[self.dtype]
 
     @property
     def state_element(self) -> int:
-        """The optimizer state's dtype, as a number for kernels."""
+        """The kernels' number of the optimizer state's dtype."""
         return ops.blocks.ELEMENTS[self.state_dtype]
 
     @cached_property
     def state_args(self) -> ops.blocks.StateArgs:
-        """The optimizer state, as kernels take it."""
+        """The optimizer state in the form kernels expect."""
         dtypes = [self.part_dtype(field.name) for field in self.state]
         return ops.blocks.StateArgs(
             [self.offset(field.name) for field in self.state],
@@ -205,7 +205,7 @@ class RecordLayout:
         for field in self.state:
             offsets[field.name] = at
             at += _padded(self.width(field.name) * self.part_dtype(field.name).itemsize)
-        # Long records start at a cache line, so that no vector straddles more lines than it must.
+        # Long records start at a cache line, so that a vector touches as few lines as possible.
         offsets["end"] = at if at < _LONG else -(-at // _LINE) * _LINE
         return offsets
 

@@ -1,4 +1,4 @@
-"""Checks of bulk changes, before anything is changed."""
+"""Checks of bulk changes, made before anything is changed."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ def checked_ids(what: str, members: Sequence[MemberTable], member: int, ids: Ten
 
 
 def refuse_columns(table: str, ids: Tensor, columns: Mapping[str, Tensor], widths: Mapping[str, int]) -> None:
-    """Check columns for the rows of ``ids`` (int64 ``[n]``); waits for the device.
+    """Raise unless columns fit the rows of ``ids`` (int64 ``[n]``); waits for the device.
 
     Args:
         table: Name of the member table.
         ids: Ids of the rows.
-        columns: By name.
+        columns: Columns by name.
         widths: Widths of the parts of a record.
 
     Raises:
@@ -55,9 +55,9 @@ def refuse_columns(table: str, ids: Tensor, columns: Mapping[str, Tensor], width
     expected = {part: [n, width] for part, width in widths.items()} | dict.fromkeys(META, [n])
     unknown = sorted(set(columns) - set(expected))
     if unknown:
-        raise ValueError(f"{where}: no such columns: {unknown}; a row has {list(expected)}")
+        raise ValueError(f"{where}: unknown columns {unknown}; a row has {list(expected)}")
     if 0 < sum(name in columns for name in META) < len(META):
-        raise ValueError(f"{where}: {list(META)} come together or not at all, got {sorted(columns)}")
+        raise ValueError(f"{where}: columns must include all of {list(META)} or none of them, got {sorted(columns)}")
     for name, values in columns.items():
         if not isinstance(values, Tensor):
             raise TypeError(f"{where}: {name} must be a tensor, got a {type(values).__name__}")
@@ -66,11 +66,11 @@ def refuse_columns(table: str, ids: Tensor, columns: Mapping[str, Tensor], width
         if name in META:
             refuse_meta(where, name, values)
     if columns and ids.unique().numel() < n:
-        raise ValueError(f"{where}: ids must be distinct where columns say what they hold; drop repeated ones")
+        raise ValueError(f"{where}: ids must be distinct if columns are given; drop repeated ids")
 
 
 def refuse_meta(where: str, name: str, values: Tensor) -> None:
-    """Check metadata (``[n]``), or ``count`` of admission; waits for the device.
+    """Raise unless metadata (``[n]``) or admission counts are in range; waits for the device.
 
     Raises:
         TypeError: If they are not integers.

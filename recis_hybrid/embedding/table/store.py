@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.admission import Admission, Gate, admitted_often
+from recis_hybrid.embedding.admission import Admission, Gate, admitted_by_count
 from recis_hybrid.embedding.eviction import Eviction, Rows
 from recis_hybrid.embedding.initializers import initializer_words, refuse_unrepresentable
 from recis_hybrid.embedding.placement import Placement
@@ -24,18 +24,18 @@ from recis_hybrid.ops.gather import RowGroups
 
 
 class RowStore:
-    """IDMap, EmbeddingBlocks and admission of one or more member tables, without lookups' history or gradients.
+    """IDMap, EmbeddingBlocks and admission of one or more member tables, without lookups or gradients.
 
-    :class:`HashTable` builds on it. What reads metadata or moves rows here expects that the table has written the
-    metadata of its last lookup.
+    :class:`HashTable` builds on it. Before metadata is read or rows are moved here, the table must have recorded its
+    last lookup in the metadata.
 
     Args:
-        members: The member tables; their number is their index here.
-        layout: How a record lies in memory.
-        device: Where IDMap and blocks live, unless ``placement`` says otherwise.
+        members: The member tables; the number of a member table is its index here.
+        layout: Memory layout of a record.
+        device: Device of IDMap and blocks, if there is no ``placement``.
         seed: Seed of the rows' first values.
-        placement: Where IDMap and blocks live, each.
-        admission: Which ids get a row; None: all that a training lookup finds.
+        placement: Devices of IDMap and blocks.
+        admission: Rule for which ids get a row; None: all ids of training lookups.
     """
 
     def __init__(
@@ -57,13 +57,13 @@ class RowStore:
         self.placement = placement or Placement.on(device)
         self.map_device = self.placement.map_device(device.index)
         self.device = self.placement.blocks_device(device.index)
-        """Device whose kernels work on the records."""
+        """Device whose kernels access the records."""
         self.admission = admission
         self.reseed(seed)
         self.reset()
 
     def __len__(self) -> int:
-        """Rows in use; waits for the device."""
+        """Return the number of rows in use; waits for the device."""
         return len(self.id_map)
 
     @property
@@ -72,14 +72,14 @@ class RowStore:
         return ", ".join(member.name for member in self.members)
 
     def reseed(self, seed: int) -> None:
-        """Set the seed of first values, for rows inserted from now on."""
+        """Set the seed of first values for rows inserted from now on."""
         self.seed = seed
         dim, first = self.layout.whole.dim, self.layout.first
         words = [initializer_words(m.initializer, dim, seed, m.name, first) for m in self.members]
         self.initializers = torch.tensor(words, dtype=torch.int64, device=self.device)
 
     def reset(self) -> None:
-        """Remove all rows, their memory, and the state of admission."""
+        """Remove all rows, and free their memory and the admission state."""
         self.id_map = IdMap(self.map_device)
         self.blocks = EmbeddingBlocks(self.layout, self.device, pinned=self.placement.blocks == "pinned")
         self.gate = None if self.admission is None else self.admission.gate(self.map_device)
@@ -101,11 +101,11 @@ class RowStore:
     def insert_grouped(
         self, request: Request, out: Tensor | None, starts: Sequence[int]
     ) -> tuple[Tensor, RowGroups, Tensor | None]:
-        """Find the rows of a request, insert the ids that have none as far as admitted, and group positions by row.
+        """Find the rows of a request, insert admitted ids that have none, and group positions by row.
 
         Args:
             request: The ids of all features.
-            out: float32 buffer to gather the vectors into in the same pass, where bags and placement allow it; None to
+            out: float32 buffer for gathering the vectors in the same pass, if bags and placement allow it; None to
                 gather later.
             starts: For each feature, the offset of its vectors in ``out``.
 
@@ -149,30 +149,30 @@ class RowStore:
         used: Sequence[Tensor] = (),
         counts: Tensor | None = None,
     ) -> Tensor:
-        """Find the rows of ids, and insert those that have none, with first values.
+        """Find the rows of ids, and insert ids that have none, with first values.
 
         Args:
             ids: For each feature, int64.
             members: For each feature, the number of its member table.
-            gate: Which ids are admitted; None for all.
+            gate: Decides which ids are admitted; None: all.
             used: As ``Request.used``.
             counts: As ``Request.counts``.
 
         Returns:
             The rows, int64 ``[N]``; -1 for an id that is not admitted.
         """
-        near, used = self.on_map(ids), self.on_map(used)
+        map_ids, used = self.on_map(ids), self.on_map(used)
         self._reserve(sum(part.numel() for part in ids))
         admitted = None
         if gate is not None:
-            found = self.id_map.find(near, members, used)
+            found = self.id_map.find(map_ids, members, used)
             if counts is None:
-                admitted = gate.admitted(near, members, found, used)
+                admitted = gate.admitted(map_ids, members, found, used)
             else:
-                admitted = admitted_often(gate, near, members, found, counts.to(self.map_device))
-        new_rows, new = self.id_map.find_or_insert(near, members, admitted, used)
+                admitted = admitted_by_count(gate, map_ids, members, found, counts.to(self.map_device))
+        map_rows, map_fresh = self.id_map.find_or_insert(map_ids, members, admitted, used)
         try:
-            rows, fresh = self.on_blocks(new_rows), self.on_blocks(new)
+            rows, fresh = self.on_blocks(map_rows), self.on_blocks(map_fresh)
             if self.id_map.may_have_fresh:
                 ops.blocks.init_fresh(
                     self.blocks.handle,
@@ -187,8 +187,8 @@ class RowStore:
                     self.layout.state_args,
                 )
         except BaseException:
-            # An interrupt, or no memory for a copy: withdraw the new ids, whose records are not initialized.
-            self.id_map.withdraw(near, members, new)
+            # After an interrupt or without memory for a copy, the records of the new ids are not initialized.
+            self.id_map.withdraw(map_ids, members, map_fresh)
             raise
         self.id_map.commit()
         if gate is not None:
@@ -202,19 +202,19 @@ class RowStore:
         self.id_map.reserve(more)
         return bound
 
-    # Rows in bulk; all of it waits for the device
+    # Bulk access to rows; all methods wait for the device
 
     def check_ids(self, where: str, member: int, ids: Tensor) -> Tensor:
-        """Return ids of a member table as kernels take them, on the device of the blocks."""
+        """Check ids of a member table, and return them contiguous and on the device of the blocks."""
         return checked_ids(where, self.members, member, ids).to(self.device)
 
     def check_columns(self, member: int, ids: Tensor, columns: Mapping[str, Tensor]) -> None:
-        """Raise TypeError or ValueError for columns that the rows of ``ids`` (int64 ``[n]``) cannot hold."""
+        """Raise TypeError or ValueError if columns do not fit the rows of ``ids`` (int64 ``[n]``)."""
         widths = {part: self.layout.width(part) for part in self.layout.parts}
         refuse_columns(self.members[member].name, ids, columns, widths)
 
     def write(self, member: int, ids: Tensor, columns: Mapping[str, Tensor]) -> Tensor:
-        """Insert ids regardless of admission and write the given columns; both must have been checked.
+        """Insert ids regardless of admission, and write the given columns; both must have been checked.
 
         Returns:
             The rows, int64 ``[n]``.
@@ -267,7 +267,7 @@ class RowStore:
         return [dict(zip(columns, part, strict=True)) for part in parts]
 
     def export_none(self) -> dict[str, Tensor]:
-        """Return the columns of an export without rows; of whole rows where rows are split by column."""
+        """Return the columns of an export without rows; whole rows, even if rows are split by column."""
         none, layout = torch.empty(0, dtype=torch.int64, device=self.device), self.layout.whole
         parts = {
             part: torch.empty(0, layout.width(part), dtype=layout.part_dtype(part), device=self.device)
@@ -276,7 +276,7 @@ class RowStore:
         return {"ids": none, **parts, **dict.fromkeys(META, none)}
 
     def _columns(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return every part of the records of rows (int64 ``[n]``), and their metadata."""
+        """Return all parts of the records of rows (int64 ``[n]``), and their metadata."""
         parts = {part: self.blocks.read(rows, part) for part in self.layout.parts}
         return {**parts, **dict(zip(META, ops.blocks.read_meta(self.blocks.handle, rows), strict=True))}
 
@@ -290,14 +290,14 @@ class RowStore:
         return ids[: int(count)], members[: int(count)]
 
     def unwanted(self, rule: Eviction, step: int) -> Entries:
-        """Return the rows that an eviction rule names.
+        """Return the rows that an eviction rule selects.
 
         Raises:
-            TypeError: If it is no rule, or does not return a tensor of bool.
-            ValueError: If that does not have as many elements as the table has rows.
+            TypeError: If ``rule`` is not a rule, or does not return a bool tensor.
+            ValueError: If that tensor does not have one element for each row.
         """
         if isinstance(rule, type) or not callable(getattr(rule, "unwanted", None)):
-            raise TypeError(f"evict: a rule must have a method unwanted(rows), as Unused(steps=1000) has, got {rule!r}")
+            raise TypeError(f"evict: a rule must have a method unwanted(rows), e.g. Unused(steps=1000), got {rule!r}")
         entries = self.id_map.entries()
         meta = ops.blocks.read_meta(self.blocks.handle, self.on_blocks(entries.rows)).to(self.map_device)
         unwanted = rule.unwanted(Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], step))
@@ -305,24 +305,24 @@ class RowStore:
         if not isinstance(unwanted, Tensor) or unwanted.dtype != torch.bool:
             got = unwanted.dtype if isinstance(unwanted, Tensor) else f"a {type(unwanted).__name__}"
             raise TypeError(
-                f"evict: {name}.unwanted must return a tensor of bool [{n}], True for rows to give up, got {got}"
+                f"evict: {name}.unwanted must return a bool tensor [{n}], True for rows to erase, got {got}"
             )
         if list(unwanted.shape) != [n]:
             raise ValueError(
-                f"evict: {name}.unwanted must say of each of the {n} rows whether to give it up: bool [{n}], "
+                f"evict: {name}.unwanted must return one element for each of the {n} rows, bool [{n}], "
                 f"got bool {list(unwanted.shape)}"
             )
         unwanted = unwanted.to(self.map_device)
         return Entries(*(values[unwanted] for values in entries))
 
     def erase_slots(self, slots: Tensor) -> int:
-        """Erase the ids in slots of the IDMap (int64 ``[n]``, below 0: none), and return how many there were."""
+        """Erase the ids in slots of the IDMap (int64 ``[n]``, negative: none), and return their number."""
         before = len(self)
         self.id_map.erase_slots(slots.contiguous())
         return before - len(self)
 
     def compact(self) -> None:
-        """Move rows together and give back blocks at the end; the only thing that moves rows."""
+        """Close gaps between rows and free the blocks at the end; the only operation that moves rows."""
         entries, bound, live = self.id_map.entries(), self.id_map.row_bound, len(self)
         rows = self.on_blocks(entries.rows)
         free = torch.ones(live, dtype=torch.bool, device=self.device)
@@ -331,7 +331,7 @@ class RowStore:
         ops.blocks.copy_records(self.blocks.handle, source, target)
         moved = torch.arange(bound, dtype=torch.int64, device=self.device)
         moved[source] = target
-        # The new slots first: if memory runs out here, every row is still where the map says.
+        # Allocate the new slots first: if memory runs out here, the map is still correct.
         self.id_map.rehash(live)
         self.id_map.move(moved.to(self.map_device), live)
         self.blocks.truncate(live)

@@ -1,4 +1,4 @@
-"""Distinct ids by owning rank: the native operator and its torch equivalent against plain Python."""
+"""Distinct ids by owner: the native operator and its torch equivalent against plain Python."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_distinct_ids_by_owner_and_kind(features: list[tuple[list[int], int]], r
     everyone = distinct_ids(request, kind_of, KINDS, ranks, deduplicate=False)
     assert int(everyone.sizes.sum()) == sum(request.bags.lengths)
     assert sorted(everyone.places.tolist()) == list(range(sum(request.bags.lengths)))
-    # Sums of position numbers by the groups are those of the positions, in the order of the ids.
+    # Summing position numbers by group yields the sum of each id's positions, in the order of the ids.
     assert native.groups is not None
     count = len(expected)
     sums = torch.zeros(max(count, 1), 1)

@@ -1,4 +1,4 @@
-"""Messages between ranks: their sizes, their types, and failures of a rank."""
+"""Messages between ranks: their sizes and dtypes, and failures of a rank."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def some_engine(group: dist.ProcessGroup | None, dim: int = 8, **more: Any) -> E
 
 
 def sent(group: dist.ProcessGroup, dim: int, wire: torch.dtype) -> dict[str, int]:
-    """Bytes that this rank sent in one step, and how many distinct ids of other ranks it had."""
+    """Return the bytes that this rank sent in one step, and its number of distinct ids owned by other ranks."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = some_engine(group, dim, wire_dtype=wire)
     optimizer = optim.SGD(engine.parameters(), lr=0.1)
     generator = torch.Generator().manual_seed(rank)
     batch = {name: torch.randint(0, 1500, (2000,), generator=generator) for name in ("user", "item")}
-    engine(batch)  # finds out that all ranks have the same settings
+    engine(batch)  # the first lookup also compares the ranks' settings
     before = engine.traffic.total
     sum(value.sum() for value in engine(batch).values()).backward()  # type: ignore[union-attr]
     optimizer.step()
@@ -52,13 +52,13 @@ def distinct_owner(ids: torch.Tensor, ranks: int) -> torch.Tensor:
 
 @pytest.mark.parametrize("dim", [8, 64])
 @pytest.mark.parametrize("wire", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_bytes_on_the_wire_are_those_of_distinct_ids(ranks: Ranks, dim: int, wire: torch.dtype) -> None:
+def test_bytes_on_the_wire_match_distinct_ids(ranks: Ranks, dim: int, wire: torch.dtype) -> None:
     for world in (2, 4):
         results = ranks.run(world, sent, dim, wire)
         total, unique = (sum(result[key] for result in results) for key in ("bytes", "unique"))
         assert total <= 1.1 * unique * (8 + 2 * wire.itemsize * dim)
         assert total >= unique * (8 + 2 * wire.itemsize * dim)
-        assert sum(result["ids"] for result in results) == 2 * 8 * unique  # 64 bits, whatever the wire's dtype
+        assert sum(result["ids"] for result in results) == 2 * 8 * unique  # 64 bits, regardless of the wire dtype
 
 
 def sent_by_column(group: dist.ProcessGroup, dim: int) -> dict[str, int]:
@@ -73,7 +73,7 @@ def sent_by_column(group: dist.ProcessGroup, dim: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_split_by_column_ids_go_to_all_and_every_element_once(ranks: Ranks, world: int) -> None:
+def test_column_sharding_sends_ids_to_all_ranks_and_elements_once(ranks: Ranks, world: int) -> None:
     results = ranks.run(world, sent_by_column, 32)
     unique, ids, vectors = (sum(result[key] for result in results) for key in ("unique", "ids", "vectors"))
     assert ids == (world - 1) * 8 * unique
@@ -108,7 +108,7 @@ def test_narrow_wires_round_rows_and_gradients_once(ranks: Ranks, wire: torch.dt
     stored = torch.cat([result["stored"] for result in results])[ids.argsort()]
     assert torch.equal(results[0]["values"], stored.to(wire).float())
     applied = torch.cat([result["applied"] for result in results])[ids.argsort()]
-    # Half of each rank's: the mean. An embedding takes the sum of what was rounded, with a few roundings of float32.
+    # The mean is half of each rank's gradient. Each is rounded once, and their sum has a few roundings of float32.
     expected = sum(result["gradient"] / 2 for result in results)
     each = sum((result["gradient"] / 2).abs() for result in results)
     finest = torch.finfo(wire).smallest_normal * torch.finfo(wire).eps
@@ -137,8 +137,8 @@ def test_settings_are_checked() -> None:
         EmbeddingConfig(dim=1, expected_rows=0)
 
 
-def others(group: dist.ProcessGroup) -> str:
-    """Ranks that are not in a group."""
+def outside(group: dist.ProcessGroup) -> str:
+    """Return the error of building an engine on a rank outside of the group."""
     if dist.get_rank(group) > 1:
         return ""
     try:
@@ -148,20 +148,20 @@ def others(group: dist.ProcessGroup) -> str:
     return "no error"
 
 
-def test_a_rank_outside_the_group_is_told(ranks: Ranks) -> None:
-    assert all("is not in the process group" in text for text in ranks.run(2, others))
+def test_a_rank_outside_of_the_group_gets_an_error(ranks: Ranks) -> None:
+    assert all("is not in the process group" in text for text in ranks.run(2, outside))
 
 
 def failing(group: dist.ProcessGroup) -> list[str]:
-    """Return the errors of both ranks for each mistake of rank 1; the group stays usable."""
-    rank, said = dist.get_rank(group), []
+    """Return this rank's errors for each mistake of rank 1; the group stays usable."""
+    rank, messages = dist.get_rank(group), []
 
     def attempt(action: Callable[[], object]) -> None:
         try:
             action()
-            said.append("fine")
+            messages.append("no error")
         except (ExchangeError, KeyError) as error:
-            said.append(f"{type(error).__name__}: {error}")
+            messages.append(f"{type(error).__name__}: {error}")
 
     engine = some_engine(group)
     batch = {"user": torch.arange(5), "item": torch.arange(5)}
@@ -171,40 +171,40 @@ def failing(group: dist.ProcessGroup) -> list[str]:
     engine.train()
     attempt(lambda: engine(batch))
     ahead = some_engine(group, prefetch_depth=1, prefetch_group=rank_processes.AHEAD.get(dist.get_world_size(group)))
-    lacking = batch if rank == 0 else {"user": torch.arange(5)}
-    ahead.prefetch(lacking)
-    attempt(lambda: ahead(lacking))
+    incomplete = batch if rank == 0 else {"user": torch.arange(5)}
+    ahead.prefetch(incomplete)
+    attempt(lambda: ahead(incomplete))
     ahead.prefetch(batch)
     attempt(lambda: ahead(batch))
     other = some_engine(group, seed=rank)
     attempt(lambda: other(batch))
     attempt(lambda: engine(batch))
-    return said
+    return messages
 
 
-def test_what_one_rank_does_wrong_all_are_told(ranks: Ranks) -> None:
+def test_an_error_of_one_rank_reaches_all_ranks(ranks: Ranks) -> None:
     first, second = ranks.run(2, failing)
-    assert "rank 0: the ranks [1] could not look up their batch" in first[0]
+    assert "rank 0: ranks [1] failed to look up the batch" in first[0]
     assert second[0].startswith("KeyError: \"feature 'item': the batch has no column 'item'")
-    assert "must look up in one mode, got {0: 'training', 1: 'evaluation'}" in first[1]
-    assert "must look up in one mode" in second[1]
-    assert "could not look up their batch" in first[3]
+    assert "must look up in the same mode, got {0: 'training', 1: 'evaluation'}" in first[1]
+    assert "must look up in the same mode" in second[1]
+    assert "failed to look up the batch" in first[3]
     assert second[3].startswith("KeyError")
-    assert "the engines of the ranks [1] have other features, tables, seeds or settings" in first[5]
-    assert "the engines of the ranks [0]" in second[5]
-    assert [said[k] for said in (first, second) for k in (2, 4, 6)] == ["fine"] * 6
+    assert "the engines of ranks [1] have different features, tables, seeds or settings" in first[5]
+    assert "the engines of ranks [0]" in second[5]
+    assert [messages[k] for messages in (first, second) for k in (2, 4, 6)] == ["no error"] * 6
 
 
 @pytest.fixture
 def two_ranks() -> Iterator[Ranks]:
-    """Two ranks that a test may break."""
+    """Two ranks that a test may kill."""
     started = Ranks(TIMEOUT_S, ranks=2)
     yield started
     started.close()
 
 
 def breaking(group: dist.ProcessGroup, where: str, how: str) -> tuple[str, float]:
-    """Rank 1 dies, or raises, in the middle of an exchange; returns what rank 0 says, and when."""
+    """Let rank 1 die or raise during an exchange; return rank 0's error, and the seconds until then."""
     rank = dist.get_rank(group)
     engine = some_engine(group)
     optimizer = optim.SGD(engine.parameters(), lr=0.1)
@@ -233,14 +233,14 @@ def breaking(group: dist.ProcessGroup, where: str, how: str) -> tuple[str, float
         step()
     except (ExchangeError, MemoryError) as error:
         return f"{type(error).__name__}: {error}", time.monotonic() - begin
-    return "fine", 0.0
+    return "no error", 0.0
 
 
 @pytest.mark.parametrize(("where", "how"), [("rows", "die"), ("gradients", "die"), ("gradients", "raise")])
-def test_a_rank_that_is_lost_ends_the_others_with_an_error(two_ranks: Ranks, where: str, how: str) -> None:
+def test_losing_a_rank_raises_on_the_others(two_ranks: Ranks, where: str, how: str) -> None:
     two_ranks.start(2, breaking, where, how)
-    (said, seconds), lost = two_ranks.results(2)
-    assert f"the exchange of {where} between embedding tables failed: another rank has died" in said
+    (message, seconds), lost = two_ranks.results(2)
+    assert f"the exchange of {where} between embedding tables failed: another rank has died" in message
     assert seconds < TIMEOUT_S + 3
     if how == "die":
         assert "has died" in str(lost)

@@ -1,4 +1,4 @@
-"""Tables on two and four ranks against the same on one process."""
+"""Comparison of sharded tables on several ranks with tables on one process."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_one_step_agrees_with_one_process(ranks: Ranks, rule: str, deduplicate: 
 
 
 @pytest.mark.parametrize(
-    # Either number of ranks with each setting on and off: `make agreement` tries all of them.
+    # Each number of ranks with each setting on and off; `make agreement` tries all combinations.
     ("rule", "lr", "settings"),
     [
         ("SGD", 0.05, {2: (False, 0), 4: (True, 2)}),
@@ -84,7 +84,7 @@ def test_each_way_of_training_agrees_with_one_process(ranks: Ranks, more: dict[s
 
 
 @pytest.mark.parametrize("sharding", ["row", "table", "column", "replicated"])
-def test_the_same_ranks_twice_are_bitwise_equal(ranks: Ranks, sharding: str) -> None:
+def test_training_on_ranks_is_bitwise_repeatable(ranks: Ranks, sharding: str) -> None:
     job = Job(rule="Adam", steps=5, uneven=True, clip=0.5, sharding=sharding, dim=8)
     first, second = (ranks.run(2, train, job) for _ in range(2))
     for ours, theirs in zip(first, second, strict=True):
@@ -99,7 +99,7 @@ def test_the_same_ranks_twice_are_bitwise_equal(ranks: Ranks, sharding: str) -> 
 def test_ranks_may_lack_gradients(ranks: Ranks, rule: str, sharding: str) -> None:
     two = ranks.run(2, sharded.train_parts, sharding, rule, 12)
     assert_same(two, ranks.run(1, sharded.train_parts, sharding, rule, 12), sharding=sharding)
-    tables = 3  # that are trained: of 4 elements, of 3, and none with an admission
+    tables = 3  # trained ones: with 4 elements, with 3, and with admission
     assert all(result["watched"] <= 2 * tables for result in two)
 
 
@@ -119,7 +119,7 @@ def clipped(group: dist.ProcessGroup) -> str:
     return str(caught.value)
 
 
-def test_rows_that_are_split_by_column_are_not_clipped_one_by_one(ranks: Ranks) -> None:
+def test_clipping_rows_split_by_column_is_refused(ranks: Ranks) -> None:
     assert all("or torch.nn.utils.clip_grad_norm_" in text for text in ranks.run(2, clipped))
 
 
@@ -131,7 +131,7 @@ def owned_tables(group: dist.ProcessGroup) -> dict[str, int]:
     return {name: len(columns["ids"]) for name, columns in sharded.rows_of(engine).items()}
 
 
-def test_a_table_wise_table_lies_on_one_rank(ranks: Ranks) -> None:
+def test_a_table_wise_table_is_on_one_rank(ranks: Ranks) -> None:
     found = ranks.run(2, owned_tables)
     for name in found[0]:
         assert sorted(rows[name] for rows in found) == [0, 22]
@@ -139,7 +139,7 @@ def test_a_table_wise_table_lies_on_one_rank(ranks: Ranks) -> None:
 
 
 def reduced(group: dist.ProcessGroup, reduce: str, sharding: str) -> dict[int, float]:
-    """SGD with lr 1 from 0: what is subtracted from a row. Two ranks: [1, 1, 2] of three samples, [2] of one."""
+    """Return the gradient of each row: by SGD with lr 1 from 0, with ids [1, 1, 2] on rank 0 and [2] on rank 1."""
     engine = EmbeddingEngine(
         {"id": EmbeddingConfig(dim=8, initializer=Constant(0.0), sharding=sharding)}, group=group, reduce=reduce
     )
@@ -156,7 +156,7 @@ def reduced(group: dist.ProcessGroup, reduce: str, sharding: str) -> dict[int, f
 @pytest.mark.parametrize(
     ("reduce", "expected"),
     [
-        ("mean", {1: 2 / 4, 2: 2 / 4}),  # each of four samples counts the same
+        ("mean", {1: 2 / 4, 2: 2 / 4}),  # each of the four samples has the same weight
         ("sum", {1: 2 / 3, 2: 1 / 3 + 1}),
         ("id", {1: 2 / 3, 2: (1 / 3 + 1) / 2}),  # two ranks have the id 2
     ],
@@ -196,8 +196,8 @@ def functional(group: dist.ProcessGroup, uneven: bool) -> dict[str, Any]:
     for step in range(3):
         batch = sharded.part_of(sharded.global_batch(step), cuts[rank], cuts[rank + 1])
         values, ctx = engine.lookup(batch)
-        mine = max(cuts[rank + 1] - cuts[rank], 1)
-        engine.apply_gradients(ctx, {name: (value - 0.3) / mine for name, value in values.items()}, optimizer)
+        own_samples = max(cuts[rank + 1] - cuts[rank], 1)
+        engine.apply_gradients(ctx, {name: (value - 0.3) / own_samples for name, value in values.items()}, optimizer)
     return {"losses": [], "tables": sharded.rows_of(engine), "predictions": torch.zeros(0)}
 
 
@@ -248,7 +248,7 @@ def with_ddp(group: dist.ProcessGroup, uneven: bool) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("uneven", [False, True])
-def test_towers_in_ddp_and_tables_take_the_same_mean(ranks: Ranks, uneven: bool) -> None:
+def test_towers_in_ddp_and_tables_use_the_same_mean(ranks: Ranks, uneven: bool) -> None:
     assert_same(ranks.run(2, with_ddp, uneven), ranks.run(1, with_ddp, uneven))
 
 
@@ -346,7 +346,7 @@ def test_misuse_of_prefetch_is_refused(ranks: Ranks) -> None:
 
 
 def scaled(group: dist.ProcessGroup, broken: int) -> dict[str, Any]:
-    """Train with a loss scale and a gradient that is infinite on one rank in one step."""
+    """Train with loss scaling and a gradient that is infinite in one step on one rank."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, initializer=Constant(1.0))}, group=group, reduce="sum")
     optimizer = optim.SGD(engine.parameters(), lr=0.5)
@@ -354,8 +354,8 @@ def scaled(group: dist.ProcessGroup, broken: int) -> dict[str, Any]:
     scales = []
     for step in range(4):
         optimizer.zero_grad()
-        mine = [rank] if ranks == 2 else [0, 1]
-        for part in mine:
+        parts = [rank] if ranks == 2 else [0, 1]
+        for part in parts:
             values = engine({"id": torch.arange(5 * part, 5 * part + 8)})["id"]
             factor = torch.inf if step == broken and part == 1 else 0.1
             scaler.scale((values * values * factor).sum()).backward()
@@ -386,7 +386,7 @@ def evicted(group: dist.ProcessGroup) -> dict[str, Any]:
         assert isinstance(loss, torch.Tensor)
         (loss / (cuts[rank + 1] - cuts[rank])).backward()
         if step == 2:
-            with pytest.raises(RuntimeError, match="gradients that wait"):
+            with pytest.raises(RuntimeError, match="detach pending gradients"):
                 engine.evict(Unused(1))
         optimizer.step()
         engine.evict(Unused(2))
@@ -395,7 +395,7 @@ def evicted(group: dist.ProcessGroup) -> dict[str, Any]:
     return {"losses": [], "tables": sharded.rows_of(engine), "predictions": torch.zeros(0)}
 
 
-def test_ranks_evict_what_one_process_would(ranks: Ranks) -> None:
+def test_ranks_evict_the_same_rows_as_one_process(ranks: Ranks) -> None:
     assert_same(ranks.run(2, evicted), ranks.run(1, evicted))
 
 
@@ -418,23 +418,23 @@ def freed(group: dist.ProcessGroup) -> list[bool]:
 
 
 def test_tables_are_freed_with_their_engine(ranks: Ranks) -> None:
-    for gone in ranks.run(2, freed):
-        assert all(gone)
+    for are_freed in ranks.run(2, freed):
+        assert all(are_freed)
 
 
-def forgotten(group: dist.ProcessGroup) -> list[int]:
-    """Return the number of lookups watched after many without a step, some still referenced."""
+def dropped(group: dist.ProcessGroup) -> list[int]:
+    """Return the number of watched lookups after many without a step, of which one is still referenced, and finally."""
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1, initializer=Constant(0.0))}, group=group, reduce="sum")
     optimizer = optim.SGD(engine.parameters(), lr=1.0)
-    kept = engine({"id": torch.tensor([7])})["id"]
+    referenced = engine({"id": torch.tensor([7])})["id"]
     for step in range(150):
         values = engine({"id": torch.arange(3)})["id"]
         if step < 100 and dist.get_rank(group) == 0:
             values.sum().backward()
     before = sharded.watched(engine)
-    kept.sum().backward()
+    referenced.sum().backward()
     optimizer.step()
-    del kept, values
+    del referenced, values
     engine({"id": torch.tensor([7])})["id"].sum().backward()
     optimizer.step()
     columns = sharded.rows_of(engine)["id"]
@@ -443,8 +443,8 @@ def forgotten(group: dist.ProcessGroup) -> list[int]:
     return [before, sharded.watched(engine)]
 
 
-def test_lookups_that_no_step_follows_are_forgotten(ranks: Ranks) -> None:
-    for before, after in ranks.run(2, forgotten):
+def test_lookups_without_a_step_are_dropped(ranks: Ranks) -> None:
+    for before, after in ranks.run(2, dropped):
         assert before <= 65
         assert after <= 2
 
@@ -452,7 +452,7 @@ def test_lookups_that_no_step_follows_are_forgotten(ranks: Ranks) -> None:
 def saved(
     group: dist.ProcessGroup, sharding: str, dim: int, state: list[PartState] | None
 ) -> tuple[PartState, dict[str, Any]]:
-    """Trains two steps, from a state if there is one."""
+    """Train two steps, starting from a state if there is one."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
         sharded.configs(sharding, dim), optimizer=sharded.OPTIMIZERS["Adagrad"], seed=3, group=group
@@ -478,7 +478,7 @@ def saved(
 
 
 def whole(states: list[PartState]) -> PartState:
-    """Return the rows that all ranks export together, each once."""
+    """Return the rows that all ranks export, checking that there are no duplicates."""
     tables = {}
     for name, first in states[0].tables.items():
         columns = {
@@ -491,7 +491,7 @@ def whole(states: list[PartState]) -> PartState:
 
 
 @pytest.mark.parametrize(("sharding", "dim"), [("row", 4), ("table", 4), ("column", 18), ("replicated", 4)])
-def test_state_goes_from_any_ranks_to_any_others(ranks: Ranks, sharding: str, dim: int) -> None:
+def test_state_is_loaded_by_any_number_of_ranks(ranks: Ranks, sharding: str, dim: int) -> None:
     first = ranks.run(1, saved, "row", dim, None)
     expected = ranks.run(1, saved, "row", dim, [state for state, _ in first])
     two = ranks.run(2, saved, sharding, dim, None)

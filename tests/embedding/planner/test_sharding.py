@@ -1,4 +1,4 @@
-"""On which ranks tables lie."""
+"""Choice of shardings, and assignment of tables to ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_auto_replicates_small_tables_and_shards_large_ones() -> None:
             assert kinds[0] == "replicated"
             assert kinds[-1] == "row"
             assert "replicated" not in kinds[kinds.index("row") :]
-    # Replicas spare a collective, which many ids to look up outweigh.
+    # Replicas save a collective, but the cost of many lookups outweighs that.
     even = round(COLLECTIVE_S / LOOKUP_S)
     assert [chosen(even // 2, 8, 2), chosen(even * 2, 8, 2)] == ["replicated", "row"]
     assert chosen(1, REPLICA_BYTES // 4, 2) == "replicated"
@@ -42,7 +42,7 @@ def test_auto_splits_few_long_rows_by_column() -> None:
 
     assert [chosen(100, dim, 8) for dim in (16, 4096)] == ["replicated", "column"]
     assert [chosen(rows, 4096, 8) for rows in (1, 100, 100_000)] == ["replicated", "column", "row"]
-    assert chosen(100, 4096, 8, optim.RowwiseAdagrad) == "row"  # of which no rank would have a whole row
+    assert chosen(100, 4096, 8, optim.RowwiseAdagrad) == "row"  # no rank would have a whole row
     assert chosen(100, 4096, 1025) == "row"  # fewer than 4 elements each
 
 
@@ -61,9 +61,9 @@ def test_column_widths_are_multiples_of_four() -> None:
 
 def test_rows_that_cannot_be_split_by_column_are_refused() -> None:
     config = EmbeddingConfig(dim=16, sharding="column")
-    with pytest.raises(ValueError, match="5 ranks at least 4 elements of a row, and dim=16; use sharding='row'"):
+    with pytest.raises(ValueError, match="at least 4 elements of a row for each of 5 ranks, got dim=16; use sharding="):
         plan_tables({"a": config}, (), coalesce=True, ranks=5)
-    with pytest.raises(ValueError, match=r"table a: .* and \['sum'\] are of a whole row"):
+    with pytest.raises(ValueError, match=r"table a: .* but \['sum'\] belong to a whole row"):
         plan_tables({"a": config}, optim.RowwiseAdagrad.row_state(), coalesce=True, ranks=2)
     assert plan_tables({"a": config}, optim.RowwiseAdagrad.row_state(), coalesce=True)[0].sharding == "row"
 
@@ -75,7 +75,7 @@ def test_loads_are_balanced() -> None:
     assert deal([3.0, 3.0], 4) == [0, 1]
 
 
-def test_one_process_shards_nothing() -> None:
+def test_one_process_does_not_shard() -> None:
     configs = {
         "a": EmbeddingConfig(dim=2, sharding="replicated"),
         "b": EmbeddingConfig(dim=2, sharding="table"),
@@ -90,7 +90,7 @@ def test_one_process_shards_nothing() -> None:
         engine.prefetch_rows()
 
 
-def test_features_of_one_table_must_have_equal_settings() -> None:
+def test_features_of_one_table_must_have_the_same_sharding() -> None:
     with pytest.raises(ValueError, match="sharding=row against sharding=table"):
         EmbeddingEngine(
             {"a": EmbeddingConfig(dim=2, table="t"), "b": EmbeddingConfig(dim=2, table="t", sharding="table")}

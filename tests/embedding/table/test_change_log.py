@@ -28,7 +28,7 @@ def test_lookups_and_updates_touch_rows(device: str) -> None:
     assert sorted(zip(members.tolist(), ids.tolist(), strict=True)) == [(0, -1), (0, 0), (1, 6), (1, 7)]
     assert touched(table, 4)[0].numel() == 0
     assert touched(table, 0)[0].numel() == len(EDGE_IDS) + 3
-    # An update marks rows of an earlier lookup, too.
+    # An update also marks rows of an earlier lookup.
     table.step = 9
     table.insert(
         0,
@@ -101,12 +101,12 @@ def test_changes_of_admission(
             "count": torch.tensor([counts[i] for i in sorted(counts)], dtype=torch.int64),
         }
 
-    found, left = changed_admission(columns(before), columns(now))
+    found, missing = changed_admission(columns(before), columns(now))
     assert dict(zip(found["ids"].tolist(), found["count"].tolist(), strict=True)) == changed
-    assert left.tolist() == gone
+    assert missing.tolist() == gone
 
 
-def test_counts_are_copied_by_a_watch_and_not_shared() -> None:
+def test_a_watch_copies_counts() -> None:
     engine = EmbeddingEngine({"a": EmbeddingConfig(dim=2, admission=MinFrequency(3))})
     (table,) = engine.tables
     engine({"a": torch.tensor([4])})

@@ -41,14 +41,14 @@ def test_metadata_count_training_lookups_and_steps(device: str) -> None:
     for ids in ([1, 2, 1], [2], [2, 3]):
         engine({"id": torch.tensor(ids, device=device)})["id"].sum().backward()
         optimizer.step()
-    engine({"id": torch.tensor([1, 1, 9], device=device)})  # no step after it
+    engine({"id": torch.tensor([1, 1, 9], device=device)})  # without a step afterwards
     engine.eval()
     engine({"id": torch.tensor([1, 2, 77], device=device)})
     assert meta(table, [1, 2, 3, 9]) == [[1, 3, 3, 0], [4, 3, 3, 4], [4, 3, 1, 1]]
     assert table.step == 3
 
 
-def test_metadata_hold_large_numbers() -> None:
+def test_metadata_can_hold_large_numbers() -> None:
     table = make_table()
     rows = table.insert(0, torch.tensor([5, 6]))
     columns = torch.tensor([[2**40 - 1, 0], [0, 2**40 - 1], [2**48 - 1, 2**24 + 3]])
@@ -77,7 +77,7 @@ def test_erase_insert_export(device: str) -> None:
 
 
 @on_devices
-def test_an_erased_id_that_comes_back_starts_as_it_first_did(device: str) -> None:
+def test_a_reinserted_id_has_its_first_value_again(device: str) -> None:
     table = make_table(dim=5, state=SUM, device=device)
     first = values_of(table, [1, 2, 3])
     table.insert(0, torch.tensor([2]), {"embedding": torch.zeros(1, 5), "sum": torch.zeros(1, 5)})
@@ -107,13 +107,19 @@ def test_the_next_eviction_keeps_inserted_rows() -> None:
             r"table 't0': erase: ids must be int64 \[n\], got",
         ),
         (lambda t: t.insert(0, torch.tensor([[1]])), r"insert: ids must be int64 \[n\], got torch.int64 \[1, 1\]"),
-        (lambda t: t.insert(0, torch.tensor([5]), {"embeding": torch.ones(1, 4)}), r"no such columns: \['embeding'\]"),
-        (lambda t: t.insert(0, torch.tensor([5]), {"frequency": torch.ones(1)}), "come together or not at all"),
+        (lambda t: t.insert(0, torch.tensor([5]), {"embeding": torch.ones(1, 4)}), r"unknown columns \['embeding'\]"),
+        (
+            lambda t: t.insert(0, torch.tensor([5]), {"frequency": torch.ones(1)}),
+            r"columns must include all of \[.*\] or none of them",
+        ),
         (
             lambda t: t.insert(0, torch.tensor([5]), {"embedding": torch.ones(1, 3)}),
             r"embedding must have shape \[1, 4\]",
         ),
-        (lambda t: t.insert(0, torch.tensor([5, 5]), {"embedding": torch.ones(2, 4)}), "ids must be distinct where"),
+        (
+            lambda t: t.insert(0, torch.tensor([5, 5]), {"embedding": torch.ones(2, 4)}),
+            "ids must be distinct if columns",
+        ),
     ],
 )
 def test_bad_bulk_changes_are_refused_and_change_nothing(change: Callable[[HashTable], object], message: str) -> None:
@@ -123,7 +129,7 @@ def test_bad_bulk_changes_are_refused_and_change_nothing(change: Callable[[HashT
     assert len(table) == 0
 
 
-def test_an_interrupted_insert_leaves_no_ids_without_records(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_insert_adds_no_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(dim=4)
     first = values_of(table, [1, 2])
 
@@ -140,7 +146,7 @@ def test_an_interrupted_insert_leaves_no_ids_without_records(monkeypatch: pytest
     assert torch.equal(values_of(table, [50]), values_of(make_table(dim=4), [50]))
 
 
-def test_a_compaction_without_memory_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_compaction_out_of_memory_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(dim=4)
     table.insert(0, torch.arange(2000))
     table.erase(0, torch.arange(0, 2000, 2))
@@ -154,12 +160,12 @@ def test_a_compaction_without_memory_moves_nothing(monkeypatch: pytest.MonkeyPat
     with pytest.raises(RuntimeError, match="out of memory"):
         table.compact()
     monkeypatch.undo()
-    with pytest.raises(RuntimeError, match="look the batch up again"):
+    with pytest.raises(RuntimeError, match="look up the batch again"):
         gathered(table, lookup)
     assert torch.equal(table.export(0)["embedding"], before["embedding"])
 
 
-def test_admission_counts_survive_growth_without_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_admission_counts_survive_growth_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(dim=4, admission=MinFrequency(2))
     table.lookup([feature([7])], train=True)
 
@@ -175,9 +181,7 @@ def test_admission_counts_survive_growth_without_memory(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("where", [(ops.id_map, "find_or_insert"), (ops.blocks, "init_fresh")], ids=["map", "blocks"])
-def test_admission_counts_survive_an_insert_that_fails(
-    where: tuple[object, str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_admission_counts_survive_a_failed_insert(where: tuple[object, str], monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(dim=4, admission=MinFrequency(3))
     assert table.store.gate is not None
     table.lookup([feature([7, 7, 8])], train=True)
@@ -196,7 +200,7 @@ def test_admission_counts_survive_an_insert_that_fails(
     assert table.store.gate.state_dict(0)["ids"].tolist() == []
 
 
-def test_counts_of_ids_that_are_never_admitted_are_reported_and_can_be_dropped() -> None:
+def test_counts_of_ids_never_admitted_are_reported_and_can_be_dropped() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, admission=MinFrequency(2))})
     optimizer, table = optim.SGD(engine.parameters()), engine.tables[0]
     empty = engine.memory()["admission"]
@@ -212,7 +216,7 @@ def test_counts_of_ids_that_are_never_admitted_are_reported_and_can_be_dropped()
     assert engine.memory()["admission"] == empty
 
 
-def test_an_inserted_id_leaves_no_count_behind() -> None:
+def test_inserting_an_id_drops_its_count() -> None:
     table = make_table(dim=4, admission=MinFrequency(3))
     table.lookup([feature([7, 7])], train=True)
     table.insert(0, torch.tensor([7]))
@@ -221,7 +225,7 @@ def test_an_inserted_id_leaves_no_count_behind() -> None:
     assert len(table) == 0
 
 
-def test_as_many_member_tables_as_an_entry_can_hold() -> None:
+def test_the_maximum_number_of_member_tables() -> None:
     members = [MemberTable(f"t{k}", Constant(float(k))) for k in range(1 << 16)]
     table = HashTable(members, RecordLayout(2), torch.device("cpu"))
     numbers = [0, 1, 32_767, 32_768, 65_535]
@@ -265,7 +269,7 @@ def test_bulk_changes_refuse_pending_gradients_and_invalidate_lookups() -> None:
     table, ids = engine.tables[0], torch.tensor([1, 2])
     engine({"id": ids})["id"].sum().backward()
     for change in (table.compact, lambda: table.erase(0, ids), lambda: table.evict(Unused(1)), lambda: table.clear(0)):
-        with pytest.raises(RuntimeError, match="table id: .* would separate gradients that wait here.*zero_grad first"):
+        with pytest.raises(RuntimeError, match="table id: .* would detach pending gradients.*zero_grad first"):
             change()
     engine.zero_grad()
     for change in (table.compact, lambda: table.erase(0, ids), lambda: table.evict(Unused(1)), lambda: table.clear(0)):
@@ -313,7 +317,7 @@ def test_admission_by_frequency_is_exact(device: str, unknown: str) -> None:
         output.sum().backward()
         optimizer.step()
         seen.append(table.ids(0).tolist())
-    # 1 and 2 are met for the third time in the third batch, 2 for the fourth, 3 only twice.
+    # Ids 1 and 2 occur for the third time in the third batch, id 3 only for the second time.
     assert seen == [[], [], [1, 2]]
     after = engine.eval()({"id": torch.tensor([1, 2, 3], device=device)})["id"].cpu()
     start = values_of(make_engine_table(config), [1, 2, 3])
@@ -357,13 +361,13 @@ def test_a_read_only_table_changes_only_by_loading() -> None:
         "apply_gradients": lambda: table.gradients_of(table.lookup([feature([1])], train=False), [torch.ones(1, 2)]),
     }
     for name, change in changes.items():
-        with pytest.raises(RuntimeError, match=f"table id: {name} would change it, and it is read-only"):
+        with pytest.raises(RuntimeError, match=f"table id: {name} would change it, but it is read-only"):
             change()
     assert engine.evict(Unused(1)) == 0
     optim.SGD(engine.parameters()).step()
 
 
-def test_growing_blocks_takes_a_tenth_of_extra_memory() -> None:
+def test_growing_blocks_takes_at_most_a_tenth_of_extra_memory() -> None:
     tracker = {"now": 0, "peak": 0}
     allocate = ops.memory.empty_bytes
 
@@ -384,7 +388,7 @@ def test_growing_blocks_takes_a_tenth_of_extra_memory() -> None:
     assert tracker["peak"] <= 1.1 * table.store.blocks.nbytes
 
 
-def test_growing_blocks_without_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growing_blocks_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(dim=16, state=SUM)
     before = values_of(table, [1, 2, 3])
     allocate = ops.memory.empty_bytes
@@ -404,8 +408,8 @@ def test_growing_blocks_without_memory_changes_nothing(monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize("row", [2**31 - 1, 2**31, 2**33 + 5, 2**39])
-def test_rows_far_beyond_32_bits_are_reached_by_offsets(row: int) -> None:
-    # One real block stands at the far end of an address table of its own; the addresses before it are never followed.
+def test_row_numbers_beyond_32_bits(row: int) -> None:
+    # Only the last entry of the address table is a real block; the addresses before it are never dereferenced.
     blocks = EmbeddingBlocks(make_table(dim=4).layout, torch.device("cpu"), block_rows=1 << 20)
     blocks.reserve(1)
     number = row >> 20
@@ -423,7 +427,7 @@ def test_rows_far_beyond_32_bits_are_reached_by_offsets(row: int) -> None:
     assert blocks.read(within, "embedding").tolist() == [[0.0, 1.0, 2.0, 3.0]]
 
 
-def test_an_id_map_entry_holds_forty_bits_of_row() -> None:
+def test_an_id_map_entry_holds_a_forty_bit_row() -> None:
     table = make_table(members=1)
     table.insert(0, torch.tensor([5, 6]))
     last = 2**40 - 1
@@ -466,7 +470,7 @@ def test_first_values_are_rounded_to_the_nearest(device: str, dtype: torch.dtype
 @on_devices
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [1.0, 1e-3, -3.0, 4e-6, -300.0])
-def test_updates_below_half_the_spacing_are_made_on_average(device: str, dtype: torch.dtype, value: float) -> None:
+def test_updates_below_half_the_spacing_are_exact_on_average(device: str, dtype: torch.dtype, value: float) -> None:
     n, dim = 2000, 16
     table = make_table(dim=dim, device=device, dtype=dtype)
     start = torch.full((n, dim), value).to(dtype)
@@ -482,18 +486,18 @@ def test_updates_below_half_the_spacing_are_made_on_average(device: str, dtype: 
     moved = base - table.export(0, ids)["embedding"].float().cpu()
     steps = (moved / spacing).round()
     assert set(steps.unique().tolist()) <= {0.0, 1.0} | ({0.5} if value < 0 else set())
-    # The mean is that of the gradient within five standard errors (a Bernoulli variable of variance below 1/4).
+    # The mean equals that of the gradient within five standard errors (of Bernoulli variables with variance below 1/4).
     error = float((moved.mean() - gradient.cpu().mean()) / spacing)
     assert abs(error) < 5 * 0.5 / (n * dim) ** 0.5
 
 
-def test_rounding_is_seeded_and_needs_no_row_number() -> None:
+def test_rounding_depends_on_the_seed_but_not_on_row_numbers() -> None:
     results = []
     for seed, order in ((1, [0, 1, 2, 3]), (1, [3, 1, 0, 2]), (2, [0, 1, 2, 3])):
         config = EmbeddingConfig(dim=32, dtype=torch.bfloat16, initializer=Normal(0, 1))
         engine = EmbeddingEngine({"id": config}, seed=seed, optimizer=optim.Adam)
         engine({"id": torch.tensor(order)})
-        # The same values with each seed: only the rounding differs.
+        # The same values for each seed, so that only the rounding differs.
         engine.tables[0].insert(0, torch.arange(4), {"embedding": torch.linspace(-1, 1, 128).view(4, 32)})
         optimizer = optim.Adam(engine.parameters(), lr=1e-4)
         for _ in range(5):
@@ -522,8 +526,8 @@ def test_every_placement_trains_to_the_same_values(id_map: str, blocks: str) -> 
     assert_near(outputs[0], outputs[1])
 
 
-def test_pinned_blocks_need_a_gpu_to_read_them() -> None:
-    with pytest.raises(ValueError, match="pinned blocks are for kernels of a CUDA device, got cpu"):
+def test_pinned_blocks_need_a_gpu() -> None:
+    with pytest.raises(ValueError, match="pinned blocks need a CUDA device, got cpu"):
         EmbeddingBlocks(make_table().layout, torch.device("cpu"), pinned=True)
     with pytest.raises(ValueError, match="blocks must be 'cpu', 'cuda' or 'pinned', got 'disk'"):
         Placement(id_map="cpu", blocks="disk")  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ def test_every_part_is_padded_to_16_bytes(dim: int, meta: int, first: int, secon
     assert (layout.meta_offset, layout.record_bytes) == (meta, size)
 
 
-def test_narrow_types_take_half() -> None:
+def test_narrow_types_take_half_the_space() -> None:
     layout = RecordLayout(
         20, (*MOMENTS, StateField("sum", width=1, dtype=torch.float32)), torch.bfloat16, torch.bfloat16
     )
@@ -47,7 +47,7 @@ def test_first_values_in_memory() -> None:
         ({"dim": 4, "dtype": torch.float64}, "dtype must be one of .*got torch.float64"),
         ({"dim": 4, "state_dtype": torch.bfloat16}, "state_dtype must be torch.float32 or the embedding's"),
         ({"dim": 4, "state": (StateField("x"), StateField("x"))}, "state names must be distinct"),
-        ({"dim": 4, "state": (StateField("embedding"),)}, "state names must be distinct and none 'embedding'"),
+        ({"dim": 4, "state": (StateField("embedding"),)}, "state names must be distinct and not 'embedding'"),
     ],
 )
 def test_bad_layouts_are_refused(settings: dict, message: str) -> None:
@@ -55,6 +55,6 @@ def test_bad_layouts_are_refused(settings: dict, message: str) -> None:
         RecordLayout(**settings)
 
 
-def test_an_unknown_optimizer_state_is_named() -> None:
+def test_the_name_of_an_unknown_optimizer_state_is_reported() -> None:
     with pytest.raises(KeyError, match=r"no optimizer state 'sum'; it has \['exp_avg'\]"):
         RecordLayout(4, (StateField("exp_avg"),)).offset("sum")
