@@ -1,4 +1,4 @@
-"""Typed Python functions over the native operators, one file for each family, named as in ``csrc/ops``.
+"""Typed Python functions for the native operators, with one module per family, named as in ``csrc/ops``.
 
 Importing this package loads the native library.
 """

@@ -10,7 +10,7 @@ from recis_hybrid.ops import _library as _library  # registers the operators, wh
 
 
 def nothing_returned(*names: str) -> None:
-    """Register fakes for operators that only write into their arguments and return nothing."""
+    """Register fakes for operators that only write to their arguments and return nothing."""
 
     def fake(*args: Any, **kwargs: Any) -> None:
         return None

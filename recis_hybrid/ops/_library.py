@@ -1,4 +1,4 @@
-"""Loading of the native libraries, when this module is first imported."""
+"""Loads the native libraries when this module is first imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 _FOLDER = Path(__file__).resolve().parent.parent / "lib"
-# Names that torch gives to the capability of the processor, and the build that needs no more than it.
+# The CPU library for each of torch's names of the processor's capability.
 _LEVELS = {"AVX512": "v4", "AVX2": "v3"}
 
 
@@ -20,7 +20,7 @@ def _cpu_library() -> Path:
 
 
 def _load() -> None:
-    """Register the operators of the best CPU library for this processor, and those of CUDA if torch was built with it.
+    """Register the operators of the best CPU library for this processor, and those for CUDA if torch supports it.
 
     Raises:
         ImportError: If the CPU library is missing or cannot be loaded.

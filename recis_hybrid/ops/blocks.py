@@ -27,16 +27,16 @@ nothing_returned(
 )
 
 ELEMENTS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-"""The element types of records, and their numbers in kernels."""
+"""Element types of records, and their numbers in kernels."""
 
 
 class Blocks(NamedTuple):
-    """EmbeddingBlocks as arguments of kernels."""
+    """EmbeddingBlocks in the form of kernel arguments."""
 
     addresses: Tensor
     """int64 ``[blocks]``: the address of each block, on the device of the kernels."""
     block_shift: int
-    """Binary logarithm of the rows of a block."""
+    """Binary logarithm of the number of rows per block."""
     meta_offset: int
     """Bytes from a record's start to its metadata."""
     record_bytes: int
@@ -79,7 +79,7 @@ def init_fresh(
         fresh: int64 ``[N]``, from ``id_map.find_or_insert``.
         ids: For each feature, int64 ``[n_f]``: the same lists as in that call.
         members: For each feature, the number of its member table.
-        initializers: int64 ``[M, 5]``, as ``csrc/core/initializer.h`` lays them out.
+        initializers: int64 ``[M, 5]``, in the layout of ``csrc/core/initializer.h``.
         dim: D.
         state: First values of the optimizer state.
     """
@@ -137,7 +137,7 @@ def write_meta(blocks: Blocks, rows: Tensor, columns: Tensor) -> None:
     Args:
         blocks: Written.
         rows: int64 ``[n]``, distinct.
-        columns: int64 ``[3, n]``, as :func:`read_meta` returns it; steps below 2^40, frequencies saturate at
+        columns: int64 ``[3, n]``, as returned by :func:`read_meta`. Steps are below 2^40; frequencies saturate at
             2^48 - 1.
     """
     torch.ops.recis.blocks_write_meta(*blocks, rows, columns)
@@ -155,7 +155,7 @@ def copy_records(blocks: Blocks, source: Tensor, target: Tensor) -> None:
 
 
 def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, step: int) -> None:
-    """Mark rows as seen at ``step``, and add their numbers of occurrences to their frequencies.
+    """Mark rows as seen at ``step``, and add their number of occurrences to their frequencies.
 
     Args:
         blocks: Written.
@@ -175,8 +175,8 @@ def list_touched(
     Args:
         blocks: Must hold every row of the map.
         slots: int64 ``[S, 2]`` of the IDMap, on the device of the blocks.
-        step: Rows whose updated and seen steps are both at most this are left out.
-        marks: uint8, one for each row; written: 1 for a listed row, else 0.
+        step: Rows whose updated and seen steps are both at most this step are omitted.
+        marks: uint8, one element per row; written: 1 for a listed row, otherwise 0.
         ids: int64, at least as long as the list; written, in no particular order.
         members: The member table of each id, int64, as long as ``ids``; written.
         count: int64 ``[1]``, zeroed; becomes the number of listed ids.
@@ -187,13 +187,13 @@ def list_touched(
 def export(
     blocks: Blocks, rows: Tensor, offsets: Sequence[int], parts: Sequence[Tensor], meta: Sequence[Tensor]
 ) -> None:
-    """Copy parts and metadata of records into columns in one pass, in the calling thread; on the CPU only.
+    """Copy parts and metadata of records into columns in one pass, in the calling thread; CPU only.
 
     Args:
         blocks: Read.
         rows: int64 ``[n]``.
         offsets: For each part, its offset in the record in bytes.
-        parts: For each part, ``[n, width]`` of its dtype, contiguous; written.
+        parts: For each part, ``[n, width]`` in its dtype, contiguous; written.
         meta: Updated step, seen step and frequency, int64 ``[n]`` each, contiguous; written.
     """
     torch.ops.recis.blocks_export(*blocks, rows, offsets, parts, *meta)

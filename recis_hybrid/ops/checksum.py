@@ -15,7 +15,7 @@ def crc32_pages(data: Tensor, page_bytes: int) -> Tensor:
 
     Args:
         data: uint8 ``[n]``, contiguous, on the CPU.
-        page_bytes: Bytes of a page; the last page may be shorter.
+        page_bytes: Bytes per page; the last page may be shorter.
 
     Returns:
         int64 ``[ceil(n / page_bytes)]``, 0 to 2^32 - 1.

@@ -1,7 +1,7 @@
-"""Operators that combine rows to a vector for each bag, and group the gradients of vectors by row.
+"""Operators that combine rows into one vector per bag, and group the gradients of vectors by row.
 
-Shapes: F features, N positions (ids of a call, features end to end), V vectors of a feature, U distinct rows (known
-only to the device: buffers are ``[N]``, and ``count`` holds U), D dim.
+Shapes: F features, N positions (ids of a call, feature after feature), V vectors of a feature, U distinct rows (only
+the device knows U, so buffers are ``[N]``, and ``count`` holds U), D dim.
 """
 
 from __future__ import annotations
@@ -20,34 +20,34 @@ nothing_returned("gather_bags", "group_rows", "insert_grouped", "distinct_ids", 
 
 SUM, MEAN, SQRTN, MAX = range(4)
 SOURCE_SHIFT = 40
-"""Position of the first bit of a source's feature number; the bits below hold its vector."""
+"""First bit of the feature number in a source; the lower bits hold the vector number."""
 
 
 class Bags(NamedTuple):
-    """The bags of ids that become vectors, as lists with one element for each feature."""
+    """The bags of ids that are combined into vectors, as lists with one element per feature."""
 
     lengths: list[int]
     """Numbers of ids."""
     vectors: list[int]
-    """Numbers of vectors, V: the bags, or bags times tile."""
+    """Numbers of vectors, V: the number of bags, or bags times tile."""
     offsets: list[Tensor]
-    """int64 ``[bags + 1]`` into the ids of the feature; empty tensors, or an empty list, stand for bags of one id."""
+    """int64 ``[bags + 1]`` into the ids of the feature; empty tensors or an empty list: bags of one id."""
     weights: list[Tensor]
-    """float32 ``[ids]``; empty tensors, or an empty list, stand for weights of 1."""
+    """float32 ``[ids]``; empty tensors or an empty list: weights of 1."""
     combiners: list[int]
     """SUM, MEAN, SQRTN or MAX."""
     tiles: list[int]
-    """0; or k for bags of at most k ids that give k vectors, one for each id."""
+    """0; or k for bags of at most k ids that yield k vectors, one for each id."""
 
     @staticmethod
     def single(lengths: list[int]) -> Bags:
-        """Return bags of one id each, with as many ids for each feature as ``lengths`` says."""
+        """Return bags of one id each; ``lengths`` are the numbers of ids of the features."""
         zeros = [0] * len(lengths)
         return Bags(lengths, lengths, [], [], zeros, zeros)
 
     @property
     def plain(self) -> bool:
-        """True if each id gives one vector, the embedding of its row."""
+        """True if each id yields one vector, the embedding of its row."""
         return not self.offsets and not self.weights
 
 
@@ -89,15 +89,15 @@ def gather_bags(
         blocks: Read.
         element: Element type of the embedding, a value of ``blocks.ELEMENTS``.
         dim: D.
-        rows: int64 ``[N]``; -1 for an id without a row, which counts with its first value, or as zeros.
+        rows: int64 ``[N]``; -1 for an id without a row, for which its first value or zeros are used.
         bags: The bags.
         ids: For each feature, int64 ``[n_f]``; an empty list if every id has a row.
-        members: For each feature, the number of its member table; -1 if ids without a row count as zeros.
+        members: For each feature, the number of its member table; -1 to use zeros for ids without a row.
         initializers: int64 ``[M, 5]``: initializer of each member table.
-        out: float32, one buffer for all features; written. Empty bags give zeros.
+        out: float32, one buffer for all features; written. Empty bags yield zeros.
         starts: For each feature, the position of its ``[V, D]`` in ``out``.
-        winners: int32, of the shape of ``out``; written for combiner MAX: the id of the bag that each element came
-            from. May be None.
+        winners: int32, of the shape of ``out``; for combiner MAX, written with the index within the bag of the id that
+            each element came from. May be None.
     """
     torch.ops.recis.gather_bags(*blocks, element, dim, rows, *bags, ids, members, initializers, out, starts, winners)
 
@@ -106,11 +106,11 @@ def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags)
     """Group the positions of a lookup by row, keeping their order within a row.
 
     Args:
-        rows: int64 ``[N]``, each below ``row_bound``; positions with rows below 0 belong to no group.
-        members: For each feature, the number of its member table; two member tables have no row in common.
+        rows: int64 ``[N]``, each below ``row_bound``; positions with negative rows belong to no group.
+        members: For each feature, the number of its member table; different member tables must have no row in common.
         row_bound: Greater than every row.
-        bags: The bags; every position lies in one. For combiner MAX and for vectors of single ids offsets must be
-            empty, as there is a gradient for each position.
+        bags: The bags; every position must be in one. For combiner MAX and for vectors of single ids, offsets must be
+            empty, because there is a gradient for each position.
 
     Returns:
         The groups, on the device of ``rows``; does not wait for it.
@@ -141,7 +141,7 @@ def insert_grouped(
     """Find or insert each id and group the positions by row: a training lookup.
 
     Equivalent to ``id_map.find_or_insert``, ``blocks.init_fresh``, ``id_map.commit`` and :func:`group_rows`, for a map
-    and blocks on one device. On the CPU ids are grouped first, so that each distinct id is looked up once.
+    and blocks on the same device. On the CPU, ids are grouped first, so that each distinct id is looked up only once.
 
     Args:
         slots: int64 ``[S, 2]``, written. At most 0.75 S entries may be in use afterwards.
@@ -157,7 +157,7 @@ def insert_grouped(
         row_bound: Greater than every row, including new ones.
         bags: The bags of the gradients, as in :func:`group_rows`.
         used: As in ``id_map.find``; empty on the CPU.
-        out: As in :func:`gather_bags`; if given, vectors are gathered in the same pass, while records are in cache.
+        out: As in :func:`gather_bags`; if given, vectors are gathered in the same pass, while records are in the cache.
             Only for bags of one id without weights.
         starts: As in :func:`gather_bags`.
 
@@ -198,25 +198,25 @@ class Distinct(NamedTuple):
     ids: Tensor
     """int64 ``[U]``."""
     counts: Tensor
-    """int64 ``[U]``: number of positions of each id; zeros after them."""
+    """int64 ``[U]``: number of positions of each id, followed by zeros."""
     places: Tensor
     """int64 ``[N]``: index in ``ids`` for each position; -1 for positions without an id."""
     sizes: Tensor
-    """int64 ``[W, K]``: number of ids of each owner and kind; they sum up to U."""
+    """int64 ``[W, K]``: number of ids of each owner and kind; the sum is U."""
     groups: RowGroups | None
-    """The positions grouped by id, with indices in ``ids`` as rows; None if they were not grouped."""
+    """The positions grouped by id, with indices into ``ids`` as rows; None if not grouped."""
 
 
 def distinct_ids(
     ids: Sequence[Tensor], kinds: Sequence[int], owners: Sequence[int], ranks: int, bags: Bags
 ) -> Distinct:
-    """Return the distinct ids of a lookup and the ranks that own them; on the CPU.
+    """Return the distinct ids of a lookup, ordered by the ranks that own them; CPU only.
 
     Args:
         ids: For each feature, int64 ``[n_f]``, contiguous.
         kinds: For each feature, its kind, a number below K; equal ids of different kinds are distinct.
-        owners: For each kind, the rank that owns all its ids, or -1 if ids belong to ranks by bucket
-            (``id_map.bucket_of``), of which each rank owns a contiguous range.
+        owners: For each kind, the rank that owns all its ids, or -1 if ids belong to the ranks that own their buckets
+            (``id_map.bucket_of``); each rank owns a contiguous range of buckets.
         ranks: W.
         bags: The bags of the gradients, as in :func:`group_rows`.
     """
@@ -235,7 +235,7 @@ def _room(n: int, bags: Bags, device: torch.device) -> RowGroups:
     # One allocation: sources, unique, offsets (n + 1), count.
     words = torch.empty(3 * n + 2, dtype=torch.int64, device=device)
     sources, unique, offsets, count = words.split_with_sizes((n, n, n + 1, 1))
-    # count(), not ``in``: a compiled caller may pass symbols, which dynamo's ``in`` does not find (torch 2.13).
+    # count(), not ``in``: a compiled caller may pass symbols, which ``in`` does not find under Dynamo (torch 2.13).
     scaled = bool(bags.weights) or bags.combiners.count(MEAN) > 0 or bags.combiners.count(SQRTN) > 0
     scales = torch.empty(n, dtype=torch.float32, device=device) if scaled else None
     return RowGroups(count, unique, offsets, sources, scales)
@@ -246,7 +246,7 @@ def _parts(groups: RowGroups) -> tuple[Tensor | None, ...]:
 
 
 def spread_max(offsets: Tensor, winners: Tensor, gradient: Tensor, out: Tensor) -> None:
-    """Write the gradient of each id of max-pooled bags: that of the bag where the id was the maximum, else zero.
+    """Write the gradient of each id of max-pooled bags: that of the bag where the id is the maximum, otherwise 0.
 
     Args:
         offsets: int64 ``[B + 1]``, or an empty tensor for bags of one id.

@@ -1,6 +1,6 @@
 """Operators that hash strings and ids to 64-bit ids.
 
-Shapes: T bytes in all, B strings. A hash is an unsigned 64-bit integer, returned as the int64 with the same bits.
+Shapes: T bytes in total, B strings. A hash is an unsigned 64-bit integer, returned as the int64 with the same bits.
 
 References:
     FarmHash, Geoff Pike, 2014 (Fingerprint64). MurmurHash2, Austin Appleby, 2008 (MurmurHash64A, here with seed 0).
@@ -17,10 +17,10 @@ from torch import Tensor
 
 HashKind: TypeAlias = Literal["farm", "murmur", "xxh64", "djb2", "sdbm"]
 """``"farm"``: FarmHash Fingerprint64; ``"murmur"``: MurmurHash64A with seed 0; ``"xxh64"``: XXH64 with seed 0;
-``"djb2"`` and ``"sdbm"``: byte by byte, weak, meant for several hashes of one string."""
+``"djb2"`` and ``"sdbm"``: weak byte-wise hashes, meant for several hashes of the same string."""
 
 HASH_KINDS: dict[str, int] = {"farm": 0, "murmur": 1, "xxh64": 2, "djb2": 3, "sdbm": 4}
-"""The kinds of hashes, and their numbers in native code."""
+"""Kinds of hashes, and their numbers in native code."""
 
 
 def _fake_hash_bytes(values: Tensor, offsets: Tensor, kind: int) -> Tensor:
@@ -47,8 +47,8 @@ def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tens
         int64 ``[B]``, identical on all devices and machines.
 
     Raises:
-        TypeError: If a dtype differs.
-        ValueError: If a shape, a device or the kind differs.
+        TypeError: If a dtype is wrong.
+        ValueError: If a shape is wrong, the devices differ, or there is no such kind.
         RuntimeError: If offsets decrease or point outside the values. On a GPU this is a device-side assertion, like an
             index out of bounds.
 
@@ -73,7 +73,7 @@ def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tens
 
 
 def hash_ids(ids: Tensor, kind: HashKind = "farm") -> Tensor:
-    """Return the hash of each id, taken as a string of its eight bytes in little-endian order.
+    """Return the hash of each id, as a string of its eight bytes in little-endian order.
 
     Args:
         ids: int64, any shape.

@@ -1,8 +1,8 @@
 """Operators of the IDMap: (member table, id) → row.
 
-Shapes: N ids of a call over all features, S slots, R rows ever made. ``slots`` is int64 ``[S, 2]`` with S a power of
-two; ``counters`` is int64 ``[5]``, indexed by the constants below. The callers in ``embedding`` keep the load
-at or below 0.75 and the buffers large enough; no function here grows a buffer or waits for a device.
+Shapes: N ids of a call over all features, S slots, R rows ever created. ``slots`` is int64 ``[S, 2]`` with S a power of
+two; ``counters`` is int64 ``[5]``, indexed by the constants below. Callers in ``embedding`` keep the load factor at or
+below 0.75 and the buffers large enough; no function here grows a buffer or waits for a device.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ nothing_returned(
 )
 
 FRESH, ROWS, FREE, USED_SLOTS, LIVE, COUNTERS = range(6)
-"""Positions of the counters: rows added since the last commit, rows ever made, free rows, slots in use or erased, ids
+"""Indices of the counters: rows added since the last commit, rows ever created, free rows, slots in use or erased, ids
 with a row; and the number of counters."""
 
 
@@ -51,8 +51,7 @@ def find(
         members: For each feature, the number of its member table, 0 to 65,535.
         rows: int64 ``[N]``, written.
         used: For each feature, an int64 tensor on the device of its ids whose last element is the number of ids in use,
-            for callers that know only a bound; ids after them have no row. Empty tensors, or an empty list, stand for
-            all ids.
+            for callers that only know a bound; ids after them have no row. Empty tensors or an empty list: all ids.
         numbers: Whether to write slot numbers instead of rows.
     """
     torch.ops.recis.id_map_find(slots, ids, members, used, numbers, rows)
@@ -70,13 +69,13 @@ def find_or_insert(
     *,
     used: Sequence[Tensor] = (),
 ) -> None:
-    """Find the row of each id, or add one: a free row, else the next. :func:`commit` must follow.
+    """Find the row of each id, or add one: a free row, otherwise the next row. :func:`commit` must follow.
 
     Args:
         slots: int64 ``[S, 2]``, written. At most 0.75 S entries may be in use afterwards.
         counters: int64 ``[5]``; FRESH grows by the number of new rows.
         free_rows: int64: rows to reuse; the first FREE are in use, taken from their end.
-        admitted: uint8 ``[N]``: 0 for ids that must not get a row; None admits all.
+        admitted: uint8 ``[N]``: 0 for ids that must not get a row; None: admit all.
         ids: For each feature, int64 ``[n_f]``, contiguous.
         members: For each feature, the number of its member table.
         rows: int64 ``[N]``, written.
@@ -92,7 +91,7 @@ def commit(counters: Tensor) -> None:
 
 
 def rehash(slots: Tensor, fresh_slots: Tensor) -> None:
-    """Copy the entries of ``slots``, except erased ones, into ``fresh_slots``, zeroed and large enough."""
+    """Copy the entries of ``slots``, except erased ones, into ``fresh_slots``, which is zeroed and large enough."""
     torch.ops.recis.id_map_rehash(slots, fresh_slots)
 
 
@@ -115,9 +114,9 @@ def erase(slots: Tensor, numbers: Tensor, counters: Tensor, free_rows: Tensor | 
 
     Args:
         slots: int64 ``[S, 2]``, written.
-        numbers: int64 ``[n]``: slot numbers; those below 0 are skipped, repeated ones erased once.
+        numbers: int64 ``[n]``: slot numbers; negative ones are skipped, repeated ones erased once.
         counters: int64 ``[5]``, written.
-        free_rows: int64, with room for every row ever made; written. None drops the rows.
+        free_rows: int64, with room for every row ever created; written. None drops the rows.
     """
     torch.ops.recis.id_map_erase(slots, numbers, counters, free_rows)
 
@@ -141,7 +140,7 @@ def count(
     *,
     used: Sequence[Tensor] = (),
 ) -> None:
-    """Count the ids whose row (int64 ``[N]``) is below 0, in a map that holds counts instead of rows."""
+    """Count the ids whose row (int64 ``[N]``) is negative, in a map that holds counts instead of rows."""
     torch.ops.recis.id_map_count(slots, counters, ids, members, used, rows)
 
 
@@ -155,7 +154,7 @@ def admit(
     *,
     used: Sequence[Tensor] = (),
 ) -> None:
-    """Write into ``admitted`` (uint8 ``[N]``) whether each id has a row or :func:`count` counted it ``least`` times."""
+    """Write to ``admitted`` (uint8 ``[N]``) whether each id has a row or has been counted ``least`` times."""
     torch.ops.recis.id_map_admit(slots, ids, members, used, rows, least, admitted)
 
 
@@ -174,7 +173,7 @@ def bucket_of(ids: Tensor) -> Tensor:
 
 
 def bucket_order(ids: Tensor, members: Tensor | None = None) -> Tensor:
-    """Return the order of distinct ids by (bucket, id), or by (member table, bucket, id).
+    """Return the sort order of distinct ids by (bucket, id), or by (member table, bucket, id).
 
     Args:
         ids: int64 ``[N]``.
@@ -191,7 +190,7 @@ def bucket_order(ids: Tensor, members: Tensor | None = None) -> Tensor:
 
 
 def file_order(ids: Tensor, members: Tensor, rows: Tensor, member_count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Sort rows as in files: by (member table, bucket, id).
+    """Sort rows in the order of checkpoint files: by (member table, bucket, id).
 
     Args:
         ids: int64 ``[N]``, contiguous, on the CPU.

@@ -20,7 +20,7 @@ def _huge_empty(size: int) -> Tensor:
 def empty_bytes(size: int, device: torch.device) -> Tensor:
     """Return an uninitialized uint8 tensor of ``size`` bytes, 64-byte aligned.
 
-    Large host tensors lie on huge pages, and their memory is reused after they are freed.
+    Large host tensors are on huge pages, and their memory is reused after they are freed.
     """
     if device.type == "cpu" and size >= _HUGE_FROM:
         return torch.ops.recis.huge_empty(size)  # type: ignore[no-any-return]

@@ -1,10 +1,10 @@
-"""The operator that runs a program of element-wise operations over many columns in one call.
+"""Operator that runs a program of element-wise operations over many columns in one call.
 
-:class:`recis_hybrid.features.FeatureEngine` generates the programs. They are not checked: a wrong program reads and
-writes outside its tensors.
+:class:`recis_hybrid.features.FeatureEngine` generates the programs. They are not validated: an incorrect program reads
+and writes outside its tensors.
 
 References:
-    Vectorised interpretation: Boncz, Zukowski, Nes: MonetDB/X100: Hyper-Pipelining Query Execution, CIDR 2005.
+    Vectorized interpretation: Boncz, Zukowski, Nes: MonetDB/X100: Hyper-Pipelining Query Execution, CIDR 2005.
 """
 
 from __future__ import annotations
@@ -53,10 +53,10 @@ STEPS = (
 """The instructions, in the order of their numbers in ``csrc/core/program.h``."""
 
 SCRATCH_TILES = 8
-"""The number of intermediate results that a part of a program can hold at a time."""
+"""Maximum number of intermediate results of a part of a program at a time."""
 
 DTYPES = {torch.int32: 3, torch.int64: 4, torch.float32: 6, torch.float64: 7}
-"""The dtypes of results, and their numbers in native code."""
+"""Dtypes of results, and their numbers in native code."""
 _DTYPES_BY_NUMBER = {number: dtype for dtype, number in DTYPES.items()}
 
 
@@ -88,7 +88,7 @@ torch.library.register_fake("recis::vocabulary_slots", _fake_vocabulary_slots)
 
 
 def divisor_words(divisor: int) -> tuple[int, int, int]:
-    """Return the parameters, as int64, with which native code computes remainders without division.
+    """Return the int64 parameters with which native code computes remainders without division.
 
     Args:
         divisor: 1 to 2^64 - 1.
@@ -134,21 +134,22 @@ def run(
 
     Args:
         inputs: Contiguous tensors on one device.
-        code: int64 ``[K, 8]`` on that device: the instructions.
-        params: int64 ``[P]`` on that device: tables that instructions refer to.
+        code: int64 ``[K, 8]`` on the same device: the instructions.
+        params: int64 ``[P]`` on the same device: tables used by instructions.
         parts: Five numbers for each part: its first instruction; one past its last; the input that has its length; 1 if
-            that input holds offsets, else 0; and an input of offsets whose last element is the number of rows in use,
-            or -1 if all are. Elements after these raise no errors.
+            that input holds offsets, otherwise 0; and an input of offsets whose last element is the number of rows in
+            use, or -1 if all are. Elements after them raise no errors.
         like: For each result, the input that has its shape, or -1 - i for one element less than the offsets
             ``inputs[i]``.
         dtypes: For each result, the number of its dtype in ``DTYPES``.
-        labels: A line for each instruction, to name it in errors.
+        labels: A line for each instruction, which names it in errors.
         parallel: Whether to use torch's threads on the CPU.
 
     Returns:
-        The results. On CUDA one more follows, int64 ``[K]``: for each instruction 1 + an element that it refused, or 0.
+        The results. On CUDA, one more follows, int64 ``[K]``: for each instruction, 1 + the index of a refused element,
+        or 0.
 
     Raises:
-        RuntimeError: On the CPU, if an instruction refuses an element (NaN, or a string with wrong offsets).
+        RuntimeError: On the CPU, if an instruction refuses an element (NaN, or a string with invalid offsets).
     """
     return torch.ops.recis.feature_program(inputs, code, params, parts, like, dtypes, labels, parallel)  # type: ignore[no-any-return]

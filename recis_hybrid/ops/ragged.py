@@ -1,11 +1,11 @@
 """Operators that change the number of values in rows of ragged columns, many columns in one call.
 
-A column consists of ``values`` (the rows one after another) and ``offsets`` ``[B + 1]``; a plane is its values or its
-weights. Results whose size depends on data have their exact size on the CPU. On CUDA, where the host would have to wait
-for the size, they have an upper bound instead (``exact=False``), with zeros after the values that the offsets reach.
+A column consists of ``values`` (row after row) and ``offsets`` ``[B + 1]``; a plane is its values or its weights.
+Results whose size depends on data have their exact size on the CPU. On CUDA, where the host would have to wait for the
+size, they have an upper bound instead (``exact=False``), with zeros after the values that the offsets cover.
 
 Tensors are passed in one list and referred to by number (``index``), -1 for none. ``labels`` holds a line for each
-column, to name it in errors, which are RuntimeErrors and are raised on the CPU only.
+column, which names it in errors. Errors are RuntimeErrors, raised on the CPU only.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 NO_BOUND = 2**63 - 1
-"""The maximum length of rows without a limit."""
+"""Maximum length of rows without a limit."""
 
 DROP_FIRST, PAD_FIRST, STRICT, FIXED = 1, 2, 4, 8
-"""Flags of ``resize``: drop the first values of long rows, pad short rows at the start, refuse long rows, and return a
+"""Flags of ``resize``: drop the first values of long rows, pad short rows at the start, refuse long rows, and return
 dense ``[B, most, ...]``."""
 
 
@@ -198,8 +198,8 @@ def first_bad_offsets(offsets: Sequence[Tensor], totals: Sequence[int]) -> int:
     """Return the index of the first invalid offsets, -1 if all are valid.
 
     Args:
-        offsets: At least one tensor, int64 ``[lists + 1]``, contiguous, on the CPU. Valid ones begin with 0 and do not
-            decrease.
-        totals: For each, the number with which it must end.
+        offsets: At least one tensor, int64 ``[lists + 1]``, contiguous, on the CPU. Valid offsets begin with 0 and do
+            not decrease.
+        totals: For each tensor, its required last element.
     """
     return int(torch.ops.recis.first_bad_offsets(offsets, totals).item())

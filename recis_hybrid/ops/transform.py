@@ -14,10 +14,10 @@ _FLOATS = (torch.float32, torch.float64)
 
 MapKind: TypeAlias = Literal["log", "clip", "normalize", "fill"]
 """``"log"``: log(x + first); ``"clip"``: the nearest number in [first, second]; ``"normalize"``: (x - first) / second;
-``"fill"``: first in place of NaN."""
+``"fill"``: first instead of NaN."""
 
 MAP_KINDS: dict[str, int] = {"log": 0, "clip": 1, "normalize": 2, "fill": 3}
-"""The kinds of maps, and their numbers in native code."""
+"""Kinds of maps, and their numbers in native code."""
 
 
 def _fake_ids(ids: Tensor, *_: object) -> Tensor:
@@ -41,8 +41,8 @@ torch.library.register_fake("recis::cast_to_ids", _fake_cast)
 def mod_ids(ids: Tensor, modulus: int) -> Tensor:
     """Return ``ids`` modulo ``modulus``, with ids read as unsigned 64-bit integers.
 
-    Hashes, which are unsigned, thus stay evenly distributed, and no result is negative. For ids below 0 it differs from
-    ``%`` in Python and torch: the id -1 counts as 2^64 - 1.
+    Hashes, which are unsigned, thus stay evenly distributed, and results are non-negative for moduli up to 2^63. For
+    negative ids, the result differs from ``%`` in Python and torch: the id -1 counts as 2^64 - 1.
 
     Args:
         ids: int64, any shape.
@@ -70,21 +70,21 @@ def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_
     """Return the bucket of each value.
 
     The bucket of v is the number of boundaries b with b <= v (``right=True``) or b < v (``right=False``), as in
-    :func:`torch.bucketize`. NaN goes to the last bucket, as there. Boundaries must be sorted; this is not checked,
-    since the host would have to wait for a GPU.
+    :func:`torch.bucketize`, also in that NaN goes to the last bucket. Boundaries must be sorted; this is not checked,
+    because the host would have to wait for a GPU.
 
     Args:
         values: int64, float32 or float64, any shape.
-        boundaries: ``[K]`` of the dtype and on the device of ``values``, sorted.
-        right: Whether a value equal to a boundary goes to the bucket above it.
+        boundaries: ``[K]`` in the dtype and on the device of ``values``, sorted.
+        right: Whether a value equal to a boundary goes to the bucket above.
         refuse_nan: Whether NaN raises on the CPU.
 
     Returns:
         int64 of the shape of ``values``, contiguous, each in ``[0, K]``.
 
     Raises:
-        TypeError: If a dtype differs.
-        ValueError: If the boundaries have another number of dimensions or another device.
+        TypeError: If a dtype is wrong.
+        ValueError: If the boundaries are not one-dimensional, or on another device.
         RuntimeError: On the CPU, if a value is NaN and ``refuse_nan`` is True.
 
     Example:
@@ -129,7 +129,7 @@ def multi_hash_ids(ids: Tensor, multiplier: int, prime: int, buckets: int) -> Te
 
 
 def cross_ids(x: Tensor, y: Tensor) -> Tensor:
-    """Return the id of each pair: MurmurHash64A (seed 0) of the eight bytes of x, then those of y.
+    """Return the id of each pair: MurmurHash64A (seed 0) of the eight bytes of x followed by those of y.
 
     Args:
         x: int64, any shape.
@@ -150,8 +150,8 @@ def cross_ids(x: Tensor, y: Tensor) -> Tensor:
     _check_ids("cross_ids", y)
     if x.shape != y.shape or x.device != y.device:
         raise ValueError(
-            f"cross_ids: x and y must have one shape and device, got {list(x.shape)} on {x.device} and {list(y.shape)} "
-            f"on {y.device}"
+            f"cross_ids: x and y must have the same shape and device, got {list(x.shape)} on {x.device} and "
+            f"{list(y.shape)} on {y.device}"
         )
     return torch.ops.recis.cross_ids(x.contiguous(), y.contiguous())  # type: ignore[no-any-return]
 
@@ -161,15 +161,15 @@ def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0)
 
     Args:
         values: float32 or float64, any shape.
-        kind: The map, see ``MapKind``.
+        kind: The map; see ``MapKind``.
         first: First parameter of the map, rounded to the dtype of ``values``.
-        second: Second parameter, rounded likewise.
+        second: Second parameter of the map, also rounded.
 
     Returns:
         A contiguous tensor of the shape and dtype of ``values``.
 
     Raises:
-        TypeError: If the dtype differs.
+        TypeError: If the dtype is wrong.
         ValueError: If there is no such kind.
         RuntimeError: On the CPU, if a value is NaN (other than for ``"fill"``) or has no logarithm.
 
@@ -207,7 +207,7 @@ def clip_ids(ids: Tensor, least: int, most: int) -> Tensor:
 
 
 def cast_to_ids(values: Tensor) -> Tensor:
-    """Return the numbers truncated towards zero, as int64.
+    """Return the numbers truncated toward zero, as int64.
 
     Args:
         values: float32 or float64, any shape.
@@ -216,7 +216,7 @@ def cast_to_ids(values: Tensor) -> Tensor:
         int64 of that shape, contiguous.
 
     Raises:
-        TypeError: If the dtype differs.
+        TypeError: If the dtype is wrong.
         RuntimeError: On the CPU, if a value is NaN or out of the range of int64; on CUDA it becomes 0.
 
     Example:

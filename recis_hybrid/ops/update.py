@@ -1,4 +1,4 @@
-"""Operators on row gradients: ordered reduction, and the updates of optimizers.
+"""Operators on row gradients: ordered reduction, and optimizer updates.
 
 Shapes: F features, V vectors of a feature, U distinct rows, D dim.
 """
@@ -21,7 +21,7 @@ nothing_returned(
 
 
 class Table(NamedTuple):
-    """The records of a table, as arguments of an update."""
+    """The records of a table in the form of update arguments."""
 
     blocks: Blocks
     """Written."""
@@ -51,7 +51,7 @@ class Gradients(NamedTuple):
 
 
 def reduce_rows(gradients: Gradients, out: Tensor) -> None:
-    """Sum the gradients of each row, in input order, in chunks of 256 whose sums are added in order.
+    """Sum the gradients of each row in input order, in chunks of 256 whose sums are added in order.
 
     Args:
         gradients: The gradients to sum.
@@ -79,7 +79,7 @@ def adagrad_update(table: Table, gradients: Gradients, *, sum_offset: int, lr: f
 
 
 def rowwise_adagrad_update(table: Table, gradients: Gradients, *, sum_offset: int, lr: float, eps: float) -> None:
-    """Like :func:`adagrad_update`, with one float32 ``sum`` for each row, of the mean squared gradient."""
+    """Like :func:`adagrad_update`, but with one float32 ``sum`` per row, of the mean squared gradient."""
     torch.ops.recis.rowwise_adagrad_update(*_records(table), *_parts(gradients), sum_offset, lr, eps)
 
 
@@ -97,7 +97,7 @@ def adam_update(
 ) -> None:
     """Reduce row gradients and apply Adam to the rows that have one; weights are first multiplied by ``decay``.
 
-    ``t`` counts from 1; ``eps`` is added to the root of the second moment before its bias correction.
+    ``t`` counts from 1; ``eps`` is added to the square root of the second moment before its bias correction.
     """
     torch.ops.recis.adam_update(
         *_records(table), *_parts(gradients), exp_avg_offset, exp_avg_sq_offset, lr, *betas, eps, decay, t

@@ -42,7 +42,7 @@ def test_normal_first_values_are_within_two_ulp_of_float64(device: str, dim: int
     ids = list(range(-500, 500))
     got = values_of(table_with(Normal(0.0, 1.0), dim, device), ids).numpy()
     want = philox.normal(table_key(3, "item"), np.array(ids), dim, 0.0, 1.0)
-    # Near its zeros a cosine has a large relative error, so the error is measured against the radii of the row.
+    # A cosine has a large relative error near its zeros, so the error is relative to the largest value of a row.
     assert_near(got, want, 8)
     assert np.mean(np.abs(got - want) <= 2 * np.spacing(np.abs(want).astype(np.float32))) > 0.97
 
@@ -50,7 +50,7 @@ def test_normal_first_values_are_within_two_ulp_of_float64(device: str, dim: int
 def test_normal_first_values_are_normal() -> None:
     values = values_of(table_with(Normal(1.0, 2.0), 64), list(range(20_000))).double()
     standard = ((values - 1) / 2).flatten()
-    # 1.28 M numbers: means of their powers within five standard errors of those of a normal distribution.
+    # 1.28 M numbers: the means of their powers are within five standard errors of those of a normal distribution.
     for power, mean, variance in [(1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)]:
         assert abs(float((standard**power).mean()) - mean) < 5 * (variance / standard.numel()) ** 0.5
 
@@ -104,7 +104,7 @@ def test_pooling_equals_embedding_bag(device: str, dim: int, combiner: str) -> N
 
 
 @on_devices
-def test_unknown_ids_count_with_their_first_value_and_stay_unknown(device: str) -> None:
+def test_unknown_ids_have_their_first_value_and_stay_unknown(device: str) -> None:
     table, twin = make_table(dim=10, device=device), make_table(dim=10, device=device)
     table.lookup([feature([1], device=device)], train=True)
     twin.lookup([feature([1, 2, 3], device=device)], train=True)
@@ -140,7 +140,7 @@ def test_more_features_than_fit_into_kernel_arguments(device: str) -> None:
         assert torch.equal(out.cpu(), want)
 
 
-def test_blocks_refuse_arguments_that_do_not_fit() -> None:
+def test_blocks_refuse_bad_arguments() -> None:
     table = make_table(dim=4)
     rows = table.lookup([feature([1, 2])], train=True).rows
     with pytest.raises(ValueError, match=r"embedding: values must have shape \(2, 4\), got \(2, 3\)"):
@@ -151,13 +151,13 @@ def test_blocks_refuse_arguments_that_do_not_fit() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows", [0, 1, 7, 8, 9, 300])
-def test_an_export_in_one_pass_equals_reads_of_parts(rows: int, dtype: torch.dtype) -> None:
+def test_an_export_equals_reads_of_parts(rows: int, dtype: torch.dtype) -> None:
     layout = RecordLayout(5, (StateField("sum", 1), StateField("exp_avg")), dtype)
     table = HashTable([MemberTable("item", Normal(0.0, 1.0))], layout, torch.device("cpu"))
     ids = torch.randperm(500, generator=torch.Generator().manual_seed(0))
     for _ in range(2):
         table.lookup([feature(ids)], train=True)
-    table.export(0)  # records the seen rows
+    table.export(0)  # records the last lookup in the metadata
     chosen, blocks = table.rows(0, ids[:rows]), table.store.blocks
     parts = [torch.empty(rows, layout.width(part), dtype=layout.part_dtype(part)) for part in layout.parts]
     meta = [torch.full((rows,), -1) for _ in range(3)]
@@ -167,7 +167,7 @@ def test_an_export_in_one_pass_equals_reads_of_parts(rows: int, dtype: torch.dty
     assert rows == 0 or meta[2].tolist() == [2] * rows
 
 
-def test_exports_that_do_not_fit_are_refused() -> None:
+def test_bad_exports_are_refused() -> None:
     table = make_table(dim=4)
     rows, meta = table.lookup([feature(torch.arange(3))], train=True).rows, [torch.empty(3, dtype=torch.int64)] * 3
     for offset, shape in ((0, (2, 4)), (table.layout.record_bytes - 8, (3, 4)), (-8, (3, 1))):

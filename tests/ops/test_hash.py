@@ -16,7 +16,7 @@ REFERENCE: dict[str, Callable[[bytes], int]] = {
 kinds = pytest.mark.parametrize("kind", list(REFERENCE))
 
 # Strings of n bytes 11, 48, 85, ... (in steps of 37): n, the fingerprint64 of PyPI's pyfarmhash 0.5.1, and the
-# _Hash_bytes(data, n, 0) of GNU libstdc++, which is MurmurHash64A. A length of each class and at each border.
+# _Hash_bytes(data, n, 0) of GNU libstdc++, which is MurmurHash64A. Lengths of each class and at each boundary.
 PINNED = [
     (0, -7286425919675154353, 0),
     (1, 4787810249829893994, 962983613142996970),
@@ -40,10 +40,10 @@ PINNED = [
 ]
 
 
-def column(strings: list[bytes], device: str = "cpu", before: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return strings as values and offsets, with the values ``before`` bytes into their memory."""
-    joined = bytearray(bytes(before) + b"".join(strings) + b"x")
-    values = torch.frombuffer(joined, dtype=torch.uint8).to(device)[before:-1]
+def column(strings: list[bytes], device: str = "cpu", shift: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return strings as values and offsets; the values start ``shift`` bytes into their memory."""
+    joined = bytearray(bytes(shift) + b"".join(strings) + b"x")
+    values = torch.frombuffer(joined, dtype=torch.uint8).to(device)[shift:-1]
     lengths = torch.tensor([0, *map(len, strings)], dtype=torch.int64)
     return values, lengths.cumsum(0).to(device)
 
@@ -59,7 +59,7 @@ def test_known_values(device: str) -> None:
 
 @on_devices
 @pytest.mark.parametrize(("kind", "which"), [("farm", 1), ("murmur", 2)])
-def test_values_of_other_implementations(device: str, kind: ops.hash.HashKind, which: int) -> None:
+def test_agreement_with_other_implementations(device: str, kind: ops.hash.HashKind, which: int) -> None:
     strings = [bytes((i * 37 + 11) & 255 for i in range(row[0])) for row in PINNED]
     want = [row[which] for row in PINNED]
     assert ops.hash.hash_bytes(*column(strings, device), kind).tolist() == want
@@ -68,14 +68,14 @@ def test_values_of_other_implementations(device: str, kind: ops.hash.HashKind, w
 
 @on_devices
 @kinds
-@pytest.mark.parametrize("before", range(8))
-def test_every_length_at_every_alignment(device: str, kind: ops.hash.HashKind, before: int) -> None:
-    generator = torch.Generator().manual_seed(before)
+@pytest.mark.parametrize("shift", range(8))
+def test_every_length_at_every_alignment(device: str, kind: ops.hash.HashKind, shift: int) -> None:
+    generator = torch.Generator().manual_seed(shift)
     strings = [
         bytes(torch.randint(0, 256, (n,), dtype=torch.uint8, generator=generator).tolist()) for n in [*range(140), 1000]
     ]
     want = [REFERENCE[kind](string) for string in strings]
-    assert ops.hash.hash_bytes(*column(strings, device, before), kind).tolist() == want
+    assert ops.hash.hash_bytes(*column(strings, device, shift), kind).tolist() == want
 
 
 @kinds
@@ -105,7 +105,7 @@ def test_rows_may_cover_only_part_of_the_bytes(device: str, kind: ops.hash.HashK
 
 
 @kinds
-def test_many_rows_use_all_threads(kind: ops.hash.HashKind) -> None:
+def test_many_rows_with_several_threads(kind: ops.hash.HashKind) -> None:
     strings = [b"%d" % i for i in range(20_000)]
     before = torch.get_num_threads()
     try:
@@ -139,12 +139,12 @@ def test_any_ids(kind: ops.hash.HashKind, ids: list[int]) -> None:
 
 @kinds
 @pytest.mark.parametrize("offsets", [[0, 5, 3], [0, 3, 11], [-1, 3], [2**62, -(2**62)]])
-def test_bad_offsets_are_not_followed(kind: ops.hash.HashKind, offsets: list[int]) -> None:
+def test_bad_offsets_are_refused(kind: ops.hash.HashKind, offsets: list[int]) -> None:
     with pytest.raises(RuntimeError, match="decrease or lie outside the 10 bytes"):
         ops.hash.hash_bytes(torch.zeros(10, dtype=torch.uint8), torch.tensor(offsets), kind)
 
 
-def test_the_row_of_bad_offsets_is_named() -> None:
+def test_the_row_of_bad_offsets_is_reported() -> None:
     offsets = torch.arange(5_001)
     offsets[4_321] = 0
     with pytest.raises(RuntimeError, match="row 4320 "):
@@ -169,7 +169,7 @@ def test_bad_arguments_are_refused() -> None:
         ops.hash.hash_ids(offsets.int())
     with pytest.raises(ValueError, match="got 'sha'"):
         ops.hash.hash_ids(offsets, "sha")  # type: ignore[arg-type]
-    # The native checks, for direct calls of the operators.
+    # Native checks, for direct calls of the operators.
     with pytest.raises(RuntimeError, match="unknown kind of hash: 5"):
         torch.ops.recis.hash_ids(offsets, 5)
     with pytest.raises(RuntimeError, match="must be contiguous"):

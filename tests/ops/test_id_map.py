@@ -20,7 +20,7 @@ def insert(id_map: IdMap, ids: torch.Tensor, member: int = 0) -> torch.Tensor:
 
 
 @on_devices
-def test_every_64_bit_id_gets_a_row_of_its_own(device: str) -> None:
+def test_every_64_bit_id_gets_its_own_row(device: str) -> None:
     id_map = IdMap(torch.device(device))
     ids = torch.tensor(EDGE_IDS, device=device)
     rows = insert(id_map, ids)
@@ -130,8 +130,8 @@ def test_ids_beyond_the_used_ones_have_no_row() -> None:
     assert len(counts) == 4
 
 
-def test_buckets_are_those_of_the_format() -> None:
-    # Buckets are part of the format of checkpoints: the top 16 bits of SplitMix64's finaliser over id ^ salt.
+def test_buckets_match_the_checkpoint_format() -> None:
+    # Buckets are part of the checkpoint format: the top 16 bits of SplitMix64's finalizer over id ^ salt.
     def bucket(i: int) -> int:
         mask = 2**64 - 1
         x = (i & mask) ^ 0x5851F42D4C957F2D
@@ -146,20 +146,20 @@ def test_buckets_are_those_of_the_format() -> None:
 def test_rows_of_erased_ids_are_reused(device: str) -> None:
     id_map = IdMap(torch.device(device))
     rows = insert(id_map, torch.arange(100, device=device))
-    gone = torch.tensor([3, 50, 99, 3, 12345], device=device)
-    id_map.erase_slots(id_map.slots_of([gone], [0]))
+    erased = torch.tensor([3, 50, 99, 3, 12345], device=device)
+    id_map.erase_slots(id_map.slots_of([erased], [0]))
     assert len(id_map) == 97
-    assert id_map.find([gone], [0]).tolist() == [-1] * 5
+    assert id_map.find([erased], [0]).tolist() == [-1] * 5
     fresh = insert(id_map, torch.arange(1000, 1005, device=device))
-    assert set(rows[gone[:3]].tolist()) < set(fresh.tolist())
+    assert set(rows[erased[:3]].tolist()) < set(fresh.tolist())
     assert id_map.row_bound == 102
     assert torch.equal(id_map.find([torch.arange(4, 50, device=device)], [0]), rows[4:50])
 
 
 def test_repeated_erasing_needs_no_more_slots() -> None:
     id_map = IdMap(torch.device("cpu"))
-    for turn in range(200):
-        ids = torch.arange(500) + 500 * turn
+    for repeat in range(200):
+        ids = torch.arange(500) + 500 * repeat
         insert(id_map, ids)
         id_map.erase_slots(id_map.slots_of([ids], [0]))
     assert len(id_map) == 0
@@ -215,7 +215,7 @@ def test_rows_are_sorted_as_in_files(keys: list[tuple[int, int]]) -> None:
 
 
 def test_many_rows_are_sorted_as_in_files() -> None:
-    # Enough ids of one member table for its buckets to be counted, and few of another.
+    # One member table with enough ids for a counting sort of its buckets, and one with few.
     ids = torch.randint(-(2**63), 2**63 - 1, (50_000,), generator=torch.Generator().manual_seed(0)).unique()
     members = (ids % 100 == 0).long() * 2
     rows = torch.arange(len(ids))

@@ -21,7 +21,7 @@ optimizer = optim.Adam(engine.parameters(), lr=0.1)
 digest = hashlib.sha256()
 for _ in range(5):
     outputs = engine({n: torch.randint(-9, 9, (50, 3), generator=generator) for n in "abc"})
-    # Integers, since torch's normal numbers differ between levels.
+    # Integers, because torch's normal numbers differ between levels.
     gradients = [torch.randint(-99, 99, value.shape, generator=generator) / 8 for value in outputs.values()]
     torch.autograd.backward(list(outputs.values()), gradients)
     optimizer.step()
@@ -40,7 +40,7 @@ def run(root: Path, capability: str | None, code: str = CODE) -> subprocess.Comp
 
 
 @pytest.mark.skipif(torch.backends.cpu.get_cpu_capability() not in ("AVX2", "AVX512"), reason="x86 levels only")
-def test_every_level_that_this_processor_has_is_loaded_and_trains_to_the_same_bits(root: Path) -> None:
+def test_training_is_bitwise_equal_on_all_levels_of_this_processor(root: Path) -> None:
     levels = {"default": "librecis_cpu_v2.so", "avx2": "librecis_cpu_v3.so"}
     if torch.backends.cpu.get_cpu_capability() == "AVX512":
         levels["avx512"] = "librecis_cpu_v4.so"
@@ -54,7 +54,7 @@ def test_every_level_that_this_processor_has_is_loaded_and_trains_to_the_same_bi
     assert len(digests) == 1
 
 
-def test_a_missing_library_is_explained(root: Path) -> None:
+def test_the_error_for_a_missing_library_names_the_remedy(root: Path) -> None:
     code = (
         "from pathlib import Path\nimport torch\nload = torch.ops.load_library\n"
         "def missing(path):\n    load(path + '.gone')\n"

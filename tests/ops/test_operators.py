@@ -1,4 +1,4 @@
-"""Rules that every native operator keeps, also a new one."""
+"""Rules for every native operator."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def test_every_operator_has_a_kernel_a_fake_and_an_opcheck(operator: str, root: 
     use = re.compile(rf"\b(torch\.ops\.recis|RECIS)\.{operator.removeprefix('recis::')}(\.default)?,")
     tests = [path.read_text() for path in (root / "tests" / "ops").glob("test_*.py")]
     checks = [text for text in tests if "opcheck" in text]
-    assert any(use.search(text) for text in checks), "check it by torch.library.opcheck in tests/ops"
+    assert any(use.search(text) for text in checks), "check it with torch.library.opcheck in tests/ops"
 
 
-# Operators of the CPU only: they build vocabularies and files of checkpoints; on a GPU torch's sort finds distinct ids.
+# CPU-only operators: they build vocabularies and checkpoint files. On a GPU, distinct ids are found by torch's sort.
 ON_THE_HOST = {
     f"recis::{name}" for name in ("vocabulary_slots", "distinct_ids", "file_order", "crc32_pages", "blocks_export")
 }

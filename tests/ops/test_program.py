@@ -20,7 +20,7 @@ def code(*rows: tuple[str, int, int, int, tuple[int, ...]]) -> torch.Tensor:
     )
 
 
-def test_numbers_of_instructions_match_native_code(root: Path) -> None:
+def test_instruction_numbers_match_native_code(root: Path) -> None:
     text = (root / "csrc/core/program.h").read_text()
     listed = re.search(r"enum class Step : int64_t \{(.*?)\};", text, re.DOTALL)
     assert listed is not None

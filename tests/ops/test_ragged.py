@@ -1,4 +1,4 @@
-"""Schemas and fakes of the operators on ragged columns; their results are tested with the features that use them."""
+"""Schemas and fakes of the operators on ragged columns; tests/features checks their results."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from recis_hybrid.ops import ragged
 from recis_hybrid.ops.ragged import FIXED, NO_BOUND, STRICT
 from tests.support.devices import on_devices
 
-# Sizes that depend on data need a context that opcheck's AOT test lacks.
+# Data-dependent sizes need a context that opcheck's AOT test lacks.
 STATIC = ("test_schema", "test_faketensor")
 RECIS = torch.ops.recis
 
@@ -33,13 +33,13 @@ def test_resize(device: str, exact: bool) -> None:
 @on_devices
 def test_bounded_results_end_in_zeros(device: str) -> None:
     values, offsets, _ = column(device)
-    made_offsets, made = RECIS.ragged_resize([offsets], [values], [0], [0], [2], [0], [0], "a", False, True)
-    assert made_offsets.tolist() == [0, 2, 2, 3]
-    assert made.tolist() == [1, 0, 2, 0]
+    new_offsets, new_values = RECIS.ragged_resize([offsets], [values], [0], [0], [2], [0], [0], "a", False, True)
+    assert new_offsets.tolist() == [0, 2, 2, 3]
+    assert new_values.tolist() == [1, 0, 2, 0]
 
 
 @on_devices
-def test_others(device: str) -> None:
+def test_other_operators(device: str) -> None:
     values, offsets, weights = column(device)
     rows = torch.tensor([2, -1, 0], device=device)
     exact = device == "cpu"
@@ -57,7 +57,7 @@ def test_others(device: str) -> None:
         torch.library.opcheck(op.default, arguments, test_utils=STATIC)
 
 
-def test_the_second_line_of_checks() -> None:
+def test_native_checks() -> None:
     values, offsets, weights = column("cpu")
     with pytest.raises(RuntimeError, match="planes have different lengths"):
         RECIS.ragged_resize([offsets], [values, weights[:2]], [0, 0], [0], [1], [0], [0, 0], "a", True, True)
@@ -78,7 +78,7 @@ def test_the_second_line_of_checks() -> None:
 
 
 @pytest.mark.parametrize(
-    ("offsets", "total", "good"),
+    ("offsets", "total", "valid"),
     [
         ([0], 0, True),
         ([0, 3, 3, 4], 4, True),
@@ -93,7 +93,7 @@ def test_the_second_line_of_checks() -> None:
         ([*range(50), 48], 48, False),
     ],
 )
-def test_first_bad_offsets(offsets: list[int], total: int, good: bool) -> None:
-    fine, these = torch.tensor([0, 2]), torch.tensor(offsets, dtype=torch.int64)
-    assert ragged.first_bad_offsets([fine, these, these], [2, total, total]) == (-1 if good else 1)
-    torch.library.opcheck(RECIS.first_bad_offsets.default, ([fine, these], [2, total]), test_utils=STATIC)
+def test_first_bad_offsets(offsets: list[int], total: int, valid: bool) -> None:
+    first, other = torch.tensor([0, 2]), torch.tensor(offsets, dtype=torch.int64)
+    assert ragged.first_bad_offsets([first, other, other], [2, total, total]) == (-1 if valid else 1)
+    torch.library.opcheck(RECIS.first_bad_offsets.default, ([first, other], [2, total]), test_utils=STATIC)

@@ -37,7 +37,7 @@ FLOATS = {
 @pytest.mark.parametrize(
     "modulus", [1, 2, 3, 7, 10, 1000, 2**16, 2**31 - 1, 2**32, 2**52, 2**62 + 1, 2**63 - 1, 2**63, 2**63 + 1, 2**64 - 1]
 )
-def test_mod_is_that_of_unsigned_numbers(device: str, modulus: int) -> None:
+def test_mod_is_unsigned(device: str, modulus: int) -> None:
     near = [k * modulus + d for k in (1, 2, (2**64 - 1) // modulus) for d in (-1, 0, 1)]
     ids = EDGE_IDS + [signed(i) for i in near]
     got = ops.transform.mod_ids(torch.tensor(ids, device=device), modulus)
@@ -70,14 +70,14 @@ def test_mod_keeps_the_shape(device: str) -> None:
     assert ops.transform.mod_ids(grid[:0], 5).shape == (0, 4)
 
 
-def test_mod_over_all_threads() -> None:
+def test_mod_with_several_threads() -> None:
     ids = torch.randint(-(2**63), 2**63 - 1, (100_000,), generator=torch.Generator().manual_seed(0))
     want = (ids.numpy().view(np.uint64) % np.uint64(1_000_003)).astype(np.int64)
     assert np.array_equal(ops.transform.mod_ids(ids, 1_000_003).numpy(), want)
 
 
 @pytest.mark.parametrize("modulus", [0, -1, 2**64])
-def test_mod_refuses_such_a_modulus(modulus: int) -> None:
+def test_mod_refuses_bad_moduli(modulus: int) -> None:
     with pytest.raises(ValueError, match=f"1 to {2**64 - 1}, got {modulus}"):
         ops.transform.mod_ids(torch.tensor([1]), modulus)
 
@@ -93,7 +93,7 @@ def test_mod_refuses_other_dtypes() -> None:
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
 @pytest.mark.parametrize("right", [True, False])
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 4, 5, 17, 1000])
-def test_buckets_are_torchs(device: str, dtype: torch.dtype, right: bool, count: int) -> None:
+def test_buckets_equal_those_of_torch(device: str, dtype: torch.dtype, right: bool, count: int) -> None:
     generator = torch.Generator().manual_seed(count)
     boundaries = (torch.randn(count, generator=generator) * 100).to(dtype).sort().values.to(device)
     values = torch.cat([(torch.randn(5_000, generator=generator) * 100).to(dtype).to(device), boundaries]).view(-1, 1)
@@ -103,7 +103,7 @@ def test_buckets_are_torchs(device: str, dtype: torch.dtype, right: bool, count:
 
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float32, torch.float64])
 @given(data=st.data(), right=st.booleans())
-def test_any_buckets_are_numpys(dtype: torch.dtype, data: st.DataObject, right: bool) -> None:
+def test_buckets_equal_those_of_numpy(dtype: torch.dtype, data: st.DataObject, right: bool) -> None:
     values = torch.tensor(data.draw(st.lists(FLOATS[dtype], max_size=10)), dtype=dtype)
     boundaries = torch.tensor(sorted(data.draw(st.lists(FLOATS[dtype], max_size=10))), dtype=dtype)
     values = torch.cat([values, boundaries])
@@ -112,7 +112,7 @@ def test_any_buckets_are_numpys(dtype: torch.dtype, data: st.DataObject, right: 
 
 
 @on_devices
-def test_a_value_on_a_boundary_goes_up_unless_told(device: str) -> None:
+def test_a_value_on_a_boundary_goes_up_by_default(device: str) -> None:
     values = torch.tensor([0.0, -0.0, 1.0, 2.0], device=device)
     boundaries = torch.tensor([0.0, 1.0], device=device)
     assert ops.transform.bucketize(values, boundaries).tolist() == [1, 1, 2, 2]

@@ -46,7 +46,7 @@ def test_groups_keep_input_order(rows: list[int]) -> None:
 
 @on_devices
 @pytest.mark.parametrize("bound", [1, 2, 2**11, 2**11 + 1, 2**22, 2**40])
-def test_groups_at_the_edges_of_digits(device: str, bound: int) -> None:
+def test_groups_at_the_boundaries_of_digits(device: str, bound: int) -> None:
     rows = [bound - 1, -1, 0, bound // 2, bound - 1, 0, -1, bound // 3]
     check_groups(rows, groups_of(rows, device, bound))
 
@@ -57,7 +57,7 @@ def test_groups_without_rows(device: str) -> None:
 
 
 @pytest.mark.slow
-def test_groups_are_the_same_for_any_number_of_threads() -> None:
+def test_groups_do_not_depend_on_the_number_of_threads() -> None:
     rows = torch.randint(-1, 5_000, (200_000,), generator=torch.Generator().manual_seed(1)).tolist()
     before, results = torch.get_num_threads(), []
     for threads in (1, 2):
@@ -73,7 +73,7 @@ def test_groups_are_the_same_for_any_number_of_threads() -> None:
 
 @given(st.lists(st.tuples(st.integers(0, 2), st.lists(st.integers(-1, 9), max_size=12)), min_size=1, max_size=9))
 def test_features_of_one_member_table_are_grouped_together(features: list[tuple[int, list[int]]]) -> None:
-    # Rows of different member tables differ, as in a table.
+    # As in a table, rows of different member tables differ.
     rows = [row if row < 0 else 10 * member + row for member, part in features for row in part]
     counts, members = [len(part) for _, part in features], [member for member, _ in features]
     none = [0] * len(features)
@@ -103,7 +103,7 @@ def chunked_sum(gradients: np.ndarray) -> np.ndarray:
 
 @on_devices
 @pytest.mark.parametrize("dim", DIMS)
-def test_reduction_adds_in_the_documented_order_bitwise(device: str, dim: int) -> None:
+def test_reduction_adds_exactly_in_the_documented_order(device: str, dim: int) -> None:
     generator = torch.Generator().manual_seed(dim)
     rows = torch.cat([torch.randint(0, 7, (900,), generator=generator), torch.full((700,), 3)])
     gradient = torch.randn(1600, dim, generator=generator)
@@ -152,7 +152,7 @@ def test_strided_gradients_are_accepted(device: str, dim: int) -> None:
 
 
 @on_devices
-def test_gradients_of_several_lookups_reduce_as_one(device: str) -> None:
+def test_gradients_of_several_lookups_are_reduced_together(device: str) -> None:
     table = make_table(dim=4, device=device)
     first = table.lookup([feature([1, 2, 1], device=device)], train=True)
     second = table.lookup([feature([2, 3], [0, 2], combiner=1, device=device)], train=True)
@@ -219,7 +219,7 @@ IDS = st.lists(st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1)), 
 @on_devices
 @settings(max_examples=40)
 @given(data=st.data(), features=st.lists(st.tuples(st.integers(0, 2), IDS), min_size=1, max_size=5))
-def test_a_training_lookup_equals_insert_and_grouping(
+def test_a_training_lookup_equals_inserting_and_grouping(
     device: str, data: st.DataObject, features: list[tuple[int, list[int]]]
 ) -> None:
     table = make_table(members=3, dim=4, device=device)
@@ -256,13 +256,13 @@ def test_a_training_lookup_gathers_in_the_same_pass(device: str, dtype: torch.dt
     ids = [torch.randint(0, length, (n,), generator=generator).tolist() for n in (length, 3, length, 0)]
     request = Request.of([feature(part, None, m, device=device) for part, m in zip(ids, (0, 0, 1, 1), strict=True)])
     starts = [0, *itertools.accumulate(-(-len(part) * dim // 16) * 16 for part in ids)]
-    along, after = torch.full((starts[-1],), 7.0, device=device), torch.full((starts[-1],), 7.0, device=device)
-    lookup = table.find(request, train=True, out=along, starts=starts[:-1])
-    assert lookup.gathered is along
-    table.gather(lookup, after, starts[:-1])
-    assert torch.equal(along, after)
+    fused, separate = torch.full((starts[-1],), 7.0, device=device), torch.full((starts[-1],), 7.0, device=device)
+    lookup = table.find(request, train=True, out=fused, starts=starts[:-1])
+    assert lookup.gathered is fused
+    table.gather(lookup, separate, starts[:-1])
+    assert torch.equal(fused, separate)
     for start, part in zip(starts, ids, strict=False):
-        assert not bool((along[start : start + len(part) * dim] == 7.0).any())
+        assert not bool((fused[start : start + len(part) * dim] == 7.0).any())
 
 
 def _groups(groups: RowGroups) -> list[tuple[int, list[tuple[int, float]]]]:
@@ -275,7 +275,7 @@ def _groups(groups: RowGroups) -> list[tuple[int, list[tuple[int, float]]]]:
 
 @settings(max_examples=30)
 @given(st.integers(1, 40), st.integers(1, 6))
-def test_thread_counts_give_the_same_bits(dim: int, spread: int) -> None:
+def test_reduction_does_not_depend_on_the_number_of_threads(dim: int, spread: int) -> None:
     generator = torch.Generator().manual_seed(dim)
     rows = torch.randint(0, 10**spread, (40_000,), generator=generator)
     gradient = torch.randn(40_000, dim, generator=generator)
