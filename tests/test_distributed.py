@@ -209,7 +209,7 @@ def test_a_loop_written_for_one_process_is_refused(tmp_path: Path, root: Path) -
     for rank in range(2):
         for said in (
             "loop: RuntimeError: SGD: 2 processes were started together, but nothing averages the gradients",
-            "early: RuntimeError: SGD: the table id was built before torch.distributed was initialised",
+            "early: RuntimeError: SGD: the table id was built before torch.distributed was initialized",
             f"data: RuntimeWarning: ColumnDataset: rank {rank} of 2 read its share of the rows",
             f"early data: RuntimeError: ColumnDataset: opened as rank 0 of 1, before torch.distributed was "
             f"initialized, but this is rank {rank} of 2",

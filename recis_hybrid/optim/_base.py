@@ -21,12 +21,12 @@ from recis_hybrid.validation import check_number, describe_value
 
 @outside_graphs("step", "zero_grad", "check_tables", "update_table")
 class SparseOptimizer(torch.optim.Optimizer):
-    """Base of the optimizers of rows; learning-rate schedulers work on it as on any torch optimizer.
+    """Base class of the sparse optimizers; learning-rate schedulers work on it as on any torch optimizer.
 
-    ``step()`` reduces the gradients that backward has left at each table once, and updates each record in the same
-    pass. Every table does a step, with or without gradients, so that steps do not depend on coalescing. Unless its
-    state is loaded, an optimizer continues from the steps that a table has done, which the moments in its rows belong
-    to. A table whose config has ``optimizer_overrides`` gets a parameter group of its own.
+    ``step()`` reduces the pending gradients of each table once, and updates each record in the same pass. Every table
+    does a step, with or without gradients, so that step counts do not depend on coalescing. Unless its state is loaded,
+    an optimizer continues from a table's step count, to which the moments in the table's rows belong. A table whose
+    config has ``optimizer_overrides`` gets its own parameter group.
     """
 
     checkpoint_kind = "optimizer"
@@ -37,7 +37,7 @@ class SparseOptimizer(torch.optim.Optimizer):
     @staticmethod
     @abstractmethod
     def row_state() -> tuple[StateField, ...]:
-        """Return the state that every row keeps."""
+        """Return the optimizer state of every row."""
 
     @classmethod
     def spec(cls, **hyperparameters: Any) -> OptimizerSpec:
@@ -59,14 +59,14 @@ class SparseOptimizer(torch.optim.Optimizer):
         unknown = sorted(set(hyperparameters) - of_state - of_class)
         if unknown:
             raise TypeError(
-                f"{cls.__name__}.spec: no such hyperparameters: {unknown}; it has {sorted(of_state | of_class)}"
+                f"{cls.__name__}.spec: unknown hyperparameters {unknown}; it has {sorted(of_state | of_class)}"
             )
         row_state = cls.row_state(**{name: value for name, value in hyperparameters.items() if name in of_state})
-        kept = {name: value for name, value in hyperparameters.items() if name in of_class}
-        return OptimizerSpec(cls, row_state, kept)
+        arguments = {name: value for name, value in hyperparameters.items() if name in of_class}
+        return OptimizerSpec(cls, row_state, arguments)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add tables; those with ``optimizer_overrides`` become groups of their own.
+        """Add a group of tables; each table with ``optimizer_overrides`` gets its own group.
 
         Raises:
             TypeError: If a parameter is not a table's anchor.
@@ -80,14 +80,14 @@ class SparseOptimizer(torch.optim.Optimizer):
             super().add_param_group(group)
 
     def _check_layout(self, anchor: Anchor, group: dict[str, Any]) -> None:
-        name, layout = type(self).__name__, anchor.table.layout
-        have = {field.name: (layout.width(field.name), layout.part_dtype(field.name)) for field in layout.state}
-        needed = self._needed(group)
-        want = {field.name: (field.width or layout.dim, field.dtype or layout.state_dtype) for field in needed}
-        if not anchor.table.read_only and any(have.get(field) != form for field, form in want.items()):
+        optimizer, layout = type(self).__name__, anchor.table.layout
+        available = {field.name: (layout.width(field.name), layout.part_dtype(field.name)) for field in layout.state}
+        fields = self._needed(group)
+        required = {field.name: (field.width or layout.dim, field.dtype or layout.state_dtype) for field in fields}
+        if not anchor.table.read_only and any(available.get(name) != form for name, form in required.items()):
             raise ValueError(
-                f"{name} keeps {want} for every row, but the engine was built with {have}: "
-                f"build it with EmbeddingEngine(..., optimizer=optim.{name}{self._spec_call(group)})"
+                f"{optimizer} needs {required} in every row, but the engine was built with {available}: "
+                f"build it with EmbeddingEngine(..., optimizer=optim.{optimizer}{self._spec_call(group)})"
             )
 
     @staticmethod
@@ -98,18 +98,18 @@ class SparseOptimizer(torch.optim.Optimizer):
     @staticmethod
     @abstractmethod
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
-        """Return the state that rows need under these hyperparameters."""
+        """Return the row state that these hyperparameters require."""
 
     @staticmethod
     def _spec_call(group: dict[str, Any]) -> str:
-        """Return the call of ``spec``, as text, that these hyperparameters need; empty if the class alone will do."""
+        """Return source text of the call to ``spec`` that these hyperparameters need; empty if the class suffices."""
         return ""
 
     @abstractmethod
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
-        """Apply one step's gradients to a table; ``step`` counts from 1."""
+        """Apply the gradients of one step to a table; ``step`` counts from 1."""
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -128,8 +128,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             The closure's loss, if there is a closure.
 
         Raises:
-            RuntimeError: If several ranks train together, but the tables were built by this one alone, or nothing
-                synchronises their towers.
+            RuntimeError: If several ranks train together, but this rank built its tables alone, or nothing synchronizes
+                the towers.
         """
         self._refuse_unshared()
         loss = None
@@ -145,24 +145,24 @@ class SparseOptimizer(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients that no step has used."""
+        """Drop all pending gradients."""
         for group in self.param_groups:
             for anchor in group["params"]:
                 anchor.grad = None
 
     def checkpoint_state(self) -> PartState:
-        """Return hyperparameters and steps by member table, as Saver writes them."""
+        """Return hyperparameters and steps by member table, in the form that Saver writes."""
         return optimizer_state(self)
 
     def checkpoint_loader(self, saved: PartState) -> OptimizerLoader:
-        """Return a loader for a checkpoint, also of tables that were coalesced differently."""
+        """Return a loader for saved state, even of tables that were coalesced differently."""
         return OptimizerLoader(self, saved)
 
     def load_checkpoint_state(self, state: PartState) -> None:
         """Load the state that :meth:`checkpoint_state` returned.
 
         Raises:
-            ValueError: If it belongs to other tables, or another optimizer; nothing is changed.
+            ValueError: If the state belongs to other tables or another optimizer; nothing is changed.
         """
         loader = OptimizerLoader(self, state)
         if loader.differences:
@@ -170,10 +170,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         loader.end()
 
     def check_tables(self, anchors: Sequence[Tensor]) -> None:
-        """Check the tables of a step without autograd, before :meth:`update_table` changes the first.
+        """Check the tables of a step without autograd, before :meth:`update_table` changes any.
 
         Raises:
-            RuntimeError: As :meth:`step` does.
+            RuntimeError: See :meth:`step`.
             ValueError: If a table is not among the optimizer's parameters.
         """
         self._refuse_unshared()
@@ -190,8 +190,8 @@ class SparseOptimizer(torch.optim.Optimizer):
             table = getattr(anchor, "table", None)
             names = ", ".join(repr(member.name) for member in table.members) if table is not None else repr(anchor)
             raise ValueError(
-                f"{type(self).__name__}: the table {names} is not among the optimizer's parameters; give it "
-                f"engine.parameters(), all tables that are trained"
+                f"{type(self).__name__}: the table {names} is not among the optimizer's parameters; pass it "
+                f"engine.parameters(), i.e. all tables that are trained"
             )
         return group
 
@@ -206,15 +206,15 @@ class SparseOptimizer(torch.optim.Optimizer):
                 if anchor.table.built_alone and not anchor.table.read_only:
                     tables = ", ".join(member.name for member in anchor.table.members)
                     raise RuntimeError(
-                        f"{name}: the table {tables} was built before torch.distributed was initialised, so that each "
-                        f"of {distributed.world_size()} ranks has one of its own; call init_process_group before the "
-                        f"EmbeddingEngine is built, or build it with group=False if this is intended"
+                        f"{name}: the table {tables} was built before torch.distributed was initialized, so that each "
+                        f"of {distributed.world_size()} ranks has its own table; call init_process_group before "
+                        f"building the EmbeddingEngine, or build it with group=False if this is intended"
                     )
 
     def _step(self, anchor: Any, gradients: Gradients | None, group: dict[str, Any]) -> None:
-        """Count a step of a table, and update its rows if there are gradients."""
+        """Do a step on a table: update its rows if there are gradients, and count the step."""
         table, state = anchor.table, self.state[anchor]
-        # An optimizer that is new to a table continues from the table's steps, which the moments in its rows are of.
+        # A new optimizer continues from the table's step count, to which the moments in its rows belong.
         step = state.get("step", table.step) + 1
         if gradients is not None:
             self._update(table, table.records(gradients), gradients, group, step)
@@ -232,10 +232,10 @@ def _groups(owner: str, params: Iterable[Any]) -> list[dict[str, Any]]:
 
 
 def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split a parameter group: one more for each table with ``optimizer_overrides``."""
+    """Split a parameter group: a separate group for each table with ``optimizer_overrides``."""
     if "params" not in group:
         raise ValueError(
-            f"{owner}: a group of parameters must have 'params', as engine.parameters(), got {sorted(group)}"
+            f"{owner}: a parameter group must have 'params', e.g. engine.parameters(), got {sorted(group)}"
         )
     params = group["params"]
     anchors: list[Any] = [params] if isinstance(params, Tensor) else list(params)
@@ -244,7 +244,7 @@ def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[
             got = f"shape {list(anchor.shape)}" if isinstance(anchor, Tensor) else f"a {type(anchor).__name__}"
             raise TypeError(
                 f"{owner}: parameter {number} ({got}) is not an embedding table's anchor; "
-                f"give engine.parameters() here, and embedding.dense_parameters(model) to torch.optim"
+                f"pass engine.parameters() here, and embedding.dense_parameters(model) to torch.optim"
             )
         unknown = sorted(set(anchor.table.overrides) - set(defaults))
         if unknown:
@@ -261,7 +261,7 @@ def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[
 
 
 def check_positive(owner: str, **values: float) -> None:
-    """Raise TypeError for a hyperparameter that is not a number, and ValueError for a negative one."""
+    """Raise TypeError if a hyperparameter is not a number, and ValueError if it is negative."""
     for name, value in values.items():
         check_number(owner, name, value)
         if not value >= 0:

@@ -1,4 +1,4 @@
-"""The saved state of a sparse optimizer, by member table, so that tables may be coalesced differently when loading."""
+"""Saved state of a sparse optimizer, stored by member table so that it does not depend on coalescing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recis_hybrid.checkpointing import JSON, PartState
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> PartState:
-    """Return hyperparameters of the groups, and the group and steps of each member table."""
+    """Return the hyperparameters of all groups, and the group and step count of each member table."""
     groups: list[JSON] = []
     tables: dict[str, JSON] = {}
     for number, group in enumerate(optimizer.param_groups):
@@ -24,14 +24,14 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> PartState:
 
 
 class OptimizerLoader:
-    """Loads what :func:`optimizer_state` returned, all of it or nothing.
+    """Loads the state that :func:`optimizer_state` returned, either completely or not at all.
 
     Args:
         optimizer: The optimizer to load into.
         saved: The saved state.
 
     Raises:
-        ValueError: If it is not the state of a sparse optimizer.
+        ValueError: If the state is not that of a sparse optimizer.
     """
 
     holds_rows = False
@@ -42,7 +42,7 @@ class OptimizerLoader:
         self.differences: list[str] = []
         """Reasons why the state cannot be loaded."""
         self.changes: list[str] = []
-        """Always empty: nothing is loaded differently from how it was saved."""
+        """Always empty: the state is loaded exactly as it was saved."""
         name, found = type(optimizer).__name__, saved.meta.get("class")
         if found != name:
             self.differences.append(f"optimizer: checkpoint {found}, live object {name}")
@@ -54,27 +54,27 @@ class OptimizerLoader:
             self._compare(sorted(_members(group) & self._tables.keys()))
 
     def _compare(self, members: list[str]) -> None:
-        """Check that tables that share a group here have the same saved hyperparameters."""
+        """Check that tables that share a group in the optimizer were saved with the same hyperparameters."""
         for member in members[1:]:
             a, b = (self._groups[self._tables[name][0]] for name in (members[0], member))
             differ = sorted(key for key in a.keys() | b.keys() if a.get(key) != b.get(key))
             if differ:
                 self.differences.append(
-                    f"the tables {members[0]!r} and {member!r} share a parameter group in the live object, and differ "
+                    f"the tables {members[0]!r} and {member!r} share a parameter group in the live object, but differ "
                     f"in {differ} in the checkpoint"
                 )
 
     def begin(self, rows: Mapping[str, int]) -> None:
-        """Do nothing: an optimizer has no rows of its own."""
+        """Do nothing, because an optimizer has no rows."""
 
     def check(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Do nothing: an optimizer has no rows of its own."""
+        """Do nothing, because an optimizer has no rows."""
 
     def load(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Do nothing: an optimizer has no rows of its own."""
+        """Do nothing, because an optimizer has no rows."""
 
     def end(self) -> None:
-        """Set hyperparameters and steps."""
+        """Set hyperparameters and step counts."""
         for group in self._optimizer.param_groups:
             for member in sorted(_members(group))[:1]:
                 for key, value in self._groups[self._tables[member][0]].items():
@@ -86,7 +86,7 @@ class OptimizerLoader:
                 self._optimizer.state[anchor]["step"] = steps
 
     def abandon(self) -> None:
-        """Do nothing: nothing has been changed yet."""
+        """Do nothing, because nothing has been changed yet."""
 
 
 def _members(group: Mapping[str, Any]) -> set[str]:
@@ -98,10 +98,10 @@ def _settings(group: Mapping[str, Any]) -> dict[str, JSON]:
 
 
 def _checked(meta: Mapping[str, JSON]) -> tuple[list[dict[str, Any]], dict[str, tuple[int, int]]]:
-    """Return the groups, and for each table the number of its group and its steps."""
+    """Return the groups, and the group number and step count of each table."""
     groups, tables = meta.get("groups"), meta.get("tables")
     if not isinstance(groups, list) or not isinstance(tables, dict):
-        raise ValueError(f"a sparse optimizer must have groups and tables, it has {sorted(meta)}")
+        raise ValueError(f"a sparse optimizer must have groups and tables, got {sorted(meta)}")
     settings = [group for group in groups if isinstance(group, dict)]
     if len(settings) < len(groups):
         raise ValueError("the groups of a sparse optimizer must be objects")
@@ -109,6 +109,8 @@ def _checked(meta: Mapping[str, JSON]) -> tuple[list[dict[str, Any]], dict[str, 
     for name, entry in tables.items():
         group, step = (entry.get("group"), entry.get("step")) if isinstance(entry, dict) else (None, None)
         if type(group) is not int or not 0 <= group < len(settings) or type(step) is not int or step < 0:
-            raise ValueError(f"table {name!r} must have a group of {len(settings)} and steps, it has {entry!r}")
+            raise ValueError(
+                f"table {name!r} must have a group number below {len(settings)} and a step count, got {entry!r}"
+            )
         found[name] = group, step
     return settings, found

@@ -14,14 +14,14 @@ from recis_hybrid.optim._base import SparseOptimizer, check_positive
 
 
 class Adagrad(SparseOptimizer):
-    r"""Adagrad, as ``torch.optim.Adagrad``.
+    r"""Adagrad, equivalent to ``torch.optim.Adagrad``.
 
     .. math:: s \leftarrow s + g^2,\; w \leftarrow w - \eta \frac{g}{\sqrt{s} + \epsilon}
 
     Args:
         params: ``engine.parameters()``, or groups of them.
         lr: Learning rate η.
-        eps: Added to the root.
+        eps: Added to the square root.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
@@ -56,7 +56,7 @@ class Adagrad(SparseOptimizer):
 
 
 class RowwiseAdagrad(SparseOptimizer):
-    r"""Adagrad with one sum a row, of the mean of the squared gradient: 4 bytes of state instead of 4 an element.
+    r"""Adagrad with one sum per row, of the mean squared gradient: 4 bytes of state per row instead of per element.
 
     .. math:: s \leftarrow s + \frac{1}{D} \sum_d g_d^2,\; w \leftarrow w - \eta \frac{g}{\sqrt{s} + \epsilon}
 
@@ -65,7 +65,7 @@ class RowwiseAdagrad(SparseOptimizer):
     Args:
         params: ``engine.parameters()``, or groups of them.
         lr: Learning rate η.
-        eps: Added to the root.
+        eps: Added to the square root.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
@@ -73,7 +73,7 @@ class RowwiseAdagrad(SparseOptimizer):
 
     References:
         Mudigere et al.: Software-hardware co-design for fast and scalable training of deep learning recommendation
-        models. ISCA 2022. Equal to EXACT_ROWWISE_ADAGRAD of FBGEMM.
+        models. ISCA 2022. Equivalent to EXACT_ROWWISE_ADAGRAD of FBGEMM.
     """
 
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, eps: float = 1e-8) -> None:

@@ -13,19 +13,19 @@ from recis_hybrid.optim._base import SparseOptimizer, check_positive
 
 
 class Adam(SparseOptimizer):
-    r"""Adam for the rows that have gradients, as ``torch.optim.SparseAdam``.
+    r"""Adam for the rows that have gradients, equivalent to ``torch.optim.SparseAdam``.
 
     .. math::
         m \leftarrow m + (1 - \beta_1)(g - m),\; v \leftarrow v + (1 - \beta_2)(g^2 - v),\;
         w \leftarrow w - \eta \frac{\sqrt{1 - \beta_2^t}}{1 - \beta_1^t} \frac{m}{\sqrt{v} + \epsilon}
 
-    The moments of a row do not change while it has no gradient; t counts the steps of its table.
+    The moments of a row do not change while it has no gradient. t counts the steps of its table.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
         lr: Learning rate η.
         betas: β₁ and β₂, in [0, 1).
-        eps: Added to the root.
+        eps: Added to the square root.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
@@ -61,20 +61,20 @@ class Adam(SparseOptimizer):
 
 
 class AdamW(SparseOptimizer):
-    r"""AdamW for the rows that have gradients; for a row that always has one, as ``torch.optim.AdamW``.
+    r"""AdamW for the rows that have gradients; equivalent to ``torch.optim.AdamW`` for rows that always have one.
 
     .. math::
         w \leftarrow (1 - \eta \lambda) w,\;
         w \leftarrow w - \frac{\eta}{1 - \beta_1^t} \frac{m}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}
 
-    with the moments m and v of Adam. Moments and weight of a row do not change while it has no gradient: its weight
-    does not decay either. t counts the steps of its table.
+    with the moments m and v of Adam. While a row has no gradient, its moments and weights do not change, not even by
+    weight decay. t counts the steps of its table.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
         lr: Learning rate η.
         betas: β₁ and β₂, in [0, 1).
-        eps: Added to the root.
+        eps: Added to the square root.
         weight_decay: λ.
 
     Raises:
@@ -145,6 +145,6 @@ def _adam(
 
 def _check_betas(owner: str, betas: tuple[float, float]) -> None:
     if not isinstance(betas, tuple | list) or len(betas) != 2 or not all(isinstance(beta, Real) for beta in betas):
-        raise TypeError(f"{owner}: betas must be two numbers, as (0.9, 0.999), got {betas!r}")
+        raise TypeError(f"{owner}: betas must be two numbers, e.g. (0.9, 0.999), got {betas!r}")
     if not all(0 <= beta < 1 for beta in betas):
-        raise ValueError(f"{owner}: betas must lie in [0, 1), got {betas}")
+        raise ValueError(f"{owner}: betas must be in [0, 1), got {betas}")

@@ -15,14 +15,14 @@ from recis_hybrid.validation import check_number, describe_value
 def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
     """Scale the summed gradient of each row down to a norm of at most ``max_norm``.
 
-    Call it between backward and the optimizer's step, after unscaling if gradients are scaled.
+    Call it between backward and the optimizer's step; if gradients are scaled, unscale them first.
 
     Args:
-        parameters: ``engine.parameters()``, or those of a whole model: parameters other than tables are ignored.
-        max_norm: Greatest L2 norm of a row's gradient.
+        parameters: ``engine.parameters()``, or the parameters of a whole model; all but tables are ignored.
+        max_norm: Maximum L2 norm of a row's gradient.
 
     Raises:
-        ValueError: If ``max_norm`` is not above 0, or rows of a table are split by column over ranks, so that no rank
+        ValueError: If ``max_norm`` is not positive, or rows of a table are split by column over ranks, so that no rank
             has the gradient of a whole row.
 
     Example:
@@ -44,13 +44,13 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
         if anchor.table.layout.whole_dim is not None:
             names = ", ".join(member.name for member in anchor.table.members)
             raise ValueError(
-                f"clip_row_norm_: rows of the table {names} are split by column over ranks, and no rank has the "
-                f"gradient of a whole row; use another sharding, or torch.nn.utils.clip_grad_norm_"
+                f"clip_row_norm_: rows of the table {names} are split by column over ranks, so that no rank has "
+                f"the gradient of a whole row; use another sharding, or torch.nn.utils.clip_grad_norm_"
             )
         reduced = anchor.table.reduced_gradients()
         if reduced is not None:
             sums = reduced.sums * reduced.factor
             norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-            # As in torch: multiplied by max / (norm + 1e-6), at most by 1.
+            # As in torch, the factor is max / (norm + 1e-6), but at most 1.
             clipped = sums * (max_norm / (norms + 1e-6)).clamp(max=1.0)
             anchor.table.replace_gradients(reduced.groups, clipped, reduced.row_bound)

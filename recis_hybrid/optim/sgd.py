@@ -13,14 +13,14 @@ from recis_hybrid.optim._base import SparseOptimizer, check_positive
 
 
 class SGD(SparseOptimizer):
-    r"""Stochastic gradient descent, as ``torch.optim.SGD``.
+    r"""Stochastic gradient descent, equivalent to ``torch.optim.SGD``.
 
     .. math:: b \leftarrow \mu b + g,\; w \leftarrow w - \eta b
 
-    The momentum buffer b of a row does not change while the row has no gradient; without momentum there is none. A
-    schedule that cycles the momentum, as ``OneCycleLR``, does so if rows have the buffer; otherwise it changes the
-    learning rate alone, with a warning. With momentum, build the engine with
-    ``optimizer=optim.SGD.spec(momentum=0.9)``.
+    The momentum buffer b of a row does not change while the row has no gradient. Rows have this buffer if the engine
+    was built with ``optimizer=optim.SGD.spec(momentum=0.9)``, which momentum requires. A schedule that cycles the
+    momentum, such as ``OneCycleLR``, does so if rows have the buffer. Otherwise, it only changes the learning rate, and
+    a warning is issued.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
@@ -29,8 +29,7 @@ class SGD(SparseOptimizer):
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
-        ValueError: If a hyperparameter is out of range, or there is momentum but rows have no
-            ``momentum_buffer``.
+        ValueError: If a hyperparameter is out of range, or rows have no ``momentum_buffer`` although there is momentum.
 
     References:
         Sutskever, Martens, Dahl, Hinton: On the importance of initialization and momentum in deep learning. ICML 2013.
@@ -43,7 +42,7 @@ class SGD(SparseOptimizer):
 
     @staticmethod
     def row_state(momentum: float = 0.0) -> tuple[StateField, ...]:
-        """Return the state of a row: ``momentum_buffer`` with momentum, otherwise nothing."""
+        """Return the state of a row: ``momentum_buffer`` with momentum, otherwise none."""
         check_positive("SGD", momentum=momentum)
         return (StateField("momentum_buffer"),) if momentum > 0 else ()
 
@@ -51,7 +50,7 @@ class SGD(SparseOptimizer):
     def _check(group: dict[str, Any]) -> None:
         check_positive("SGD", lr=group["lr"], momentum=group["momentum"])
         if group["momentum"] >= 1:
-            raise ValueError(f"SGD: momentum must lie in [0, 1), got {group['momentum']}")
+            raise ValueError(f"SGD: momentum must be in [0, 1), got {group['momentum']}")
 
     @staticmethod
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
@@ -64,7 +63,7 @@ class SGD(SparseOptimizer):
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
-        if group["momentum"] > 0 and self._keeps_buffer(table, group["momentum"]):
+        if group["momentum"] > 0 and self._has_buffer(table, group["momentum"]):
             offset = table.layout.offset("momentum_buffer")
             ops.update.momentum_update(
                 records, gradients, buffer_offset=offset, lr=group["lr"], momentum=group["momentum"]
@@ -72,16 +71,15 @@ class SGD(SparseOptimizer):
         else:
             ops.update.sgd_update(records, gradients, lr=group["lr"])
 
-    def _keeps_buffer(self, table: HashTable, momentum: float) -> bool:
-        """Return whether rows have a momentum buffer; warn once if a schedule set a momentum without one."""
+    def _has_buffer(self, table: HashTable, momentum: float) -> bool:
+        """Return whether rows have a momentum buffer; if not, warn once: a schedule must have set the momentum."""
         if any(field.name == "momentum_buffer" for field in table.layout.state):
             return True
         if not self._has_warned:
             self._has_warned = True
             warnings.warn(
-                f"SGD: rows have no momentum_buffer, so the momentum {momentum:g} that a schedule has set is ignored; "
-                f"build the engine with optimizer=optim.SGD.spec(momentum=0.9), or the schedule with "
-                f"cycle_momentum=False",
+                f"SGD: rows have no momentum_buffer, so the momentum {momentum:g} set by a schedule is ignored; build "
+                f"the engine with optimizer=optim.SGD.spec(momentum=0.9), or the schedule with cycle_momentum=False",
                 stacklevel=4,
             )
         return False

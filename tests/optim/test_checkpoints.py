@@ -1,4 +1,4 @@
-"""Sparse optimizers in checkpoints: by member table, so that tables may be coalesced otherwise."""
+"""Sparse optimizers in checkpoints, stored by member table and thus independent of coalescing."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Run:
 @pytest.mark.parametrize("coalesce", [True, False])
 def test_steps_and_hyperparameters_follow_the_tables(tmp_path: Path, coalesce: bool) -> None:
     run = Run(coalesce=coalesce, lr=0.2).train(range(3))
-    run.optimizer.param_groups[0]["initial_lr"] = 0.5  # as schedulers leave it
+    run.optimizer.param_groups[0]["initial_lr"] = 0.5  # as set by schedulers
     Saver(tmp_path).save(1, run.parts())
     other = Run(coalesce=not coalesce)
     assert Saver(tmp_path).load(other.parts()) == 1
@@ -59,15 +59,15 @@ def test_steps_and_hyperparameters_follow_the_tables(tmp_path: Path, coalesce: b
 
 
 def test_another_optimizer_or_other_tables_are_refused_and_change_nothing(tmp_path: Path) -> None:
-    own = {**CONFIGS, "b": replace(CONFIGS["b"], optimizer_overrides={"lr": 0.5})}
-    run = Run(own).train(range(2))
+    configs = {**CONFIGS, "b": replace(CONFIGS["b"], optimizer_overrides={"lr": 0.5})}
+    run = Run(configs).train(range(2))
     Saver(tmp_path).save(1, run.parts())
     sgd = optim.SGD(Run().engine.parameters(), lr=0.1)
     fewer = Run({name: CONFIGS[name] for name in ("a", "b")})
     for optimizer, message in (
         (sgd, "optimizer: checkpoint Adam, live object SGD"),
         (fewer.optimizer, "table 'c' is in the checkpoint only"),
-        (Run().optimizer, r"'a' and 'b' share a parameter group in the live object, and differ in \['lr'\]"),
+        (Run().optimizer, r"'a' and 'b' share a parameter group in the live object, but differ in \['lr'\]"),
     ):
         with pytest.raises(CheckpointMismatch, match=message):
             Saver(tmp_path).load({"sparse": optimizer})

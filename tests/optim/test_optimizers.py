@@ -17,7 +17,7 @@ IDS = 40
 
 
 class PlainRowwiseAdagrad(torch.optim.Optimizer):
-    """The rule in plain torch, which has no such optimizer."""
+    """Row-wise Adagrad in plain torch, which has no such optimizer."""
 
     def __init__(self, params: Any, lr: float, eps: float) -> None:
         super().__init__(params, {"lr": lr, "eps": eps})
@@ -69,7 +69,7 @@ def test_agrees_with_torch_over_50_steps(case: str, dim: int, device: str) -> No
     twin = torch.nn.Embedding(IDS, dim, sparse=True)
     twin.weight.data.copy_(engine({"id": every})["id"].detach())
     optimizer, reference = ours(engine.parameters(), **settings), theirs(list(twin.parameters()))
-    # A schedule on both: learning rates are read at each step.
+    # A schedule on both optimizers: learning rates are read in each step.
     schedules = [torch.optim.lr_scheduler.StepLR(o, step_size=20, gamma=0.5) for o in (optimizer, reference)]
     generator = torch.Generator().manual_seed(dim)
     for _ in range(50):
@@ -109,7 +109,7 @@ DENSE: dict[str, tuple[Any, Any, dict[str, Any], Callable[[Any], Any]]] = {
 @on_devices
 @pytest.mark.parametrize("dim", [1, 6, 16, 64, 80])
 @pytest.mark.parametrize("case", DENSE)
-def test_agrees_with_dense_torch_where_every_row_has_a_gradient(case: str, dim: int, device: str) -> None:
+def test_agrees_with_dense_torch_if_every_row_has_a_gradient(case: str, dim: int, device: str) -> None:
     ours, spec, settings, theirs = DENSE[case]
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))}, optimizer=spec, device=device)
     every = torch.arange(IDS, device=device)
@@ -118,7 +118,7 @@ def test_agrees_with_dense_torch_where_every_row_has_a_gradient(case: str, dim: 
     optimizer, reference = ours(engine.parameters(), **settings), theirs(list(twin.parameters()))
     generator = torch.Generator().manual_seed(dim)
     for _ in range(50):
-        # Every id once, and some of them again.
+        # Every id at least once.
         ids = torch.cat([torch.arange(IDS), torch.randint(0, IDS, (20,), generator=generator)])
         gradient = torch.randn(ids.numel(), dim, generator=generator)
         engine({"id": ids.to(device)})["id"].backward(gradient.to(device))
@@ -150,9 +150,9 @@ def test_narrow_rows_follow_wide_ones(rule: str, narrow_state: bool, dtype: torc
             optimizer.step()
         values.append(engine.tables[0].export(0)["embedding"].float().cpu())
     spacing = torch.finfo(dtype).eps * values[0].abs().clamp(min=1e-2)
-    # 30 steps round up or down at random, each by less than one spacing; six standard deviations of that walk.
+    # 30 steps round up or down randomly, each by less than one spacing; six standard deviations of this random walk.
     assert float(((values[0] - values[1]).abs() / spacing).max()) < 6 * 30**0.5
-    # The mean over 1,280 elements of such walks, within some five standard deviations.
+    # The mean over 1,280 such walks, within about five standard deviations.
     assert float((values[0] - values[1]).mean().abs()) < 0.35 * float(spacing.mean())
 
 
@@ -179,7 +179,7 @@ def test_an_engine_without_momentum_buffers_is_refused_with_the_remedy(overrides
     )
 
 
-def test_an_engine_makes_its_optimizer() -> None:
+def test_an_engine_builds_its_optimizer() -> None:
     configs = {"id": EmbeddingConfig(dim=2)}
     engine = EmbeddingEngine(configs, optimizer=optim.SGD.spec(momentum=0.9, lr=0.5))
     optimizer = engine.make_optimizer()
@@ -190,18 +190,18 @@ def test_an_engine_makes_its_optimizer() -> None:
     assert EmbeddingEngine(configs, optimizer=optim.Adam).make_optimizer().param_groups[0]["lr"] == 1e-3
 
 
-def test_a_spec_splits_the_arguments_of_rows_from_those_of_the_class() -> None:
+def test_a_spec_separates_arguments_of_row_state_and_class() -> None:
     engine = EmbeddingEngine(
         {"id": EmbeddingConfig(dim=1)}, optimizer=optim.Adagrad.spec(initial_accumulator_value=0.5, lr=0.2)
     )
     assert engine.make_optimizer().param_groups[0]["lr"] == 0.2
     engine({"id": torch.tensor([7])})
     assert engine.tables[0].export(0)["sum"].tolist() == [[0.5]]
-    with pytest.raises(TypeError, match=r"Adagrad.spec: no such hyperparameters: \['momentum'\]; it has \['eps'"):
+    with pytest.raises(TypeError, match=r"Adagrad.spec: unknown hyperparameters \['momentum'\]; it has \['eps'"):
         optim.Adagrad.spec(momentum=0.9)
 
 
-def test_an_engine_without_an_optimizer_takes_those_without_state() -> None:
+def test_an_engine_without_an_optimizer_accepts_stateless_ones() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer=None)
     with pytest.raises(RuntimeError, match="make_optimizer: the engine was built without an optimizer; build it with"):
         engine.make_optimizer(lr=0.1)
@@ -212,9 +212,9 @@ def test_an_engine_without_an_optimizer_takes_those_without_state() -> None:
     assert torch.equal(engine({"id": torch.tensor([7])})["id"], before - 1)
 
 
-def test_an_optimizer_with_other_state_is_refused() -> None:
+def test_an_optimizer_with_different_state_is_refused() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer=optim.Adam)
-    with pytest.raises(ValueError, match="Adagrad keeps .*'sum'.*, but the engine was built with .*'exp_avg'"):
+    with pytest.raises(ValueError, match="Adagrad needs .*'sum'.*, but the engine was built with .*'exp_avg'"):
         optim.Adagrad(engine.parameters())
     with pytest.raises(ValueError, match="optimizer=optim.SGD.spec"):
         optim.SGD(engine.parameters(), momentum=0.9)
@@ -227,18 +227,18 @@ def test_a_table_of_another_engine_is_refused() -> None:
         engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(other.parameters()))
 
 
-def test_state_of_another_form_is_refused() -> None:
+def test_state_of_different_form_is_refused() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1)}, optimizer=optim.Adagrad)
     optim.RowwiseAdagrad(engine.parameters())  # one element, float32: the same form
     config = EmbeddingConfig(dim=1, dtype=torch.bfloat16, state_dtype=torch.bfloat16)
     narrow = EmbeddingEngine({"id": config}, optimizer=optim.Adagrad)
-    with pytest.raises(ValueError, match="RowwiseAdagrad keeps .*torch.float32.* built with .*torch.bfloat16"):
+    with pytest.raises(ValueError, match="RowwiseAdagrad needs .*torch.float32.* built with .*torch.bfloat16"):
         optim.RowwiseAdagrad(narrow.parameters())
 
 
 @pytest.mark.parametrize(
     ("overrides", "message"),
-    [({"lr": -1.0}, "SGD: lr must not be negative, got -1.0"), ({"momentum": 0.9}, "SGD keeps .*momentum_buffer")],
+    [({"lr": -1.0}, "SGD: lr must not be negative, got -1.0"), ({"momentum": 0.9}, "SGD needs .*momentum_buffer")],
 )
 def test_bad_hyperparameters_of_a_table_are_refused(overrides: dict[str, float], message: str) -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, optimizer_overrides=overrides)})
@@ -246,7 +246,7 @@ def test_bad_hyperparameters_of_a_table_are_refused(overrides: dict[str, float],
         optim.SGD(engine.parameters())
 
 
-def test_parameters_with_names_are_refused() -> None:
+def test_named_parameters_are_refused() -> None:
     with pytest.raises(TypeError, match=r"SGD: parameter 0 \(a tuple\) is not an embedding table's anchor"):
         optim.SGD(EmbeddingEngine({"id": EmbeddingConfig(dim=2)}).named_parameters())
 
@@ -284,7 +284,7 @@ def test_a_closure_is_evaluated() -> None:
 
 @pytest.mark.parametrize("rule", [optim.SGD, optim.Adagrad, optim.RowwiseAdagrad, optim.Adam, optim.AdamW])
 def test_inference_mode_changes_nothing(rule: Any) -> None:
-    """Tables and optimizers may be made, used, grown and compacted in inference mode."""
+    """Tables and optimizers can be built, used, grown and compacted in inference mode."""
     found = []
     for within in (False, True):
         with torch.inference_mode(within):

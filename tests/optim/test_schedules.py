@@ -1,4 +1,4 @@
-"""Learning-rate schedules of torch on sparse optimizers: as on torch's own, and saved with them."""
+"""Learning-rate schedules of torch work on sparse optimizers, and are saved with them."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ SCHEDULES: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def sgd(momentum: float, room: float) -> tuple[EmbeddingEngine, torch.optim.Optimizer]:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3)}, optimizer=optim.SGD.spec(momentum=room))
+def sgd(momentum: float, spec_momentum: float) -> tuple[EmbeddingEngine, torch.optim.Optimizer]:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3)}, optimizer=optim.SGD.spec(momentum=spec_momentum))
     return engine, optim.SGD(engine.parameters(), lr=0.1, momentum=momentum)
 
 
@@ -40,8 +40,8 @@ def gradients(seed: int, steps: int) -> torch.Tensor:
     return torch.randn(steps, len(IDS), 3, generator=torch.Generator().manual_seed(seed))
 
 
-def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, schedule: Any, of: torch.Tensor) -> None:
-    for gradient in of:
+def train(engine: EmbeddingEngine, optimizer: torch.optim.Optimizer, schedule: Any, steps: torch.Tensor) -> None:
+    for gradient in steps:
         optimizer.zero_grad()
         engine({"id": IDS})["id"].backward(gradient)
         optimizer.step()
@@ -55,37 +55,37 @@ def rows(engine: EmbeddingEngine) -> torch.Tensor:
     return values
 
 
-def dense(weight: torch.Tensor, make: Callable[[Any], Any], schedule: Any, of: torch.Tensor) -> torch.Tensor:
+def dense(weight: torch.Tensor, make: Callable[[Any], Any], schedule: Any, steps: torch.Tensor) -> torch.Tensor:
     parameter = torch.nn.Parameter(weight)
     optimizer = make([parameter])
-    steps = schedule(optimizer)
-    for gradient in of:
+    scheduler = schedule(optimizer)
+    for gradient in steps:
         parameter.grad = gradient.clone()
         optimizer.step()
-        steps.step()
+        scheduler.step()
     return parameter.detach()
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize("rule", ["sgd with room", "sgd with momentum", "adam", "adamw"])
+@pytest.mark.parametrize("rule", ["sgd with buffer", "sgd with momentum", "adam", "adamw"])
 def test_schedules_work_as_on_torch_optimizers(schedule: str, rule: str) -> None:
-    # One whose engine keeps a buffer, but which has no momentum until the schedule sets one, too.
+    # "sgd with buffer": the engine has momentum buffers, but momentum is 0 until the schedule sets it.
     engine, optimizer = {
-        "sgd with room": lambda: sgd(0.0, 0.9),
+        "sgd with buffer": lambda: sgd(0.0, 0.9),
         "sgd with momentum": lambda: sgd(0.9, 0.9),
         "adam": lambda: adam(optim.Adam),
         "adamw": lambda: adam(optim.AdamW),
     }[rule]()
     make = {
-        "sgd with room": lambda p: torch.optim.SGD(p, lr=0.1),
+        "sgd with buffer": lambda p: torch.optim.SGD(p, lr=0.1),
         "sgd with momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
         "adam": lambda p: torch.optim.Adam(p, lr=0.1),
         "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),
     }[rule]
     first = rows(engine)
-    of = gradients(0, 10)
-    train(engine, optimizer, SCHEDULES[schedule](optimizer), of)
-    expected = dense(first, make, SCHEDULES[schedule], of)
+    steps = gradients(0, 10)
+    train(engine, optimizer, SCHEDULES[schedule](optimizer), steps)
+    expected = dense(first, make, SCHEDULES[schedule], steps)
     torch.testing.assert_close(rows(engine), expected, rtol=1e-4, atol=1e-6)
 
 
@@ -93,37 +93,37 @@ def test_schedules_work_as_on_torch_optimizers(schedule: str, rule: str) -> None
 def test_a_cycled_momentum_without_a_buffer_is_ignored_with_a_warning(schedule: str) -> None:
     engine, optimizer = sgd(0.0, 0.0)
     first = rows(engine)
-    of = gradients(1, 10)
+    steps = gradients(1, 10)
     with pytest.warns(
-        UserWarning, match="SGD: rows have no momentum_buffer, so the momentum 0.9.* that a sched"
-    ) as said:
-        train(engine, optimizer, SCHEDULES[schedule](optimizer), of)
-    assert len(said) == 1
+        UserWarning, match="SGD: rows have no momentum_buffer, so the momentum 0.9.* set by a schedule"
+    ) as warned:
+        train(engine, optimizer, SCHEDULES[schedule](optimizer), steps)
+    assert len(warned) == 1
     without = {
         "one cycle": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=12, cycle_momentum=False),
         "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3, cycle_momentum=False),
     }[schedule]
-    expected = dense(first, lambda p: torch.optim.SGD(p, lr=0.1), without, of)
+    expected = dense(first, lambda p: torch.optim.SGD(p, lr=0.1), without, steps)
     torch.testing.assert_close(rows(engine), expected, rtol=1e-5, atol=1e-6)
-    with pytest.raises(ValueError, match=r"SGD keeps .*momentum_buffer.*spec\(momentum=0.9\)"):
+    with pytest.raises(ValueError, match=r"SGD needs .*momentum_buffer.*spec\(momentum=0.9\)"):
         optim.SGD(engine.parameters(), momentum=0.9)  # an explicit momentum is not ignored
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_a_schedule_continues_from_a_checkpoint(schedule: str, tmp_path: Path) -> None:
-    of = gradients(2, 8)
+    steps = gradients(2, 8)
 
-    def made() -> tuple[EmbeddingEngine, torch.optim.Optimizer, Any]:
+    def build() -> tuple[EmbeddingEngine, torch.optim.Optimizer, Any]:
         engine, optimizer = sgd(0.0, 0.9)
         return engine, optimizer, SCHEDULES[schedule](optimizer)
 
-    whole = made()
-    train(*whole, of)
-    first, again = made(), made()
-    train(*first, of[:4])
+    whole = build()
+    train(*whole, steps)
+    first, again = build(), build()
+    train(*first, steps[:4])
     names = ("engine", "optimizer", "schedule")
     Saver(tmp_path).save(4, dict(zip(names, first, strict=True)))
     Saver(tmp_path).load(dict(zip(names, again, strict=True)), 4)
-    train(*again, of[4:])
+    train(*again, steps[4:])
     assert torch.equal(rows(again[0]), rows(whole[0]))
     assert again[1].param_groups[0]["lr"] == whole[1].param_groups[0]["lr"]

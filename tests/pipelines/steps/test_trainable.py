@@ -289,12 +289,12 @@ def test_applying_gradients_names_the_table_that_the_optimizer_has_not() -> None
     some = optim.Adam([model.engine.tables[0].anchor])
     rows = model.engine.tables[0].export(0)["embedding"]
     with pytest.raises(
-        ValueError, match=r"Adam: the table 'other_id' is not among the optimizer's parameters; give .*"
+        ValueError, match=r"Adam: the table 'other_id' is not among the optimizer's parameters; pass .*"
     ):
         model.engine.apply_gradients(context, gradients, some)
     for wrong in (torch.optim.Adam(dense_parameters(model)), optim.Adam):
         with pytest.raises(TypeError, match=r"apply_gradients: optimizer must be one of recis_hybrid.optim"):
             model.engine.apply_gradients(context, gradients, wrong)  # type: ignore[arg-type]
     assert torch.equal(model.engine.tables[0].export(0)["embedding"], rows)
-    with pytest.raises(ValueError, match=r"Adam keeps .*exp_avg.* for every row, but the engine was built with \{\}"):
+    with pytest.raises(ValueError, match=r"Adam needs .*exp_avg.* in every row, but the engine was built with \{\}"):
         optim.Adam(EmbeddingEngine({"id": EmbeddingConfig(dim=2)}).parameters())
