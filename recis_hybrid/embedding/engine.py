@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from recis_hybrid import distributed
 from recis_hybrid.checkpointing import are_tables_apart
 from recis_hybrid.embedding.checkpoint.mixin import CheckpointedTables
 from recis_hybrid.embedding.checkpoint.state_dict import (
@@ -163,7 +164,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         shared = group_of(group)
         # Not an explicit choice of the caller: training raises an error once there are other ranks.
         alone = group is None and shared is None
-        rank, ranks = (0, 1) if shared is None else (dist.get_rank(shared), dist.get_world_size(shared))
+        rank, ranks = (0, 1) if shared is None else (distributed.rank(shared), distributed.world_size(shared))
         row_state = () if self.optimizer_spec is None else self.optimizer_spec.row_state
         self.plans = plan_tables(self.configs, row_state, coalesce=coalesce, ranks=ranks)
         self._optional = [name for name, config in self.configs.items() if config.optional]
@@ -192,7 +193,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         self.rows_in_state_dict = rows_in_state_dict
         """Form of the rows in ``state_dict``; may be changed at any time."""
         if prefetch_depth is None:
-            prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == dist.get_world_size()) else 0
+            prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == distributed.world_size()) else 0
         self.prefetch_depth = prefetch_depth if self._sharded is not None else 0
         """Maximum number of batches that :meth:`prefetch` sends ahead; 0 on one process."""
         self._prefetcher: Prefetcher | None = None

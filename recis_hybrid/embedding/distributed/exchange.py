@@ -78,8 +78,8 @@ class Exchange:
 
     def __init__(self, group: dist.ProcessGroup, device: torch.device) -> None:
         self.group = group
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self.rank = distributed.rank(group)
+        self.size = distributed.world_size(group)
         # NCCL sends from GPUs only, Gloo from host memory.
         self.device = device if device.type == "cuda" and "nccl" in dist.get_backend(group) else torch.device("cpu")
         self.traffic = Traffic()
@@ -180,9 +180,9 @@ def group_of(group: dist.ProcessGroup | Literal[False] | None) -> dist.ProcessGr
         return None
     if group is None:
         group = dist.group.WORLD
-    if not isinstance(group, dist.ProcessGroup) or dist.get_rank(group) < 0:
+    if not isinstance(group, dist.ProcessGroup):
         raise ValueError(
-            f"EmbeddingEngine: rank {dist.get_rank()} is not in the process group {group!r}; build the engine on "
+            f"EmbeddingEngine: rank {distributed.rank()} is not in the process group {group!r}; build the engine on "
             f"the group's ranks only, or with group=False"
         )
-    return group if dist.get_world_size(group) > 1 else None
+    return group if distributed.world_size(group) > 1 else None
