@@ -329,7 +329,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if unknown:
             raise KeyError(f"apply_gradients: got gradients for {unknown}, which are not features of this engine")
         if not all(ctx.lookups[number].train for number in trained):
-            raise RuntimeError("apply_gradients: the lookup was made in evaluation mode; call train() before it")
+            raise RuntimeError("apply_gradients: the lookup ran in evaluation mode; call train() before it")
         # Check everything before the first row changes.
         optimizer.check_tables([self._rank_tables[number].anchor for number in trained])
         ready = []

@@ -48,7 +48,7 @@ def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tens
 
     Raises:
         TypeError: If a dtype is wrong.
-        ValueError: If a shape is wrong, the devices differ, or there is no such kind.
+        ValueError: If a shape is wrong, the devices differ, or ``kind`` is unknown.
         RuntimeError: If offsets decrease or point outside the values. On a GPU this is a device-side assertion, like an
             index out of bounds.
 
@@ -73,7 +73,7 @@ def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tens
 
 
 def hash_ids(ids: Tensor, kind: HashKind = "farm") -> Tensor:
-    """Return the hash of each id, as a string of its eight bytes in little-endian order.
+    """Return the hash of each id, i.e. of the string of its eight bytes in little-endian order.
 
     Args:
         ids: int64, any shape.
@@ -84,7 +84,7 @@ def hash_ids(ids: Tensor, kind: HashKind = "farm") -> Tensor:
 
     Raises:
         TypeError: If ``ids`` is not int64.
-        ValueError: If there is no such kind.
+        ValueError: If ``kind`` is unknown.
 
     Example:
         >>> as_bytes = torch.tensor([1, 0, 0, 0, 0, 0, 0, 0], dtype=torch.uint8)

@@ -170,7 +170,7 @@ def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0)
 
     Raises:
         TypeError: If the dtype is wrong.
-        ValueError: If there is no such kind.
+        ValueError: If ``kind`` is unknown.
         RuntimeError: On the CPU, if a value is NaN (other than for ``"fill"``) or has no logarithm.
 
     Example:

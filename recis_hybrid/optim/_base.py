@@ -47,7 +47,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             **hyperparameters: Arguments of the class and of its ``row_state``.
 
         Raises:
-            TypeError: If neither has such an argument.
+            TypeError: If neither accepts one of the hyperparameters.
 
         Example:
             >>> from recis_hybrid import optim

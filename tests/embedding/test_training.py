@@ -299,7 +299,7 @@ def test_overrides_of_a_table_get_a_group_that_schedules_change() -> None:
 def test_gradients_of_a_lookup_in_evaluation_mode_are_refused() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}).eval()
     _, ctx = engine.lookup({"id": torch.tensor([1])})
-    with pytest.raises(RuntimeError, match="the lookup was made in evaluation mode"):
+    with pytest.raises(RuntimeError, match="the lookup ran in evaluation mode"):
         engine.apply_gradients(ctx, {"id": torch.zeros(1, 2)}, optim.SGD(engine.parameters()))
 
 

@@ -178,7 +178,7 @@ class ShardedTable:
         return ShardedLookup(route.request, route.shapes, route.places, shared, own_rows, own)
 
     def gather(self, lookup: ShardedLookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
-        """Write each feature's vectors, as :meth:`HashTable.gather` does."""
+        """Write each feature's vectors, like :meth:`HashTable.gather`."""
         if lookup.own is not None:
             self.table.gather(lookup.own, out, starts, winners)
             return

@@ -146,7 +146,7 @@ class HashTable:
         return self.find(Request.of(features), train=train)
 
     def find(self, request: Request, *, train: bool, out: Tensor | None = None, starts: Sequence[int] = ()) -> Lookup:
-        """Find the rows of a request, as :meth:`lookup` does.
+        """Find the rows of a request, like :meth:`lookup`.
 
         A training lookup also gathers the vectors into ``out`` if possible, and returns that buffer as
         ``Lookup.gathered``.

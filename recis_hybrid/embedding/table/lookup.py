@@ -132,7 +132,7 @@ class Lookup:
             RuntimeError: If this is not a training lookup.
         """
         if self.grouped is None:
-            raise RuntimeError("the lookup was made in evaluation mode and takes no gradients; call train() before it")
+            raise RuntimeError("the lookup ran in evaluation mode and takes no gradients; call train() before it")
         return self.grouped
 
     @property
