@@ -207,7 +207,7 @@ class _Writer:
         return {rank: self._ranks.receive(_size(self._packed(file, rank)), rank, file.number) for rank in others}
 
     def _send(self, file: PlannedFile) -> list[BaseException]:
-        """Send this rank's rows of a file, and return errors of reading them, after which zeros are sent."""
+        """Send this rank's rows of a file; return errors of reading them, despite which a message is sent."""
         found, failures = self._packed(file, self._ranks.rank), []
         data = torch.zeros(_size(found), dtype=torch.uint8)
         try:
