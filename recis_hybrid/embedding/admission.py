@@ -69,8 +69,8 @@ class MinFrequency:
     The lookup in which an id reaches the count inserts it. Until then, the id has its first value or zeros, depending
     on the config's ``unknown``, and its gradients are dropped. Counts are exact; ids that have a row are not counted.
 
-    The count of an id that never reaches it takes 21 to 53 bytes. Eviction removes rows but not counts, because the
-    step of an id's last count is not stored. ``memory()["admission"]`` reports the bytes of the counts, and
+    An id that never reaches ``count`` takes 21 to 53 bytes. Eviction removes rows but not counts, because the step of
+    an id's last count is not stored. ``memory()["admission"]`` reports the bytes of the counts, and
     ``table.store.gate.clear(None)`` drops those of a table and frees their memory: its ids are then counted from zero.
 
     Example:
