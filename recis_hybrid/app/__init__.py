@@ -1,6 +1,6 @@
-"""The program without a script: a configuration in YAML, the command ``recis-hybrid``, scores and reports of runs.
+"""Training without a script: YAML configurations, the command ``recis-hybrid``, predictions and reports of runs.
 
-Nothing of the package imports it; it builds on ``pipelines`` and all below.
+No other package may import it. It builds on ``pipelines`` and everything below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a configuration to a training that is ready to run."""
+"""Construction of trainers, models and datasets from configurations."""
 
 from __future__ import annotations
 
@@ -61,21 +61,21 @@ def trainer_of(config: Config, *, quiet: bool = False, changes: Changes | None =
 
     Args:
         config: The configuration.
-        quiet: Whether to leave out the progress bar.
-        changes: What changes in a run that is resumed, for its log.
+        quiet: True for no progress bar.
+        changes: Changes to a resumed run, for its log.
 
     Raises:
-        ConfigError: An operation or the model cannot be made as the configuration says.
+        ConfigError: The configuration of an operation or the model is invalid.
     """
     refuse_device(config.train.device)
     features = features_of(config)
     step = step_of(config)
     log = JsonLog(storage_of(config.run).root / "log.jsonl")
-    data, evaluated = config.data, config.data.evaluate
+    data, evaluate = config.data, config.data.evaluate
     return Trainer(
         step,
         dataset_of(config, features, data.train, shuffle=data.shuffle),
-        None if evaluated is None else dataset_of(config, features, evaluated),
+        None if evaluate is None else dataset_of(config, features, evaluate),
         metrics=metrics_of(config),
         saver=Saver(config.run, keep=config.train.keep),
         callbacks=[log, RunRecord(config, changes or {}, log), *_callbacks(config, quiet)],
@@ -86,7 +86,7 @@ def trainer_of(config: Config, *, quiet: bool = False, changes: Changes | None =
 
 
 def step_of(config: Config) -> TorchStep:
-    """Return a new model of a configuration, and its training step."""
+    """Return a training step with a new model of a configuration."""
     seed_everything(config.seed)
     model = ConfigModel(config, _engine(config)).to(config.train.device)
     kind = SPARSE[config.optimizer.sparse]
@@ -101,7 +101,7 @@ def step_of(config: Config) -> TorchStep:
 
 
 def scoring_step_of(config: Config) -> TorchStep:
-    """Return a frozen model of a configuration, without optimizer state, and a step that scores."""
+    """Return a step for prediction with a frozen model of a configuration, without optimizer state."""
     model = ConfigModel(config, _engine(config, trainable=False)).to(config.train.device).requires_grad_(False)
     return _step(config, model.eval(), {})
 
@@ -125,7 +125,7 @@ def metrics_of(config: Config) -> dict[str, Metric]:
 
 
 def stages_of(config: Config) -> Iterator[Stage]:
-    """Yield the stages of a configuration: after each pass an evaluation, an eviction if asked for, a checkpoint."""
+    """Yield the stages of a configuration: each epoch is followed by optional evaluation and eviction, and a save."""
     for number in range(config.train.epochs):
         yield Train(epochs=1, name=f"epoch {number + 1}")
         if config.data.evaluate is not None:
@@ -136,13 +136,13 @@ def stages_of(config: Config) -> Iterator[Stage]:
 
 
 def refuse_device(name: str) -> None:
-    """Raise ConfigError if there is no such device here."""
+    """Raise ConfigError if a device is not available."""
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(f"train.device must be a device of torch's, got {name!r}: {error}") from error
+        raise ConfigError(f"train.device must be a torch device, got {name!r}: {error}") from error
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(f"train.device is {name!r}, and torch {torch.__version__} finds no GPU here; take cpu")
+        raise ConfigError(f"train.device is {name!r}, but torch {torch.__version__} finds no GPU; use cpu")
 
 
 def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
@@ -160,7 +160,7 @@ def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
             if feature.dim is not None
         }
         if not embeddings:
-            raise ConfigError("features: at least one must have a dim, which is that of its embedding")
+            raise ConfigError("features: at least one must have a dim, the dimension of its embedding")
         sparse = SPARSE[config.optimizer.sparse] if trainable else None
         return EmbeddingEngine(embeddings, optimizer=sparse, seed=config.seed, device=config.train.device)
     except (TypeError, ValueError) as error:
@@ -171,7 +171,7 @@ def features_of(config: Config) -> list[Feature]:
     """Return the features of a configuration.
 
     Raises:
-        ConfigError: An operation cannot be made as the configuration says.
+        ConfigError: The configuration of an operation is invalid.
     """
     return [_feature(name, feature) for name, feature in config.features.items()]
 
@@ -211,23 +211,23 @@ def dataset_of(
     Args:
         config: The configuration.
         features: Its features.
-        paths: What to read.
-        shuffle: Whether each pass has a random order of its own.
-        label: Whether label and groups are read, too.
-        columns: Further columns, as they are in the files.
-        transforms: Called with each batch; None: makes the features.
+        paths: Files, folders, patterns or URLs.
+        shuffle: True to read each epoch in a new random order.
+        label: True to also read label and groups.
+        columns: Additional columns, passed through unchanged.
+        transforms: Applied to each batch. None computes the features.
         options: Further arguments of ColumnDataset.
 
     Raises:
-        ConfigError: The configuration says of a column what does not suit its type.
+        ConfigError: The options of a column do not fit its type.
     """
     data = config.data
-    wanted = dict.fromkeys(column for feature in features for column in feature.columns)
-    read = dict.fromkeys([*wanted, *columns])
+    inputs = dict.fromkeys(column for feature in features for column in feature.columns)
+    read = dict.fromkeys([*inputs, *columns])
     if label:
         read |= dict.fromkeys([data.label, *([] if data.groups is None else [data.groups])])
-    # Where a feature has its name, the groups are what the feature makes of the column.
-    keep = [data.groups] if label and data.groups in wanted and data.groups not in config.features else []
+    # If a feature has the name of the groups column, the groups are its output instead of the column.
+    keep = [data.groups] if label and data.groups in inputs and data.groups not in config.features else []
     engine = FeatureEngine(features, keep=[name for name in keep if name is not None], parallel=False)
     return ColumnDataset(
         paths,
@@ -254,61 +254,61 @@ def _specs(config: Config, paths: str | list[str], read: Iterable[str], label: b
         is_label = label and name == config.data.label
         kind = types.get(name)
         if is_label and isinstance(None if kind is None else default_spec(name, kind), Text):
-            raise ConfigError(f"data.label {name!r} holds strings in {paths}; it must be a number, 0 or 1")
+            raise ConfigError(f"data.label {name!r} contains strings in {paths}; it must be a number, 0 or 1")
         dtype = torch.float32 if is_label and str(kind) != "bool" else None
-        said = config.data.columns.get(name, ColumnConfig())
-        if said == ColumnConfig():
+        column = config.data.columns.get(name, ColumnConfig())
+        if column == ColumnConfig():
             specs[name] = Dense(dtype) if dtype is not None else None
         else:
-            specs[name] = _spec(f"data.columns.{name}", name, said, kind, dtype)
+            specs[name] = _spec(f"data.columns.{name}", name, column, kind, dtype)
     return specs
 
 
-def _spec(key: str, name: str, said: ColumnConfig, kind: Any, dtype: torch.dtype | None) -> Column | None:
+def _spec(key: str, name: str, column: ColumnConfig, kind: Any, dtype: torch.dtype | None) -> Column | None:
     """Return the spec of a column from its Arrow type and the configuration."""
     from recis_hybrid.columnio.files.schema import default_spec
 
-    own = None if kind is None else default_spec(name, kind)
-    if isinstance(said.default, float) and not said.default.is_integer():
-        dtype = dtype or torch.float64  # integers become floats beside it
-    times = said.unit is not None or said.format is not None
-    text = (isinstance(own, Text) and not times) or isinstance(said.default, str)
-    if text and not isinstance(said.default, str | None):
-        raise ConfigError(f"{key}.default must be a string, as the column holds strings, got {said.default!r}")
-    if text and (times or said.scale is not None):
-        raise ConfigError(f"{key}: unit, format and scale make numbers, for which the default {said.default!r} is none")
-    if said.length is not None and (text or said.null_as_empty):
-        raise ConfigError(f"{key}: length is of lists of numbers, none of which is of another length")
+    inferred = None if kind is None else default_spec(name, kind)
+    if isinstance(column.default, float) and not column.default.is_integer():
+        dtype = dtype or torch.float64  # a fractional default turns integers into floats
+    times = column.unit is not None or column.format is not None
+    text = (isinstance(inferred, Text) and not times) or isinstance(column.default, str)
+    if text and not isinstance(column.default, str | None):
+        raise ConfigError(f"{key}.default must be a string, because the column holds strings, got {column.default!r}")
+    if text and (times or column.scale is not None):
+        raise ConfigError(f"{key}: unit, format and scale need a default that is a number, got {column.default!r}")
+    if column.length is not None and (text or column.null_as_empty):
+        raise ConfigError(f"{key}: length applies to lists of numbers of that length only, without null_as_empty")
     if text:
-        return Text(said.default if isinstance(said.default, str) else None, null_as_empty=said.null_as_empty)
-    if isinstance(own, Weighted):
-        if said.length is not None or said.scale is not None or times:
-            raise ConfigError(f"{key}: length, unit, format and scale do not suit ids with weights; leave them out")
-        return replace(own, dtype=None, default=_number(said), null_as_empty=said.null_as_empty)
-    made: dict[str, Any] = {
+        return Text(column.default if isinstance(column.default, str) else None, null_as_empty=column.null_as_empty)
+    if isinstance(inferred, Weighted):
+        if column.length is not None or column.scale is not None or times:
+            raise ConfigError(f"{key}: length, unit, format and scale do not apply to ids with weights; remove them")
+        return replace(inferred, dtype=None, default=_number(column), null_as_empty=column.null_as_empty)
+    options: dict[str, Any] = {
         "dtype": dtype,
-        "default": _number(said),
-        "unit": said.unit,
-        "format": said.format,
-        "scale": said.scale,
+        "default": _number(column),
+        "unit": column.unit,
+        "format": column.format,
+        "scale": column.scale,
     }
     try:
-        if said.length is None and (isinstance(own, Ragged) or said.null_as_empty):
-            return Ragged(**made, null_as_empty=said.null_as_empty)
-        return Dense(**made, length=said.length or (own.length if isinstance(own, Dense) else None))
+        if column.length is None and (isinstance(inferred, Ragged) or column.null_as_empty):
+            return Ragged(**options, null_as_empty=column.null_as_empty)
+        return Dense(**options, length=column.length or (inferred.length if isinstance(inferred, Dense) else None))
     except ValueError as error:
         raise ConfigError(f"{key}: {error}") from error
 
 
 def read_options(config: Config) -> ReadOptions:
-    """Return how a configuration reads its files."""
+    """Return the read options of a configuration."""
     data = config.data
     csv = None if data.csv == CsvConfig() else CsvOptions(**vars(data.csv))
     return ReadOptions(num_threads=data.threads, csv=csv, partitions=data.partitions)
 
 
-def _number(said: ColumnConfig) -> float | None:
-    return None if isinstance(said.default, str) else said.default
+def _number(column: ColumnConfig) -> float | None:
+    return None if isinstance(column.default, str) else column.default
 
 
 def _callbacks(config: Config, quiet: bool) -> list[Callback]:

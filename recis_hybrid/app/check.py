@@ -1,4 +1,4 @@
-"""--check: check a configuration against a sample of its data, before training."""
+"""``--check``: checks of a configuration against a sample of its data, before training."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ ROWS = 100_000
 
 
 def check(config: Config) -> Iterator[str]:
-    """Check a configuration against a sample of its data; nothing is written.
+    """Check a configuration against a sample of its data, without writing anything.
 
-    A sample of every column is read, features are made of it, and the model takes it forward and back.
+    Reads a sample of every column, computes the features, and runs the model forward.
 
     Args:
         config: The configuration.
 
     Yields:
-        Remarks: what was read, and what is odd but may be meant.
+        Remarks: a summary of the data, and warnings about what may be a mistake.
 
     Raises:
-        ConfigError: Something does not fit; all that was found is named.
+        ConfigError: The data do not fit the configuration; lists all problems.
         FileNotFoundError: There is no such file.
         ValueError: A file cannot be read as the configuration says.
     """
@@ -55,7 +55,7 @@ def _check_source(
     from recis_hybrid.columnio.files.schema import column_types
 
     engine = FeatureEngine(features, keep=_kept(config), parallel=False)
-    data = dataset_of(config, features, paths, transforms=_as_it_is, read=replace(read_options(config), prefetch=0))
+    data = dataset_of(config, features, paths, transforms=_identity, read=replace(read_options(config), prefetch=0))
     unsigned = {name for name, kind in column_types(paths, read_options(config)).items() if "uint64" in str(kind)}
     label = config.data.label
     faults: list[str] = []
@@ -65,11 +65,11 @@ def _check_source(
         sample = batch if sample is None else sample
         values = batch[label]
         if isinstance(values, RaggedTensor) or values.dim() > 2 or values.numel() != len(values):
-            faults.append(f"data.label {label!r} must be one number a row, got {_form(values)}")
+            faults.append(f"data.label {label!r} must be one number per row, got {_form(values)}")
             break
         numbers = values.double()
         if not bool(numbers.isfinite().all()):
-            faults.append(f"data.label {label!r} holds NaN or infinities; leave these rows out")
+            faults.append(f"data.label {label!r} contains NaN or infinities; remove these rows")
             break
         rows, low, high = rows + len(values), min(low, float(numbers.min())), max(high, float(numbers.max()))
         if low < high or rows >= ROWS:
@@ -77,38 +77,38 @@ def _check_source(
     assert sample is not None  # a dataset without a row is refused
     remark = _label_remark(config, data, faults, rows, low, high)
     faults += _column_faults(config, sample)
-    made = engine(sample)
-    odd = [] if remark is None else [remark]
+    computed = engine(sample)
+    warnings = [] if remark is None else [remark]
     for name, feature in config.features.items():
-        fault, note = _feature_fault(name, feature.dim, made[name], _raw(feature, name, sample, unsigned))
+        fault, warning = _feature_fault(name, feature.dim, computed[name], _raw(feature, name, sample, unsigned))
         faults += [] if fault is None else [fault]
-        odd += [] if note is None else [note]
+        warnings += [] if warning is None else [warning]
     if not faults:
-        faults += [f"{column} not finite" for column in non_finite_columns(made)]
+        faults += [f"{column} not finite" for column in non_finite_columns(computed)]
     if faults:
         raise ConfigError(
             f"{key} {_shown(paths)} does not fit the configuration:" + "".join(f"\n  {f}" for f in faults)
         )
-    labels = made[label]
-    assert isinstance(labels, Tensor)  # or it would be a fault
-    loss = loss_of(step({**made, label: labels.float()}))
+    labels = computed[label]
+    assert isinstance(labels, Tensor)  # otherwise a fault was raised above
+    loss = loss_of(step({**computed, label: labels.float()}))
     if not bool(loss.isfinite()):
         raise ConfigError(f"{key} {_shown(paths)}: the loss of the first batch is {float(loss)}")
     yield f"{key}: {data.num_rows:,} rows, {len(data):,} batches; the first has a loss of {float(loss):.4f}"
-    for remark in odd:
-        yield f"{key}: {remark}"
+    for warning in warnings:
+        yield f"{key}: {warning}"
 
 
 def _label_remark(
     config: Config, data: ColumnDataset, faults: list[str], rows: int, low: float, high: float
 ) -> str | None:
-    """Add errors of the labels to the faults; returns a warning or None."""
+    """Append errors in the labels to the faults, and return a warning or None."""
     label = config.data.label
     if faults:
         return None
     if low < 0 or high > 1:
         faults.append(
-            f"data.label {label!r} must be 0 or 1, for binary cross entropy, got values from {low:g} to {high:g}"
+            f"data.label {label!r} must be 0 or 1 for binary cross entropy, got values from {low:g} to {high:g}"
         )
     elif low == high and rows >= data.num_rows:
         faults.append(f"data.label {label!r} is {low:g} in all {rows:,} rows: there is nothing to learn")
@@ -123,42 +123,42 @@ def _column_faults(config: Config, sample: Batch) -> Iterator[str]:
         column = sample[groups]
         if isinstance(column, RaggedTensor) or column.dtype not in (torch.int64, torch.int32):
             yield (
-                f"data.groups {groups!r} must be one integer a row, got {_form(column)}; name a feature that hashes it"
+                f"data.groups {groups!r} must be one integer per row, got {_form(column)}; use a feature that hashes it"
             )
 
 
 def _feature_fault(
-    name: str, dim: int | None, made: Tensor | RaggedTensor, raw: list[Tensor | RaggedTensor]
+    name: str, dim: int | None, computed: Tensor | RaggedTensor, raw: list[Tensor | RaggedTensor]
 ) -> tuple[str | None, str | None]:
-    """Return an error and a warning about a feature, None each without one."""
-    values = made.values if isinstance(made, RaggedTensor) else made
-    strings = isinstance(made, RaggedTensor) and values.dtype == torch.uint8
+    """Return an error and a warning about a feature, each None if there is none."""
+    values = computed.values if isinstance(computed, RaggedTensor) else computed
+    strings = isinstance(computed, RaggedTensor) and values.dtype == torch.uint8
     if dim is None:
         if strings:
-            return f"features.{name} is text, and has no dim: hash it and give it a dim, or leave it out", None
-        if isinstance(made, RaggedTensor):
-            return f"features.{name} is a list of any length, and has no dim: the tower takes one number a row", None
+            return f"features.{name} is text and has no dim: hash it and give it a dim, or remove it", None
+        if isinstance(computed, RaggedTensor):
+            return f"features.{name} is a list of any length and has no dim: the tower takes one number per row", None
         return None, None
     if strings:
-        return f"features.{name} is text: its ids must be integers; hash it, by ops: [{{hash: {{kind: farm}}}}]", None
+        return f"features.{name} is text: ids must be integers; hash it with ops: [{{hash: {{kind: farm}}}}]", None
     if values.dtype not in (torch.int64, torch.int32):
         return (
-            f"features.{name} is {values.dtype}: its ids must be integers; bucketize it, or leave dim out for a number"
+            f"features.{name} is {values.dtype}: ids must be integers; bucketize it, or remove dim to use it as number"
         ), None
-    if isinstance(made, RaggedTensor) and made.levels > 1:
-        return f"features.{name} has {made.levels} levels of lists: a row must be one list of ids", None
+    if isinstance(computed, RaggedTensor) and computed.levels > 1:
+        return f"features.{name} has {computed.levels} levels of lists: a row must be one list of ids", None
     for column in raw:
         ids = column.values if isinstance(column, RaggedTensor) else column
         if ids.dtype in (torch.int64, torch.int32) and (negative := int((ids < 0).sum())):
             return None, (
-                f"features.{name}: {negative:,} of {ids.numel():,} ids are negative, such as {int(ids.min())}; each is "
-                f"an id like any other, also if it stands for a missing one"
+                f"features.{name}: {negative:,} of {ids.numel():,} ids are negative, such as {int(ids.min())}; they "
+                f"are ordinary ids, even if they mark missing values"
             )
     return None, None
 
 
 def _raw(feature: FeatureConfig, name: str, sample: Batch, unsigned: set[str]) -> list[Tensor | RaggedTensor]:
-    """Return the signed columns that are used as ids without an operation."""
+    """Return the signed source columns if they are used as ids without an operation."""
     return [] if feature.ops else [sample[source] for source in feature.sources(name) if source not in unsigned]
 
 
@@ -178,5 +178,5 @@ def _shown(paths: str | list[str]) -> str:
     return paths if isinstance(paths, str) else ", ".join(paths)
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch

@@ -1,4 +1,4 @@
-"""The command ``recis-hybrid``: hands each subcommand to its room."""
+"""The command ``recis-hybrid``, which dispatches subcommands to packages."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-_PIPELINES, _SAVER = "recis_hybrid.app.commands", "recis_hybrid.saver.cli"
+_APP, _SAVER = "recis_hybrid.app.commands", "recis_hybrid.saver.cli"
 COMMANDS = {
     "train models without a script": {
-        "init": (_PIPELINES, "write a configuration to start from, and a small log to run it on"),
-        "train": (_PIPELINES, "train as a configuration says"),
-        "evaluate": (_PIPELINES, "compute the metrics of a run on data"),
-        "predict": (_PIPELINES, "write the scores of a run on data to a file"),
-        "report": (_PIPELINES, "write the log of a run as one HTML page"),
+        "init": (_APP, "write a starter configuration and a small click log to run it on"),
+        "train": (_APP, "train a model from a configuration"),
+        "evaluate": (_APP, "evaluate a trained model on data"),
+        "predict": (_APP, "write the scores of a trained model to a file"),
+        "report": (_APP, "write the log of a run as one HTML page"),
     },
-    "look into checkpoints": {
+    "inspect checkpoints": {
         "inspect": (_SAVER, "show the contents of a checkpoint: parts, tables, rows, bytes"),
         "verify": (_SAVER, "check every file of a checkpoint by its checksums"),
-        "diff": (_SAVER, "show the differences of two checkpoints, bit for bit"),
+        "diff": (_SAVER, "show the bitwise differences between two checkpoints"),
     },
     "convert checkpoints": {
         "compact": (_SAVER, "turn an incremental checkpoint into a full one"),
@@ -35,35 +35,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Command line; None: that of the process.
+        arguments: Command-line arguments. None uses ``sys.argv``.
 
     Returns:
         The exit status.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    rooms = {name: room for group in COMMANDS.values() for name, (room, _) in group.items()}
-    if given and given[0] == "help":
-        given = [*given[1:2], "--help"]
-    if given in ([], ["-h"], ["--help"]):
+    args = list(sys.argv[1:] if arguments is None else arguments)
+    modules = {name: module for group in COMMANDS.values() for name, (module, _) in group.items()}
+    if args and args[0] == "help":
+        args = [*args[1:2], "--help"]
+    if args in ([], ["-h"], ["--help"]):
         print(_usage())
         sys.exit(0)
-    if given in (["-V"], ["--version"], ["version"]):
+    if args in (["-V"], ["--version"], ["version"]):
         print(
             f"recis-hybrid {metadata.version('recis_hybrid')} (Python {platform.python_version()}, torch "
             f"{metadata.version('torch')})"
         )
         return 0
-    if given[0] not in rooms:
-        what = "option" if given[0].startswith("-") else "command"
-        known = ["--help", "--version"] if what == "option" else list(rooms)
-        bare = given[0].strip("-")
-        close = [name for name in rooms if bare and name.startswith(bare)]
-        close = close or difflib.get_close_matches(given[0], known, 1) or difflib.get_close_matches(bare, rooms, 1)
-        meant = f"; did you mean `recis-hybrid {close[0]}`?" if close else "."
-        print(f"recis-hybrid: there is no {what} {given[0]!r}{meant} There are: {', '.join(rooms)}", file=sys.stderr)
+    if args[0] not in modules:
+        kind = "option" if args[0].startswith("-") else "command"
+        known = ["--help", "--version"] if kind == "option" else list(modules)
+        bare = args[0].strip("-")
+        close = [name for name in modules if bare and name.startswith(bare)]
+        close = close or difflib.get_close_matches(args[0], known, 1) or difflib.get_close_matches(bare, modules, 1)
+        hint = f"; did you mean `recis-hybrid {close[0]}`?" if close else "."
+        print(f"recis-hybrid: unknown {kind} {args[0]!r}{hint} Commands are: {', '.join(modules)}", file=sys.stderr)
         sys.exit(2)
     # Import a package only when one of its commands runs.
-    status: int = importlib.import_module(rooms[given[0]]).main(given)
+    status: int = importlib.import_module(modules[args[0]]).main(args)
     return status
 
 

@@ -1,7 +1,7 @@
 """The commands of ``recis-hybrid`` that train and score: init, train, evaluate, predict and report.
 
-Exit status: 0 if all is well, 1 if training or a file fails, 2 for a wrong call or configuration, 130 if interrupted
-(Ctrl-C), 143 if terminated (SIGTERM): 128 + the signal's number.
+Exit status: 0 for success, 1 if training or a file fails, 2 for invalid arguments or configurations, 128 plus the
+signal number if interrupted: 130 for Ctrl-C, 143 for SIGTERM.
 """
 
 from __future__ import annotations
@@ -50,19 +50,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Args:
-        arguments: Command line; None: that of the process.
+        arguments: Command-line arguments. None uses ``sys.argv``.
 
     Returns:
         The exit status.
     """
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    if not given or given[0] not in _COMMANDS:
+    command_line = list(sys.argv[1:] if arguments is None else arguments)
+    if not command_line or command_line[0] not in _COMMANDS:
         print(
-            f"recis-hybrid: the first argument must be one of {', '.join(_COMMANDS)}, got {given[:1]}", file=sys.stderr
+            f"recis-hybrid: the first argument must be one of {', '.join(_COMMANDS)}, got {command_line[:1]}",
+            file=sys.stderr,
         )
         sys.exit(2)
-    name, run = given[0], _COMMANDS[given[0]][1]
-    args = _COMMANDS[name][0]().parse(given[1:])
+    name, run = command_line[0], _COMMANDS[command_line[0]][1]
+    args = _COMMANDS[name][0]().parse(command_line[1:])
     try:
         return run(args)
     except ConfigError as error:
@@ -95,20 +96,20 @@ def _resume_hint(command: str) -> str:
 
 
 def _key_of_spec(text: str) -> str:
-    """Return the configuration key of a Python argument in a message about a column."""
+    """Return a hint with the configuration key for the Python argument in a message about a column."""
     match = re.search(r"column '(.*?)' .*; use \w+\((?:.*, )?(default|null_as_empty)=", text)
     return "" if match is None else f"; in a configuration it is data.columns.{match[1]}.{match[2]}"
 
 
 def _json(figures: dict[str, Any]) -> str:
-    """Return figures as JSON, which has neither NaN nor infinities."""
+    """Return figures as JSON, with null for NaN and infinities."""
     finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in figures.items()}
     return json.dumps(finite, allow_nan=False)
 
 
 def _init_parser() -> Parser:
-    parser = Parser("init", "write a configuration to start from, and a small log to run it on")
-    parser.add_argument("folder", type=Path, nargs="?", default=Path("first"), help="the folder to write (first)")
+    parser = Parser("init", "write a starter configuration and a small click log to run it on")
+    parser.add_argument("folder", type=Path, nargs="?", default=Path("first"), help="folder to write to (first)")
     return parser
 
 
@@ -120,27 +121,27 @@ def _init(args: argparse.Namespace) -> int:
 
 class _TrainParser(Parser):
     def error(self, message: str) -> Any:
-        """Add how to set keys if one was given as an option."""
-        given = message.removeprefix("unrecognized arguments: ").split()[0].lstrip("-")
+        """Explain how to set keys if one was passed as an option."""
+        option = message.removeprefix("unrecognized arguments: ").split()[0].lstrip("-")
         keys = [line.split(":")[0].strip() for line in describe_keys().splitlines() if line[:3].strip()]
         names = {key.rpartition(".")[2]: key for key in keys} | {key: key for key in keys}
-        if message.startswith("unrecognized") and (key := names.get(given.partition("=")[0].replace("-", "_"))):
-            message = f"{message}; keys are set as {key}=VALUE"
+        if message.startswith("unrecognized") and (key := names.get(option.partition("=")[0].replace("-", "_"))):
+            message = f"{message}; set keys as {key}=VALUE"
         elif "required: config" in message:
-            message += "; `recis-hybrid init` writes a configuration to start from"
+            message += "; `recis-hybrid init` writes a starter configuration"
         super().error(message)
 
 
 def _train_parser() -> Parser:
     parser = _TrainParser(
         "train",
-        "train as a configuration says; the last line on stdout is JSON",
+        "train a model from a configuration; the last line on stdout is JSON",
         epilog=f"Paths in a configuration are relative to its folder, those in KEY=VALUE to the current one.\n\n"
-        f"keys of a configuration, their types and (defaults):\n{describe_keys()}",
+        f"configuration keys, their types and (defaults):\n{describe_keys()}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("config", type=Path, help="a YAML file, such as `recis-hybrid init` writes")
-    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="set a key, as train.epochs=5")
+    parser.add_argument("config", type=Path, help="a YAML file, for example from `recis-hybrid init`")
+    parser.add_argument("overrides", nargs="*", default=[], metavar="KEY=VALUE", help="set a key: train.epochs=5")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint, if there is one")
     parser.add_argument(
         "--check", action="store_true", help="check the configuration on a sample of the data, without training"
@@ -160,12 +161,12 @@ def _train(args: argparse.Namespace) -> int:
             for line in check(here):
                 _say(line)
             if distributed.rank() == 0:
-                print(f"{args.config}: sound")
+                print(f"{args.config}: no problems found")
             return 0
         if steps and not args.resume:
             raise ConfigError(
-                f"{config.run} has checkpoints of the steps {steps}; continue from them with --resume, or name "
-                f"another folder by run=FOLDER"
+                f"{config.run} has checkpoints of the steps {steps}; continue from them with --resume, or set "
+                f"another folder with run=FOLDER"
             )
         trainer = trainer_of(here, quiet=args.quiet, changes=changes)
         figures = trainer.fit(stages_of(config), resume="latest" if args.resume else None)
@@ -173,18 +174,18 @@ def _train(args: argparse.Namespace) -> int:
         if distributed.rank() == 0:
             if steps and steps[-1] == trainer.steps_done:
                 _say(_finished(config, trainer))
-            last = {"steps": trainer.steps_done, "samples": samples, "stopped": trainer.stopped}
-            print(_json({**last, **{f"{stage}/{k}": v for stage, of in figures.items() for k, v in of.items()}}))
+            summary = {"steps": trainer.steps_done, "samples": samples, "stopped": trainer.stopped}
+            print(_json({**summary, **{f"{stage}/{k}": v for stage, of in figures.items() for k, v in of.items()}}))
     return 0
 
 
 def _changes(config: Config, steps: Sequence[int]) -> Changes:
-    """Return and print the changes of a resumed run."""
+    """Return and print the changes to a resumed run."""
     if not steps:
         _say(f"{config.run} has no checkpoint yet: training starts at step 0")
         return {}
     if not (storage_of(config.run).root / NAME).is_file():
-        _say(f"{config.run} has no {NAME}: changes since its start are unknown")
+        _say(f"{config.run} has no {NAME}: changes to its configuration are unknown")
         return {}
     try:
         recorded = recorded_config(config.run)
@@ -197,10 +198,10 @@ def _changes(config: Config, steps: Sequence[int]) -> Changes:
 
 
 def _finished(config: Config, trainer: Trainer) -> str:
-    where = f"{config.run}: nothing is left to train at step {trainer.steps_done}"
+    where = f"{config.run}: training is complete at step {trainer.steps_done}"
     if trainer.stopped is not None:
-        return f"{where}: {trainer.stopped}; a larger train.patience, or null, continues"
-    return f"{where}: all {config.train.epochs} epoch(s) are done; a larger train.epochs continues"
+        return f"{where}: {trainer.stopped}; to continue, increase train.patience or set it to null"
+    return f"{where}: all {config.train.epochs} epoch(s) are done; to continue, increase train.epochs"
 
 
 def _say(text: str) -> None:
@@ -210,14 +211,14 @@ def _say(text: str) -> None:
 
 def _scoring_parser(name: str, about: str) -> Parser:
     parser = Parser(name, about)
-    parser.add_argument("run", metavar="RUN", help="the folder or URL of a run of `recis-hybrid train`")
+    parser.add_argument("run", metavar="RUN", help="folder or URL of a run of `recis-hybrid train`")
     parser.add_argument("--step", type=int, help="step of the checkpoint (the latest)")
-    parser.add_argument("--device", help="device to compute on (that of the training)")
+    parser.add_argument("--device", help="device to compute on (the device of the training)")
     return parser
 
 
 def _evaluate_parser() -> Parser:
-    parser = _scoring_parser("evaluate", "compute the metrics of a run on data; the last line on stdout is JSON")
+    parser = _scoring_parser("evaluate", "evaluate a trained model on data; the last line on stdout is JSON")
     parser.add_argument("data", nargs="*", metavar="DATA", help="files, folders or patterns (the run's data.evaluate)")
     return parser
 
@@ -236,11 +237,11 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _predict_parser() -> Parser:
-    parser = _scoring_parser("predict", "write the scores of a run on data to a file, in the order of the rows")
-    parser.add_argument("data", nargs="+", metavar="DATA", help="files, folders or patterns; they need no label")
-    parser.add_argument("--out", required=True, help="the file to write: .parquet or .csv")
+    parser = _scoring_parser("predict", "write the scores of a trained model to a file, in the order of the rows")
+    parser.add_argument("data", nargs="+", metavar="DATA", help="files, folders or patterns; no label needed")
+    parser.add_argument("--out", required=True, help="output file: .parquet or .csv")
     parser.add_argument(
-        "--columns", default="", metavar="NAME,NAME", help="columns of the data to write beside the scores (none)"
+        "--columns", default="", metavar="NAME,NAME", help="columns of the data to write with the scores (none)"
     )
     return parser
 
@@ -249,7 +250,7 @@ def _predict(args: argparse.Namespace) -> int:
     from recis_hybrid.columnio.files.schema import column_types
 
     if distributed.world_size() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("predict writes one file in the order of the rows, by one process: start it without torchrun")
+        raise ConfigError("predict writes one file in row order and needs a single process: start it without torchrun")
     check_output(args.out)
     columns = [name for name in args.columns.split(",") if name]
     run = load_run(args.run, step="latest" if args.step is None else args.step, device=args.device)
@@ -261,8 +262,8 @@ def _predict(args: argparse.Namespace) -> int:
 
 def _report_parser() -> Parser:
     parser = Parser("report", "write the log of a run as one HTML page")
-    parser.add_argument("path", metavar="RUN", help="the folder or URL of a run, with log.jsonl")
-    parser.add_argument("--out", type=Path, help="the page (RUN/report.html)")
+    parser.add_argument("path", metavar="RUN", help="folder or URL of a run, with log.jsonl")
+    parser.add_argument("--out", type=Path, help="output file (RUN/report.html)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Under torchrun: the process group, and the device of this process."""
+"""Process group and device under torchrun."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from recis_hybrid import distributed
 
 @contextmanager
 def joined(device: str) -> Iterator[str]:
-    """Join the processes that torchrun has started, for as long as it is open; without torchrun it does nothing.
+    """Join the processes started by torchrun while the context is open; without torchrun, do nothing.
 
     Args:
-        device: Where models and tables are to be, ``cpu`` or ``cuda``.
+        device: Device of model and tables, ``cpu`` or ``cuda``.
 
     Yields:
-        The device of this process: for ``cuda`` the one that LOCAL_RANK names.
+        The device of this process; for ``cuda``, the one of LOCAL_RANK.
     """
     before = distributed.is_initialized()
     distributed.join("recis-hybrid")
@@ -32,7 +32,7 @@ def joined(device: str) -> Iterator[str]:
     try:
         yield device
     except BaseException:
-        # NCCL would wait here for a collective that others are in; a process of Gloo's that just ends is aborted.
+        # NCCL would wait here for a collective that other ranks are in. With Gloo, exiting without this call aborts.
         if "nccl" not in dist.get_backend():
             dist.destroy_process_group()
         raise

@@ -1,4 +1,4 @@
-"""load_run: load a run of ``recis-hybrid train`` to score with it. Letters: B rows of a batch."""
+"""Prediction with runs of ``recis-hybrid train``. Letters: B rows of a batch."""
 
 from __future__ import annotations
 
@@ -52,18 +52,18 @@ class LoadedRun:
     features: FeatureEngine
     """Computes the features of a batch of columns."""
     scorer: TorchStep
-    """The model as a step that evaluates and scores, and does not train."""
+    """The model as a step for evaluation and prediction only."""
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """Columns that the model reads from files, without label and groups."""
+        """Columns that the model reads from files, excluding label and groups."""
         return self.features.columns
 
     def __call__(self, batch: Batch) -> Tensor:
         """Return the scores of a batch of columns.
 
         Args:
-            batch: With the columns :attr:`columns`, as :meth:`data` gives them.
+            batch: Batch with the columns :attr:`columns`, as yielded by :meth:`data`.
 
         Returns:
             Probabilities, float32 ``[B]``.
@@ -71,40 +71,40 @@ class LoadedRun:
         return self.scorer.score(self.features(batch))[""]
 
     def data(self, paths: Paths, *, columns: Sequence[str] = (), label: bool = False, **options: Any) -> ColumnDataset:
-        """Open files with the columns that the model needs, as training read them.
+        """Open files with the columns that the model needs, read as in training.
 
         Args:
-            paths: As of ColumnDataset.
-            columns: Further columns.
-            label: Whether the label, and groups if the run has them, are read, too.
+            paths: Files, folders, patterns or URLs, as in ColumnDataset.
+            columns: Additional columns.
+            label: True to also read the label, and groups if the run has them.
             options: Further arguments of ColumnDataset, such as ``batch_size`` (by default that of the run) or
-                ``shard``. ``read`` replaces the run's options, its CSV dialect included.
+                ``shard``. ``read`` replaces the run's options, including its CSV dialect.
 
         Raises:
-            FileNotFoundError: There is no such file.
+            FileNotFoundError: A file does not exist.
             ValueError: A column is missing.
         """
-        options = {"transforms": _as_it_is, **options}
+        options = {"transforms": _identity, **options}
         features = list(self.features.features)
-        return dataset_of(self.config, features, _listed(paths), columns=columns, label=label, **options)
+        return dataset_of(self.config, features, _as_paths(paths), columns=columns, label=label, **options)
 
     def evaluate(self, paths: Paths | None = None, metrics: Metrics | None = None) -> dict[str, float]:
-        """Compute metrics; on the run's evaluation data, bitwise those of its evaluation at this step.
+        """Compute metrics. On the run's evaluation data they are bitwise those of its evaluation at this step.
 
         Args:
-            paths: With the column of labels; None: the run's ``data.evaluate``.
-            metrics: None: those of the run.
+            paths: Data with the label column. None uses the run's ``data.evaluate``.
+            metrics: None uses those of the run.
 
         Raises:
-            ConfigError: There are no paths, and the run has no ``data.evaluate``.
+            ConfigError: ``paths`` is None, and the run has no ``data.evaluate``.
         """
-        where = self.config.data.evaluate if paths is None else _listed(paths)
-        if where is None:
+        source = self.config.data.evaluate if paths is None else _as_paths(paths)
+        if source is None:
             raise ConfigError(f"{self.path} has no data.evaluate; name the files to evaluate on")
         features = list(self.features.features)
         return evaluate(
             self.scorer,
-            dataset_of(self.config, features, where),
+            dataset_of(self.config, features, source),
             metrics_of(self.config) if metrics is None else metrics,
         )
 
@@ -112,8 +112,8 @@ class LoadedRun:
         """Yield scores batch by batch, in the order of the rows; see :func:`recis_hybrid.pipelines.predict`.
 
         Args:
-            paths: The label need not be there.
-            columns: Columns of the files to hand on, ids of rows for instance.
+            paths: Data, with or without the label column.
+            columns: Columns of the files to include in the output, such as row ids.
             options: Further arguments of ColumnDataset.
         """
         return predict(
@@ -124,24 +124,24 @@ class LoadedRun:
 def load_run(
     path: str | os.PathLike[str], *, step: int | Literal["latest"] = "latest", device: str | None = None
 ) -> LoadedRun:
-    """Load a run of ``recis-hybrid train`` to score with it.
+    """Load a run of ``recis-hybrid train`` for evaluation and prediction.
 
-    Where torch.distributed is initialised, the ranks share the tables, and all of them call this alike.
+    If torch.distributed is initialized, the ranks share the tables, and all ranks must call this.
 
     Args:
         path: The run's folder or URL, or one of its checkpoints ``step_…``.
-        step: Which checkpoint; the latest one by default.
-        device: Where model and tables go; None: where they were trained.
+        step: Step of the checkpoint, the latest by default.
+        device: Device of model and tables. None uses the device of the training.
 
     Raises:
-        CheckpointError: There is no such checkpoint, or it is damaged.
-        ConfigError: The folder is none of a run, or there is no such device.
-        FileNotFoundError: There is no such folder.
+        CheckpointError: The checkpoint does not exist or is damaged.
+        ConfigError: The folder is not a run, or the device does not exist.
+        FileNotFoundError: The folder does not exist.
     """
-    place, own = run_and_step(path)
-    if own is not None and step not in ("latest", own):
-        raise CheckpointError(f"{os.fspath(path)} is not of step {step}; name the run's folder, or leave the step out")
-    folder, step = storage_of(place).root, step if own is None else own
+    place, path_step = run_and_step(path)
+    if path_step is not None and step not in ("latest", path_step):
+        raise CheckpointError(f"{os.fspath(path)} is not of step {step}; name the run's folder, or omit the step")
+    folder, step = storage_of(place).root, step if path_step is None else path_step
     saver = _saver(place, folder)
     config = recorded_config(place)
     config = config if device is None else replace(config, train=replace(config.train, device=device))
@@ -152,12 +152,12 @@ def load_run(
             error
             if device is not None
             else ConfigError(
-                f"{place} was trained on {config.train.device!r}: {error}, as load_run(device=) or --device"
+                f"{place} was trained on {config.train.device!r}: {error}, with load_run(device=) or --device"
             )
         ) from error
     scorer = scoring_step_of(config)
     with warnings.catch_warnings():
-        # The tables are read-only: optimizer state and counts of ids without a row are left out on purpose.
+        # The tables are read-only, so optimizer state and admission counts are intentionally not loaded.
         warnings.filterwarnings("ignore", ".*is loaded into tables of another kind", UserWarning)
         parts = scorer.parts()
         loaded = saver.load({name: parts[name] for name in ("engine", "model")}, step)
@@ -168,7 +168,7 @@ def load_run(
 
 
 def run_and_step(path: str | os.PathLike[str]) -> tuple[str, int | None]:
-    """Return the run of a path, and the step if the path is a checkpoint."""
+    """Return the run of a path, and the step if the path is a checkpoint, else None."""
     text = os.fspath(path)
     match = STEP.fullmatch(storage_of(text).root.name)
     if match is None:
@@ -179,9 +179,7 @@ def run_and_step(path: str | os.PathLike[str]) -> tuple[str, int | None]:
 def _saver(place: str, folder: Location) -> Saver:
     """Return the saver of a run that has checkpoints."""
     if not folder.is_dir():
-        raise FileNotFoundError(
-            f"{place}: there is no such folder; name that of a run, which `recis-hybrid train` writes"
-        )
+        raise FileNotFoundError(f"{place}: there is no such folder; name the folder of a run of `recis-hybrid train`")
     saver = Saver(place)
     if saver.steps():
         return saver
@@ -191,12 +189,12 @@ def _saver(place: str, folder: Location) -> Saver:
             run = load_config(Path(place) / NAME).run
             if os.path.isdir(run) and not folder.samefile(run):
                 hint = f"did you mean {run}, the run of {Path(place) / NAME}?"
-    raise CheckpointError(f"{place} holds no complete checkpoint; {hint}")
+    raise CheckpointError(f"{place} has no complete checkpoint; {hint}")
 
 
-def _listed(paths: Paths) -> str | list[str]:
+def _as_paths(paths: Paths) -> str | list[str]:
     return os.fspath(paths) if isinstance(paths, str | os.PathLike) else [os.fspath(path) for path in paths]
 
 
-def _as_it_is(batch: Batch) -> Batch:
+def _identity(batch: Batch) -> Batch:
     return batch

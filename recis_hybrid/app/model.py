@@ -1,4 +1,4 @@
-"""Models that a configuration can ask for. Letters: B rows, F features with embeddings, D dim."""
+"""Models of a configuration. Letters: B rows, F features with embeddings, D dim."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from recis_hybrid.ragged import Batch, RaggedTensor
 
 
 class ConfigModel(nn.Module):
-    """A tower over embeddings and numbers and, for ``deepfm``, a factorization machine over the embeddings beside it.
+    """A tower over embeddings and numbers; for ``deepfm``, plus a factorization machine over the embeddings.
 
-    The machine takes the first element of an embedding for the id's first-order weight, the others for its factors.
+    The factorization machine uses the first element of an embedding as the id's first-order weight, and the others as
+    its factors.
 
     Args:
-        config: The whole configuration.
+        config: The configuration.
         engine: The tables.
 
     References:
@@ -35,7 +36,7 @@ class ConfigModel(nn.Module):
             for name, feature in config.features.items()
             if feature.dim is None
         }
-        """Numbers a row of each feature without an embedding."""
+        """Number of values per row of each feature without an embedding."""
         self.embedded = [name for name, feature in config.features.items() if feature.dim is not None]
         self.has_machine = config.model.kind == "deepfm"
         dims = [feature.dim for feature in config.features.values() if feature.dim is not None]
@@ -49,10 +50,10 @@ class ConfigModel(nn.Module):
         for name in self.embedded:
             column = batch.get(name)
             if isinstance(column, RaggedTensor) and column.levels > 1 and column.values.dtype != torch.uint8:
-                # Its vectors are those of the inner lists, which only by chance are as many as the rows.
+                # The engine returns one vector per inner list, and their number equals the rows only by chance.
                 raise TypeError(
-                    f"features.{name} has {column.levels} levels of lists: a row must be one list of ids; write the "
-                    f"column flat"
+                    f"features.{name} has {column.levels} levels of lists: a row must be one list of ids; flatten the "
+                    f"column"
                 )
         embeddings = list(self.engine(batch).values())
         numbers = [_numbers(batch, name, width) for name, width in self.numbers.items()]
@@ -74,19 +75,19 @@ def _numbers(batch: Batch, name: str, width: int) -> Tensor:
     """Return a feature's numbers, [B, width]."""
     column = batch.get(name)
     if isinstance(column, RaggedTensor):
-        what = "strings" if column.values.dtype == torch.uint8 else "lists of any length"
+        kind = "strings" if column.values.dtype == torch.uint8 else "lists of any length"
         raise TypeError(
-            f"features.{name} gives {what}, and has no dim: the tower takes {width} number(s) a row. Give it a dim for "
-            f"an embedding{' and ops: [{hash: {kind: farm}}]' if what == 'strings' else ''}, or leave it out"
+            f"features.{name} has no dim and yields {kind}, but the tower takes {width} number(s) per row. Give it a "
+            f"dim for an embedding{' and ops: [{hash: {kind: farm}}]' if kind == 'strings' else ''}, or remove it"
         )
-    found = dense_column(batch, name, "number")
-    found = found.unsqueeze(1) if found.dim() == 1 else found
-    if found.dim() != 2 or found.shape[1] != width:
+    numbers = dense_column(batch, name, "number")
+    numbers = numbers.unsqueeze(1) if numbers.dim() == 1 else numbers
+    if numbers.dim() != 2 or numbers.shape[1] != width:
         raise ValueError(
-            f"features.{name} gives {list(found.shape[1:])} numbers a row, and the tower takes {width}; say how long "
-            f"the lists are in data.columns.COLUMN.length"
+            f"features.{name} yields {list(numbers.shape[1:])} numbers per row, but the tower takes {width}; set the "
+            f"length of the lists in data.columns.COLUMN.length"
         )
-    return found.float()
+    return numbers.float()
 
 
 def _tower(width: int, config: ModelConfig) -> nn.Sequential:

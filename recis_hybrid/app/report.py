@@ -1,4 +1,4 @@
-"""report: the log of a run as one HTML page that needs nothing from elsewhere."""
+"""``recis-hybrid report``: the log of a run as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from recis_hybrid.saver.storage.resolve import storage_of
 
 PHASES = ("data", "features", "lookup", "exchange", "towers", "update")
 TABLES = 12
-"""The number of tables, the largest ones, with a chart of their own."""
+"""Number of tables with a chart, the largest ones."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1c1f24; --dim: #667080; --paper: #f5f6f8; --card: #fff; --line: #dfe3e8;
@@ -53,18 +53,18 @@ th { color: var(--dim); font-weight: 500 } th:first-child, td:first-child { text
 
 
 def write_report(run: str | os.PathLike[str], out: Path | None = None) -> Path:
-    """Make a page of the log of a run: curves, growth of tables, split of time, frequencies of ids.
+    """Write the log of a run as a page: curves, growth of tables, breakdown of time, frequencies of ids.
 
     Args:
-        run: Folder or URL with ``log.jsonl``, as JsonLog writes it.
-        out: The page; None: ``report.html`` in the folder.
+        run: Folder or URL with ``log.jsonl``, as written by JsonLog.
+        out: Path of the page. None uses ``report.html`` in the folder.
 
     Returns:
-        The page.
+        Path of the page.
 
     Raises:
         FileNotFoundError: There is no log, or no folder for the page.
-        ValueError: It has no line, or a run at a URL is given no page.
+        ValueError: The log is empty, or the run is at a URL and ``out`` is None.
     """
     folder = Path(run) if "://" not in str(run) else storage_of(run).root
     log = folder / "log.jsonl"
@@ -75,23 +75,23 @@ def write_report(run: str | os.PathLike[str], out: Path | None = None) -> Path:
         try:
             records.append(json.loads(line))
         except json.JSONDecodeError:
-            continue  # a line that a crash has cut
+            continue  # truncated by a crash
     if not records:
-        raise ValueError(f"{log}: there is no line in it; train first")
+        raise ValueError(f"{log}: the log is empty; train first")
     if out is None and not isinstance(folder, Path):
-        raise ValueError(f"{run} is no folder of this machine; name the page, by --out")
+        raise ValueError(f"{run} is not a local folder; name the page with --out")
     out = out or Path(run) / "report.html"
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; make it first")
+        raise FileNotFoundError(f"{out}: there is no folder {out.parent}; create it first")
     out.write_text(_page(folder.absolute().name, records))
     return out
 
 
 def _no_log(run: Location, log: Location) -> str:
     if not isinstance(run, Path) or not run.exists():
-        return f"{log}: there is no folder {run}; name that of a run"
+        return f"{log}: there is no folder {run}; name the folder of a run"
     if not run.is_dir():
-        return f"{run}: must be the folder of a run, which holds log.jsonl, this is a file"
+        return f"{run}: must be the folder of a run, which contains log.jsonl, but is a file"
     below = sorted(path.parent for path in run.glob("*/log.jsonl"))
     hint = f"; did you mean {below[0]}?" if below else ": it is not a run, or its training has not started"
     return f"{log}: {run} has no log{hint}"
@@ -104,16 +104,19 @@ def _page(name: str, records: Sequence[dict[str, Any]]) -> str:
         ("Loss", svg.lines(_series(train, [n for n in _names(train) if n == "loss" or n.startswith("loss/")]))),
         *((title, svg.lines(series)) for title, series in _metrics(evaluations)),
         ("Samples/s", svg.lines(_series(train, ["samples_per_s"]), from_zero=True)),
-        ("Where a step's time goes", _time_split(train)),
-        ("Rows of tables", svg.lines(_series(train, _names(train, "rows/"), cut="rows/"), from_zero=True)),
+        ("Time of a step", _time_split(train)),
+        ("Rows of tables", svg.lines(_series(train, _names(train, "rows/"), prefix="rows/"), from_zero=True)),
         (
-            "Rows admitted and evicted, between two lines of the log",
+            "Rows admitted and evicted since the previous log entry",
             svg.lines(_series(train, ["admitted", "evicted"]), from_zero=True),
         ),
-        ("Memory", svg.lines(_series(train, _names(train, "memory/"), cut="memory/"), y_format=_bytes, from_zero=True)),
-        ("Learning rate", svg.lines(_series(train, _names(train, "lr/"), cut="lr/"), from_zero=True)),
-        ("Norm of gradients", svg.lines(_series(train, ["grad_norm"]), from_zero=True)),
-        ("Weights of objectives", svg.lines(_series(train, _names(train, "weight/"), cut="weight/"))),
+        (
+            "Memory",
+            svg.lines(_series(train, _names(train, "memory/"), prefix="memory/"), y_format=_bytes, from_zero=True),
+        ),
+        ("Learning rate", svg.lines(_series(train, _names(train, "lr/"), prefix="lr/"), from_zero=True)),
+        ("Gradient norm", svg.lines(_series(train, ["grad_norm"]), from_zero=True)),
+        ("Weights of objectives", svg.lines(_series(train, _names(train, "weight/"), prefix="weight/"))),
         *((name, svg.lines(_series(train, [name]))) for name in _names(train) if not is_reserved(name)),
         *_frequencies(records),
     ]
@@ -169,13 +172,13 @@ def _names(records: Iterable[dict[str, Any]], prefix: str = "") -> list[str]:
     return list(dict.fromkeys(name for record in records for name in record if name.startswith(prefix)))
 
 
-def _series(records: Sequence[dict[str, Any]], names: Sequence[str], cut: str = "") -> dict[str, svg.Points]:
-    found = {name: [(r["step"], r[name]) for r in records if name in r] for name in names}
-    return {name.removeprefix(cut): points for name, points in found.items() if points}
+def _series(records: Sequence[dict[str, Any]], names: Sequence[str], prefix: str = "") -> dict[str, svg.Points]:
+    series = {name: [(r["step"], r[name]) for r in records if name in r] for name in names}
+    return {name.removeprefix(prefix): points for name, points in series.items() if points}
 
 
 def _metrics(evaluations: Sequence[dict[str, Any]]) -> list[tuple[str, dict[str, svg.Points]]]:
-    """Return a chart for each metric, with a line for each evaluation that has it."""
+    """Return a chart per metric, with a line per evaluation stage that computes it."""
     charts: dict[str, dict[str, list[tuple[float, float | None]]]] = defaultdict(lambda: defaultdict(list))
     for record in evaluations:
         stage = record["name"]
@@ -198,13 +201,13 @@ def _frequencies(records: Sequence[dict[str, Any]]) -> list[tuple[str, str]]:
         return []
     largest = sorted(tables[-1].items(), key=lambda item: -item[1]["rows"])[:TABLES]
     charts = []
-    for name, found in largest:
-        counts = {_times(level): count for level, count in enumerate(found["frequency"])}
-        charts.append((f"{name}: {found['rows']:,} ids by how often they were met", svg.bars(counts, what="ids")))
+    for name, table in largest:
+        counts = {_frequency_label(level): count for level, count in enumerate(table["frequency"])}
+        charts.append((f"{name}: {table['rows']:,} ids by frequency", svg.bars(counts, unit="ids")))
     return charts
 
 
-def _times(level: int) -> str:
+def _frequency_label(level: int) -> str:
     return "1" if level == 0 else f"{2**level}+"
 
 

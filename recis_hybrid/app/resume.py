@@ -1,4 +1,4 @@
-"""The configuration of a resumed run: allowed changes, and the record in the run's folder."""
+"""Configurations of resumed runs: allowed changes, and the record in the run's folder."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from recis_hybrid.ragged import Batch
 from recis_hybrid.saver.storage.resolve import storage_of
 
 NAME = "config.yaml"
-"""The file in a run's folder that holds the configuration."""
+"""Name of the configuration file in a run's folder."""
 _HEADER = "# Written by `recis-hybrid train`: the configuration that this run was last trained by.\n"
 _FIXED = {
-    "seed": "tables and the order of rows are drawn from it",
+    "seed": "initial values and the order of rows depend on it",
     "data.shuffle": "the order of rows depends on it",
-    "model.kind": "it is another model",
-    "model.hidden": "it is another model",
-    "model.batch_norm": "it is another model",
-    "optimizer.sparse": "tables hold the state of the other optimizer",
+    "model.kind": "it changes the model",
+    "model.hidden": "it changes the model",
+    "model.batch_norm": "it changes the model",
+    "optimizer.sparse": "tables hold the state of the previous optimizer",
 }
-_OF_FEATURES = ("min_frequency", "std")
-"""Keys of a feature that may change; they affect later ids only."""
+_CHANGEABLE_OF_FEATURES = ("min_frequency", "std")
+"""Keys of a feature that may change, because they affect only new ids."""
 
 Changes = Mapping[str, tuple[Any, Any]]
-"""By key, the old value and the new one."""
+"""Old and new value by key."""
 
 
 def allowed_changes(recorded: Config, config: Config) -> dict[str, tuple[Any, Any]]:
-    """Return what changes in a run that is resumed.
+    """Return the changes to a resumed run.
 
-    Where the data lie is no change; that they are the same rows is what the dataset checks.
+    The location of the training data may change freely; the dataset checks that the rows are the same.
 
     Args:
-        recorded: What the run was trained by.
-        config: What it is to go on with.
+        recorded: Configuration of the run so far.
+        config: Configuration to continue with.
 
     Raises:
-        ConfigError: A key changes that cannot: all of these are named with both values.
+        ConfigError: Some changes are not allowed; lists all of them with both values.
     """
     before, after = (
         dict(_flat(replace(each, data=replace(each.data, evaluate=_absolute(each.data.evaluate)))))
@@ -64,74 +64,75 @@ def allowed_changes(recorded: Config, config: Config) -> dict[str, tuple[Any, An
     for key, (old, new) in changed.items():
         name = key.rpartition(".")[2]
         if key.startswith("features."):
-            why = None if name in _OF_FEATURES and key in before and key in after else "it is another model"
+            allowed = name in _CHANGEABLE_OF_FEATURES and key in before and key in after
+            reason = None if allowed else "it changes the model"
         elif key in ("data.evaluate", "train.evict_unused"):
-            why = "the stages of the run are counted" if (old is None) != (new is None) else None
+            reason = "it changes the sequence of stages" if (old is None) != (new is None) else None
         elif key == "model.dropout":
-            why = "a tower with dropout has other layers than one without" if (old > 0) != (new > 0) else None
+            reason = "a tower with dropout has other layers than one without" if (old > 0) != (new > 0) else None
         elif key == "train.precision":
-            why = "float16 scales losses, and keeps the scale" if "float16" in (old, new) else None
+            reason = "float16 keeps a loss scale in the checkpoint" if "float16" in (old, new) else None
         elif key == "train.metrics":
-            follows = recorded.train.patience is not None and config.train.patience is not None
-            why = "train.patience follows the first metric" if follows and old[:1] != new[:1] else None
+            has_patience = recorded.train.patience is not None and config.train.patience is not None
+            reason = "train.patience monitors the first metric" if has_patience and old[:1] != new[:1] else None
         else:
-            why = _FIXED.get(key)
-        if why is not None:
-            refused.append(f"{key} is {_text(old)} in the run, got {_text(new)} ({why})")
+            reason = _FIXED.get(key)
+        if reason is not None:
+            refused.append(f"{key} is {_text(old)} in the run, got {_text(new)} ({reason})")
     if refused:
         raise ConfigError(
-            f"{config.run} cannot go on with another value of what it was begun with: {'; '.join(refused)}. Leave "
-            f"these keys as they are in {os.path.join(config.run, NAME)}, or begin another run by run=FOLDER"
+            f"{config.run} cannot resume with changes to keys that are fixed: {'; '.join(refused)}. Keep the values of "
+            f"{os.path.join(config.run, NAME)}, or start another run with run=FOLDER"
         )
     return changed
 
 
 def recorded_config(run: str) -> Config:
-    """Return the configuration that a run has recorded.
+    """Return the recorded configuration of a run.
 
     Args:
         run: The run's folder.
 
     Raises:
-        ConfigError: There is none, or it is no configuration of this version.
+        ConfigError: The record is missing, or not a valid configuration of this version.
     """
     path = storage_of(run).root / NAME
     if not path.is_file():
-        raise ConfigError(f"{run} has no {NAME}, which `recis-hybrid train` writes into the folder of a run")
+        raise ConfigError(f"{run} has no {NAME}, which `recis-hybrid train` writes to the folder of a run")
     return replace(parse_config(path.read_bytes(), str(path), Path(run)), run=run)
 
 
-def refuse_folder(run: str, given: Path) -> None:
+def refuse_folder(run: str, config_path: Path) -> None:
     """Raise ConfigError if a run's folder is a file, or a handwritten configuration would be overwritten.
 
     Args:
-        run: The folder.
-        given: The configuration.
+        run: The run's folder.
+        config_path: The configuration file.
     """
     path = Path(run)
     if is_url(run) or not path.exists():
         return
     if not path.is_dir():
-        raise ConfigError(f"{given}: run must be a folder, {run} is a file; name another one")
-    there = path / NAME
-    if there.is_file() and there.samefile(given) and not there.read_bytes().startswith(_HEADER.encode()):
+        raise ConfigError(f"{config_path}: run must be a folder, but {run} is a file; choose another one")
+    record = path / NAME
+    if record.is_file() and record.samefile(config_path) and not record.read_bytes().startswith(_HEADER.encode()):
         raise ConfigError(
-            f"{given}: run is the folder of this very file, over which the run would write its own {NAME}; name "
-            f"another folder, as run: run"
+            f"{config_path}: run is the folder of this file, which the run would overwrite with its own {NAME}; choose "
+            f"another folder, such as run: run"
         )
 
 
 @dataclass
 class RunRecord(Callback):
-    """Applies the current configuration to a resumed run, and records it.
+    """Callback that applies the current configuration to a run and records it.
 
-    Learning rates are those of the configuration, whatever the checkpoint says. Changes of a resumed run go into the
-    log, too.
+    Learning rates are set from the configuration, even if the checkpoint has others. Changes to a resumed run are
+    logged.
 
     Args:
         config: The configuration.
-        changes: What changes in a run that is resumed.
-        log: Takes the changes.
+        changes: Changes to a resumed run.
+        log: Callback that receives the changes.
     """
 
     config: Config
@@ -142,7 +143,7 @@ class RunRecord(Callback):
         self._written = False
 
     def before_fit(self, trainer: Run) -> None:
-        """Set the configuration's learning rates, in place of the checkpoint's."""
+        """Replace the checkpoint's learning rates with the configuration's."""
         rates = {"dense": self.config.optimizer.dense_lr, "sparse": self.config.optimizer.sparse_lr}
         for name, part in trainer.parts().items():
             if isinstance(part, torch.optim.Optimizer) and name in rates:
@@ -150,7 +151,7 @@ class RunRecord(Callback):
                     group["lr"] = rates[name]
 
     def before_step(self, trainer: Run, batches: Sequence[Batch]) -> None:
-        """Record the configuration before the first step; without a step, nothing was trained by it."""
+        """Record the configuration before the first step that uses it."""
         if self._written or distributed.rank() != 0:
             return
         self._written = True
@@ -178,7 +179,7 @@ def changes_text(changes: Changes) -> str:
 
 
 def _flat(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield keys and values of a configuration, down to lists and mappings of no fixed keys."""
+    """Yield keys and values of a configuration, descending into sections and features."""
     items = vars(value).items() if is_dataclass(value) else value.items()
     for key, each in items:
         if is_dataclass(each) or (isinstance(each, dict) and any(map(is_dataclass, each.values()))):

@@ -1,4 +1,4 @@
-"""Charts as SVG text: lines, stacked areas and bars, with axes. Colours come from the page's style."""
+"""Charts as SVG text: lines, stacked areas and bars, with axes. Colors come from the page's style."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from html import escape
 from typing import TypeAlias
 
 Points: TypeAlias = "Sequence[tuple[float, float | None]]"
-"""(x, y) by ascending x; y None where there is no value."""
+"""(x, y) in ascending order of x; y is None if there is no value."""
 
 WIDTH, HEIGHT = 560, 240
 LEFT, RIGHT, TOP, BOTTOM = 64, 12, 12, 34
 COLORS = 8
-"""The number of colours of the style."""
+"""Number of colors in the style."""
 
 
 def short(value: float) -> str:
-    """Return a number as an axis shows it: 1.5k, 20M, 0.25."""
+    """Return a number as an axis label: 1.5k, 20M, 0.25."""
     size = abs(value)
     for bound, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if size >= bound:
@@ -26,7 +26,7 @@ def short(value: float) -> str:
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Return about so many round numbers from low to high."""
+    """Return about ``count`` round numbers from low to high."""
     span = high - low
     raw = span / count
     power = 10.0 ** math.floor(math.log10(raw))
@@ -75,7 +75,7 @@ def lines(
     y_format: Callable[[float], str] = short,
     from_zero: bool = False,
 ) -> str:
-    """Return a chart of a line for each series."""
+    """Return a line chart of the series."""
     values = [(x, y) for points in series.values() for x, y in points if y is not None]
     if not values:
         return ""
@@ -86,12 +86,12 @@ def lines(
         for run in _runs(points):
             path = " ".join(f"{plane.x(x):.1f},{plane.y(y):.1f}" for x, y in run)
             parts.append(f'<polyline class="{color}" points="{path}"/>')
-            # A dot for each value where there is room, else the line alone.
-            shown = run if len(run) <= 60 else run[-1:]
+            # Mark every value if there is room, otherwise only the last.
+            marked = run if len(run) <= 60 else run[-1:]
             parts += [
                 f'<circle class="{color}" cx="{plane.x(x):.1f}" cy="{plane.y(y):.1f}" r="2.5">'
                 f"<title>{escape(name)}, {x_label} {short(x)}: {y:.6g}</title></circle>"
-                for x, y in shown
+                for x, y in marked
             ]
     return _svg(parts) + _legend(list(series))
 
@@ -99,7 +99,7 @@ def lines(
 def stacked(
     series: Mapping[str, Sequence[float]], xs: Sequence[float], *, y_format: Callable[[float], str] = short
 ) -> str:
-    """Return a chart of areas one upon another; every series has a value for each x."""
+    """Return a stacked area chart; every series has a value for each x."""
     if not xs or not series:
         return ""
     if len(xs) == 1:
@@ -115,14 +115,14 @@ def stacked(
         mean = sum(values) / len(values)
         parts.append(
             f'<polygon class="c{number % COLORS}" points="{" ".join([*top, *reversed(bottom)])}">'
-            f"<title>{escape(name)}: {y_format(mean)} on the average</title></polygon>"
+            f"<title>{escape(name)}: {y_format(mean)} on average</title></polygon>"
         )
         below = above
     return _svg(parts) + _legend(list(series))
 
 
-def bars(values: Mapping[str, float], *, what: str) -> str:
-    """Return a chart of a bar for each name."""
+def bars(values: Mapping[str, float], *, unit: str) -> str:
+    """Return a bar chart of the values."""
     if not values:
         return ""
     plane = _Plane([0.0, float(len(values))], list(values.values()), from_zero=True)
@@ -133,7 +133,7 @@ def bars(values: Mapping[str, float], *, what: str) -> str:
         left, top = LEFT + number * wide, plane.y(value)
         parts.append(
             f'<rect class="c0" x="{left + 0.1 * wide:.1f}" y="{top:.1f}" width="{0.8 * wide:.1f}" '
-            f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{escape(name)}: {value:,.0f} {what}</title></rect>'
+            f'height="{HEIGHT - BOTTOM - top:.1f}"><title>{escape(name)}: {value:,.0f} {unit}</title></rect>'
         )
         if number % every == 0:
             parts.append(
@@ -152,7 +152,7 @@ def _range(values: Sequence[float], *, pad: float) -> tuple[float, float]:
 
 
 def _runs(points: Points) -> list[list[tuple[float, float]]]:
-    """Cuts a series where values are missing."""
+    """Split a series at missing values."""
     runs: list[list[tuple[float, float]]] = [[]]
     for x, y in points:
         if y is None:

@@ -1,4 +1,4 @@
-"""A configuration to begin with, and a small click log that it runs on."""
+"""Starter configuration of ``recis-hybrid init``, with a small click log to run it on."""
 
 from __future__ import annotations
 
@@ -8,38 +8,38 @@ import random
 from pathlib import Path
 
 CONFIG = """\
-# A training that `recis-hybrid train config.yaml` runs. Any value can be given on the command line, too:
+# Configuration for `recis-hybrid train config.yaml`. Any value can be overridden on the command line:
 #     recis-hybrid train config.yaml train.epochs=5 optimizer.dense_lr=0.002
-# `recis-hybrid train config.yaml --check` holds it against a sample of the data first.
+# `recis-hybrid train config.yaml --check` checks it against a sample of the data.
 
-run: run                     # checkpoints and log.jsonl; `recis-hybrid report run` makes a page of it. Relative paths
-                             # in this file begin at its folder
-seed: 0                      # of everything random
+run: run                     # folder for checkpoints and log.jsonl; `recis-hybrid report run` plots the log. Paths in
+                             # this file are relative to its folder
+seed: 0                      # of all random numbers
 
 data:
   train: clicks/train.csv    # a file, a folder, a pattern or a URL: Parquet, ORC, Arrow, CSV or JSON lines
   evaluate: clicks/eval.csv
   label: clicked             # 0 or 1
   groups: user               # for the metric gauc; int64
-  columns:                   # what the types in the files do not say
+  columns:                   # options that column types do not determine
     price:
-      default: 1.0           # stands for a null
+      default: 1.0           # replaces nulls
   batch_size: 256
   shuffle: true
-  threads: 1                 # that read
+  threads: 1                 # reader threads
 
-# The inputs of the model. One with a `dim` has an embedding in a hash table, which grows with the ids that come; one
-# without goes to the tower as a number. `ops` make of a column what the table or the tower takes: hash for strings,
-# bucketize for numbers; `recis_hybrid.features.registered_ops()` lists all.
+# Inputs of the model. A feature with a `dim` has an embedding in a hash table, which grows with new ids. A feature
+# without a `dim` is passed to the tower as a number. `ops` convert a column to ids or numbers, such as hash for strings
+# and bucketize for numbers; `recis_hybrid.features.registered_ops()` lists all.
 features:
   user:
     dim: 8
   item:
     dim: 8
-    min_frequency: 2         # an id gets a row when it is met for the second time
+    min_frequency: 2         # an id gets a row at its second occurrence
   site:
     ops:
-      - hash: {kind: farm}   # of a string, 64 bits
+      - hash: {kind: farm}   # string to 64-bit id
     dim: 8
   price_level:
     source: price
@@ -61,58 +61,59 @@ model:
   compile: false             # torch.compile for the tower
 
 optimizer:
-  dense_lr: 0.001            # the tower's; Adam
-  sparse: adam               # the tables': adam, adagrad, rowwise_adagrad or sgd
+  dense_lr: 0.001            # of the tower (Adam)
+  sparse: adam               # of the tables: adam, adagrad, rowwise_adagrad or sgd
   sparse_lr: 0.01
-  clip_grad_norm: 10.0       # null: any
+  clip_grad_norm: 10.0       # null: no clipping
 
 train:
-  epochs: 3                  # after each: evaluation and checkpoint
-  accumulate: 1              # batches of an update
+  epochs: 3                  # each followed by an evaluation and a checkpoint
+  accumulate: 1              # batches per update
   precision: float32         # or bfloat16, float16
   device: cpu                # or cuda
-  checkpoint_steps: 50       # within a pass; null: at its end only
-  checkpoint_whole_every: 1  # of so many one is whole, the others hold what changed in tables
-  keep: 2                    # checkpoints that stay
+  checkpoint_steps: 50       # steps between checkpoints within an epoch; null: only at its end
+  checkpoint_whole_every: 1  # every n-th is whole, the others hold only changed table rows
+  keep: 2                    # number of checkpoints to keep
   log_every: 10
-  patience: 2                # evaluations without a better first metric until it stops; null: never
-  evict_unused: null         # give up rows that were not met in so many steps
+  patience: 2                # evaluations without an improvement of the first metric before it stops; null: never
+  evict_unused: null         # evict rows that were not seen for this number of steps
   metrics: [auc, gauc, logloss, calibration]
   tensorboard: false         # needs `pip install recis_hybrid[tensorboard]`
 """
 
 
 def write_starter(folder: Path, *, rows: int = 12_000) -> Path:
-    """Write ``config.yaml`` and ``clicks/``, a log of made-up clicks, into a folder.
+    """Write ``config.yaml`` and ``clicks/``, a synthetic click log, to a folder.
 
     Args:
-        folder: Made if it is not there.
-        rows: Of the log, a sixth of them to evaluate on.
+        folder: Created if it does not exist.
+        rows: Rows of the log, a sixth of them for evaluation.
 
     Returns:
-        The configuration.
+        Path of the configuration.
 
     Raises:
-        FileExistsError: There is a configuration or a log already.
+        FileExistsError: A configuration or a log already exists.
     """
     config = folder / "config.yaml"
     for path in (config, folder / "clicks"):
         if path.exists():
             raise FileExistsError(f"{path} already exists; name another folder, or remove it first")
     (folder / "clicks").mkdir(parents=True, exist_ok=True)
-    drawn = random.Random(0)
-    tastes = [drawn.gauss(0, 1) for _ in range(400)]
-    worths = [drawn.gauss(0, 1) for _ in range(600)]
-    sites = [drawn.gauss(0, 0.7) for _ in range(40)]
+    rng = random.Random(0)
+    user_bias = [rng.gauss(0, 1) for _ in range(400)]
+    item_bias = [rng.gauss(0, 1) for _ in range(600)]
+    site_bias = [rng.gauss(0, 0.7) for _ in range(40)]
     for name, count in (("train", rows - rows // 6), ("eval", rows // 6)):
         with open(folder / "clicks" / f"{name}.csv", "w", newline="") as file:
             writer = csv.writer(file)
             writer.writerow(["user", "item", "site", "price", "hour", "clicked"])
             for _ in range(count):
-                user, item, site = (int(size * drawn.random() ** 2) for size in (400, 600, 40))
-                price, hour = round(drawn.lognormvariate(0, 1), 3), drawn.randrange(24)
-                logit = tastes[user] + worths[item] + sites[site] - 0.6 * math.log(price) + 0.5 * (hour > 17) - 0.7
-                clicked = int(drawn.random() < 1 / (1 + math.exp(-logit)))
+                user, item, site = (int(size * rng.random() ** 2) for size in (400, 600, 40))
+                price, hour = round(rng.lognormvariate(0, 1), 3), rng.randrange(24)
+                bias = user_bias[user] + item_bias[item] + site_bias[site]
+                logit = bias - 0.6 * math.log(price) + 0.5 * (hour > 17) - 0.7
+                clicked = int(rng.random() < 1 / (1 + math.exp(-logit)))
                 writer.writerow([user, item * 0x9E3779B97F4A7C1 % 2**62, f"site-{site}", price, hour, clicked])
     config.write_text(CONFIG)
     return config

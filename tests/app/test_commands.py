@@ -40,17 +40,17 @@ def test_the_starter_is_commented_runs_and_learns(config: Path, capsys: pytest.C
     run = config.parent / "run"
     assert sorted(path.name for path in run.glob("step_*")) == ["step_000030", "step_000040"]
     assert yaml.safe_load((run / "config.yaml").read_text())["train"]["epochs"] == 1
-    # Once more is refused, resumed is done already, and resumed for longer continues.
+    # Training again is refused, resuming is a no-op, and resuming with more epochs continues.
     assert cli.main(["train", str(config), "--quiet"]) == 2
-    said = capsys.readouterr().err
-    assert "has checkpoints of the steps [30, 40]; continue from them with --resume, or name another folder" in said
+    error = capsys.readouterr().err
+    assert "has checkpoints of the steps [30, 40]; continue from them with --resume, or set another folder" in error
     assert cli.main(["train", str(config), "--resume", "train.epochs=1", "--quiet"]) == 0
     assert last(capsys) == figures
-    gc.collect()  # as the end of a process does, this lets another saver save there
+    gc.collect()  # releases the saver's lock, like the end of a process
     assert cli.main(["train", str(config), "train.epochs=2", "--quiet", "--resume"]) == 0
     longer = last(capsys)
     assert longer["steps"] == 80
-    # What was done is not undone by a configuration of less: the figures are the latest.
+    # A configuration with fewer epochs does not undo training: the figures are the latest.
     gc.collect()
     assert cli.main(["train", str(config), "train.epochs=1", "--quiet", "--resume"]) == 0
     assert last(capsys) == longer
@@ -75,7 +75,7 @@ def test_other_settings_train(config: Path, overrides: list[str], capsys: pytest
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("train.epoch=3", r"unknown key train.epoch; did you mean train.epochs\? There are \['accumulate'"),
+        ("train.epoch=3", r"unknown key train.epoch; did you mean train.epochs\? Valid keys are \['accumulate'"),
         ("train.epochs=many", "train.epochs must be an integer, got 'many'"),
         ("train.epochs=true", "train.epochs must be an integer, got True"),
         ("data.shuffle=1", "data.shuffle must be true or false, got 1"),
@@ -87,11 +87,11 @@ def test_other_settings_train(config: Path, overrides: list[str], capsys: pytest
         ("features.user=3", "features.user must be a mapping of keys, got 3"),
         ("data=3", "data must be a mapping of keys, got 3"),
         ("run.x=3", "run is .*, which has no keys"),
-        ("run", "must be KEY=VALUE, as train.epochs=3"),
+        ("run", "must be KEY=VALUE, such as train.epochs=3"),
         ("train.metrics=[auc, ndcg]", r"train.metrics\[1\] must be one of .*, got 'ndcg'"),
         ("features.site.ops=[{hesh: {}}]", r"features.site.ops\[0\]: make_op: unknown operation 'hesh'"),
         ("features.site.ops=[{hash: {speed: 3}}]", r"features.site.ops\[0\]: make_op: 'hash' takes no 'speed'"),
-        ("train.device=tpux", "train.device must be a device of torch's, got 'tpux'"),
+        ("train.device=tpux", "train.device must be a torch device, got 'tpux'"),
         ("train.epochs=0", "train.epochs must be at least 1, got 0"),
         ("train.patience=-1", "train.patience must be at least 1, got -1"),
         ("model.dropout=1", "model.dropout must be at least 0 and less than 1, got 1"),
@@ -103,28 +103,28 @@ def test_other_settings_train(config: Path, overrides: list[str], capsys: pytest
         ("features.user.dim=4", "model.kind deepfm needs one dim of at least 2 for all features"),
     ],
 )
-def test_a_wrong_key_or_value_is_named(
+def test_invalid_keys_and_values_are_named(
     config: Path, override: str, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ConfigError, match=message):
         trainer_of(load_config(config, [override]))
     if "=" in override:
         assert cli.main(["train", str(config), override]) == 2
-        said = capsys.readouterr().err
-        assert said.startswith("recis-hybrid: ")
-        assert "Traceback" not in said
+        error = capsys.readouterr().err
+        assert error.startswith("recis-hybrid: ")
+        assert "Traceback" not in error
 
 
-def test_what_data_does_not_fit_is_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_settings_that_do_not_fit_the_data_are_named(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for override, message in (
         ("data.label=click", "has no column 'click'"),
         ("features.site.ops=[]", "feature 'site': ids must be int64 or int32, got torch.uint8; hash it first"),
         ("optimizer.dense_lr=1e30", "the loss is nan at step 2: its batch is finite; lower the learning rate"),
     ):
         assert cli.main(["train", str(config), "--quiet", override, f"run={config.parent / override[:6]}"]) == 1
-        said = capsys.readouterr().err
-        assert message in said
-        assert "Traceback" not in said
+        error = capsys.readouterr().err
+        assert message in error
+        assert "Traceback" not in error
 
 
 def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
@@ -139,7 +139,7 @@ def test_missing_keys_and_files_are_named(tmp_path: Path) -> None:
         load_config(tmp_path / "list.yaml")
 
 
-def test_every_choice_of_the_schema_can_be_made() -> None:
+def test_every_choice_in_the_schema_is_implemented() -> None:
     from typing import get_args, get_type_hints
 
     from recis_hybrid.app.config import OptimizerConfig, TrainConfig
@@ -148,13 +148,13 @@ def test_every_choice_of_the_schema_can_be_made() -> None:
     assert set(get_args(get_args(get_type_hints(TrainConfig)["metrics"])[0])) == set(METRICS)
 
 
-def test_a_gpu_that_is_not_there_is_named(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_gpu_is_reported(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(ConfigError, match="train.device is 'cuda', and torch .* finds no GPU here; take cpu"):
+    with pytest.raises(ConfigError, match="train.device is 'cuda', but torch .* finds no GPU; use cpu"):
         trainer_of(load_config(config, ["train.device=cuda"]))
 
 
-def test_an_interrupted_training_says_how_to_go_on(
+def test_interrupted_training_explains_how_to_resume(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: Any, **kwargs: Any) -> None:
@@ -180,7 +180,7 @@ COMMANDS = (
 )
 
 
-def test_one_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["--help"], ["-h"], ["help"], []):
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)
@@ -192,7 +192,7 @@ def test_one_usage_names_every_command(capsys: pytest.CaptureFixture[str]) -> No
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_every_command_has_a_usage_of_its_own(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_every_command_has_its_own_usage(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in ([command, "--help"], ["help", command]):
         with pytest.raises(SystemExit) as caught:
             cli.main(arguments)
@@ -205,20 +205,20 @@ def test_every_command_has_a_usage_of_its_own(command: str, capsys: pytest.Captu
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["trian", "c.yaml"], "there is no command 'trian'; did you mean `recis-hybrid train`? There are: init, train"),
+        (["trian", "c.yaml"], "unknown command 'trian'; did you mean `recis-hybrid train`? Commands are: init, train"),
         (["import"], "did you mean `recis-hybrid import-recis`?"),
-        (["zzz"], "there is no command 'zzz'. There are: init, train"),
-        (["--verson"], "there is no option '--verson'; did you mean `recis-hybrid --version`?"),
+        (["zzz"], "unknown command 'zzz'. Commands are: init, train"),
+        (["--verson"], "unknown option '--verson'; did you mean `recis-hybrid --version`?"),
         (["--train"], "did you mean `recis-hybrid train`?"),
         (
             ["train", "c.yaml", "--fast"],
             "unrecognized arguments: --fast. Options are --help, --resume, --check, --quiet",
         ),
         (["train", "c.yaml", "--resum"], "unrecognized arguments: --resum; did you mean --resume?"),
-        (["train", "c.yaml", "--epochs", "5"], "--epochs 5; keys are set as train.epochs=VALUE"),
-        (["train", "c.yaml", "--train.epochs=5"], "keys are set as train.epochs=VALUE"),
-        (["train", "c.yaml", "--batch-size=5"], "keys are set as data.batch_size=VALUE"),
-        (["train"], "the following arguments are required: config; `recis-hybrid init` writes a configuration"),
+        (["train", "c.yaml", "--epochs", "5"], "--epochs 5; set keys as train.epochs=VALUE"),
+        (["train", "c.yaml", "--train.epochs=5"], "set keys as train.epochs=VALUE"),
+        (["train", "c.yaml", "--batch-size=5"], "set keys as data.batch_size=VALUE"),
+        (["train"], "the following arguments are required: config; `recis-hybrid init` writes a starter configuration"),
         (["predict", "run", "d.csv"], "the following arguments are required: --out"),
         (["evaluate", "run", "--stp", "3"], "did you mean --step? Options are --help, --step, --device"),
         (["diff", "a", "b", "--al"], "did you mean --all? Options are --help, --json, --all"),
@@ -226,15 +226,15 @@ def test_every_command_has_a_usage_of_its_own(command: str, capsys: pytest.Captu
         (["evaluate", "run", "--step", "x"], "argument --step: invalid int value: 'x'"),
     ],
 )
-def test_a_wrong_call_says_what_there_is(
+def test_invalid_arguments_are_explained(
     arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as caught:
         cli.main(arguments)
     assert caught.value.code == 2
-    found = capsys.readouterr()
-    assert message in " ".join(found.err.split())
-    assert found.out == ""
+    output = capsys.readouterr()
+    assert message in " ".join(output.err.split())
+    assert output.out == ""
 
 
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
@@ -243,14 +243,12 @@ def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
         assert capsys.readouterr().out.startswith(f"recis-hybrid {version('recis_hybrid')} (Python 3")
 
 
-def test_overrides_stand_anywhere(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_overrides_may_be_anywhere(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["train", "--check", str(config), "train.epochs=2", "--quiet", "run=x"]) == 0
-    assert f"{config}: sound" in capsys.readouterr().out
+    assert f"{config}: no problems found" in capsys.readouterr().out
 
 
-def test_training_works_from_the_folder_of_the_file_and_from_elsewhere(
-    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_training_works_from_any_directory(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for folder, path in ((config.parent, "config.yaml"), (tmp_path, "first/config.yaml"), (Path("/"), str(config))):
         monkeypatch.chdir(folder)
         assert cli.main(["train", path, "--check"]) == 0
@@ -276,7 +274,7 @@ def test_help_of_train_lists_every_key(capsys: pytest.CaptureFixture[str], confi
         "  model.hidden: list of integer, at least 1 ([128, 64])\n",
     ):
         assert line in shown
-    # Every key of the starter can be found.
+    # Every key of the starter configuration is documented.
     tree = yaml.safe_load(config.read_text())
     keys = ["run", "seed", *(f"{part}.{key}" for part in ("data", "model", "optimizer", "train") for key in tree[part])]
     keys.remove("data.columns")
@@ -290,10 +288,10 @@ def test_a_missing_run_is_named(config: Path, tmp_path: Path, capsys: pytest.Cap
         (tmp_path / "nowhere", "nowhere/log.jsonl: there is no folder"),
         (config.parent, "has no log: it is not a run, or its training has not started"),
         (config, "must be the folder of a run"),
-        (tmp_path / "empty", "there is no line in it; train first"),
+        (tmp_path / "empty", "the log is empty; train first"),
         (tmp_path, "tmp has no log; did you mean".replace("tmp", str(tmp_path))),
     ):
         assert cli.main(["report", str(path)]) == 1
-        said = capsys.readouterr().err
-        assert message in said
-        assert said.startswith("recis-hybrid: ")
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.startswith("recis-hybrid: ")

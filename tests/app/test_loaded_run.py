@@ -1,4 +1,4 @@
-"""Scores of trained models: load_run, Trainer.predict, and the commands evaluate and predict."""
+"""Evaluation and prediction: load_run, Trainer.predict, and the commands evaluate and predict."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FEATURES: dict[str, Any] = {
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
-    """A folder with a run of two epochs, and what its training has printed."""
+    """Folder with a run of two epochs, and the figures that training printed."""
     folder = tmp_path_factory.mktemp("trained")
     config = small_config(
         folder,
@@ -65,24 +65,24 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     return folder, figures
 
 
-def test_evaluation_gives_the_figures_of_training_bit_for_bit(
+def test_evaluation_reproduces_the_figures_of_training_bitwise(
     trained: tuple[Path, dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, figures = trained
     for step, epochs in ((8, "2"), (4, "1")):
         assert cli.main(["evaluate", str(folder / "run"), "--step", str(step)]) == 0
         found = json.loads(capsys.readouterr().out)
-        of_training = {name: value for name, value in figures[epochs].items() if name.startswith("eval/")}
-        assert len(of_training) == 3
-        assert found == {"step": step, **of_training}
-    # The same rows elsewhere, and another metric.
+        expected = {name: value for name, value in figures[epochs].items() if name.startswith("eval/")}
+        assert len(expected) == 3
+        assert found == {"step": step, **expected}
+    # The same rows by path, with another metric.
     run = load_run(folder / "run")
     assert run.step == 8
     again = run.evaluate([folder / "eval.csv"], {"auc": AUC()})
     assert again == {"auc": figures["2"]["eval/auc"]}
 
 
-def test_another_checkpoint_gives_the_figures_of_that_step(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_an_earlier_checkpoint_has_the_figures_of_its_step(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, figures = trained
     steps = sorted(int(path.name[5:]) for path in (folder / "run").glob("step_*"))
     assert steps == [3, 4, 6, 8]
@@ -96,7 +96,7 @@ def test_another_checkpoint_gives_the_figures_of_that_step(trained: tuple[Path, 
         load_run(folder / "run", step=7)
 
 
-def test_a_loaded_run_is_model_features_and_data(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_a_loaded_run_has_model_features_and_data(trained: tuple[Path, dict[str, Any]]) -> None:
     folder, _ = trained
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -113,11 +113,11 @@ def test_a_loaded_run_is_model_features_and_data(trained: tuple[Path, dict[str, 
     batches = list(data)
     assert [len(dense(batch, "user")) for batch in batches] == [7, 7, 7, 7, 7, 5]
     scores = torch.cat([run(batch) for batch in batches])
-    # By hand: the same features, the model's logits in bfloat16, a sigmoid.
+    # Reference: the same features, the model's logits in bfloat16, a sigmoid.
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits = torch.cat([run.model(run.features(batch)).float() for batch in batches])
     assert torch.equal(scores, logits.sigmoid())
-    # Scoring inserts nothing, not even ids that were never seen.
+    # Prediction does not insert unseen ids.
     run({"user": torch.tensor([10**9]), "site": RaggedTensor.from_strings(["new"]), "price": torch.tensor([1.0])})
     assert sum(len(table) for table in engine.tables) == rows
 
@@ -148,7 +148,7 @@ def test_predictions_keep_the_order_of_the_rows(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.csv", out.name]
 
 
-def test_columns_of_every_kind_are_handed_on_as_they_were(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
+def test_columns_of_every_type_are_passed_through(trained: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, _ = trained
     columns = {
         "user": pa.array([1, 2, 3]),
@@ -175,7 +175,7 @@ def test_columns_of_every_kind_are_handed_on_as_they_were(trained: tuple[Path, d
     assert found["site"].type == pa.large_string()
 
 
-def test_what_cannot_be_predicted_is_named_and_leaves_no_file(
+def test_invalid_predictions_are_named_and_leave_no_file(
     trained: tuple[Path, dict[str, Any]],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -207,10 +207,10 @@ def test_what_cannot_be_predicted_is_named_and_leaves_no_file(
     assert (tmp_path / "there.csv").read_text() == "mine"
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert cli.main(["predict", run, data, "--out", str(tmp_path / "a.csv")]) == 2
-    assert "by one process: start it without torchrun" in capsys.readouterr().err
+    assert "needs a single process: start it without torchrun" in capsys.readouterr().err
 
 
-def test_what_is_no_run_is_named(
+def test_folders_that_are_not_runs_are_named(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = trained
@@ -218,12 +218,14 @@ def test_what_is_no_run_is_named(
         load_run(tmp_path / "nowhere")
     with pytest.raises(CheckpointError, match="did you mean .*/run, the run of .*config.yaml"):
         load_run(folder)
-    with pytest.raises(CheckpointError, match="holds no complete checkpoint; train first"):
+    with pytest.raises(CheckpointError, match="has no complete checkpoint; train first"):
         load_run(tmp_path)
     moved = tmp_path / "moved"
     shutil.copytree(folder / "run", moved)
     assert load_run(moved).evaluate() == load_run(folder / "run").evaluate()
-    with pytest.raises(ConfigError, match="finds no GPU here" if not torch.cuda.is_available() else "must be a device"):
+    with pytest.raises(
+        ConfigError, match="finds no GPU" if not torch.cuda.is_available() else "must be a torch device"
+    ):
         load_run(moved, device="cuda" if not torch.cuda.is_available() else "tpux")
     (moved / "config.yaml").unlink()
     with pytest.raises(ConfigError, match="has no config.yaml, which `recis-hybrid train` writes"):
@@ -239,7 +241,7 @@ def test_what_is_no_run_is_named(
     assert "has no column 'label'" in capsys.readouterr().err
 
 
-def test_a_metric_that_is_not_defined_is_null_in_json(
+def test_undefined_metrics_are_null_in_json(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder, _ = trained
@@ -256,7 +258,7 @@ def test_a_trainer_predicts(tmp_path: Path) -> None:
     found = list(trainer.predict(columns=["user"]))
     assert [list(batch) for batch in found] == [["user", "score"]] * 3
     for batch, source in zip(found, batches, strict=True):
-        assert torch.equal(dense(batch, "user"), dense(source, "user"))  # as the source has it
+        assert torch.equal(dense(batch, "user"), dense(source, "user"))  # not the transformed column
         assert torch.equal(dense(batch, "score"), step.predict(source)[""].scores)
     bare = [{"id": batch["id"]} for batch in batches]
     assert [batch["score"].tolist() for batch in trainer.predict(bare)] == [b["score"].tolist() for b in found]  # type: ignore[union-attr]
@@ -276,7 +278,7 @@ def test_objectives_are_scored_by_name() -> None:
     assert torch.equal(dense(found, "score.buy"), step.predict(batch)["buy"].scores)
 
 
-def test_rows_that_only_fill_a_batch_up_are_left_out(tmp_path: Path) -> None:
+def test_padding_rows_are_not_predicted(tmp_path: Path) -> None:
     table = pa.table({"id": range(10), "name": [f"n{row}" for row in range(10)]})
     parquet.write_table(table, tmp_path / "a.parquet")
     step, rows = make_step(), {}
@@ -292,31 +294,31 @@ def test_rows_that_only_fill_a_batch_up_are_left_out(tmp_path: Path) -> None:
             assert batch["name"].to_strings() == [f"n{row}".encode() for row in ids]  # type: ignore[union-attr]
             assert len(dense(batch, "score")) == len(ids)
             rows[number, rank] = ids
-    # Batches go to the ranks in turn, so that by (number, rank) they are in order.
+    # Batches are assigned to ranks in turn, so sorting by (number, rank) restores the order.
     assert [row for key in sorted(rows) for row in rows[key]] == list(range(10))
 
 
-def test_a_run_may_lie_at_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_may_be_at_a_url(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = small_config(tmp_path)
     url = f"memory://{tmp_path.name}/run"
-    there = sorted(tmp_path.iterdir())
+    before = sorted(tmp_path.iterdir())
     assert cli.main(["train", str(config), f"run={url}", "--quiet", "train.checkpoint_steps=2"]) == 0
     gc.collect()
     more = ["train.epochs=2", "optimizer.sparse_lr=0.5", "train.keep=1"]
     capsys.readouterr()
     assert cli.main(["train", str(config), f"run={url}", "--quiet", "--resume", *more]) == 0
-    said = capsys.readouterr()
-    assert "continues from step 4 with optimizer.sparse_lr from 0.1 to 0.5" in said.err
-    figures = {name: value for name, value in json.loads(said.out).items() if name.startswith("eval/")}
+    output = capsys.readouterr()
+    assert "continues from step 4 with optimizer.sparse_lr from 0.1 to 0.5" in output.err
+    figures = {name: value for name, value in json.loads(output.out).items() if name.startswith("eval/")}
     assert cli.main(["evaluate", url]) == 0
     assert json.loads(capsys.readouterr().out) == {"step": 8, **figures}
     assert load_run(f"{url}/step_000008").step == 8
     assert load_config_of(url).optimizer.sparse_lr == 0.5
-    assert sorted(tmp_path.iterdir()) == there  # nothing went into a folder that is called like the URL
+    assert sorted(tmp_path.iterdir()) == before  # no local folder is named like the URL
     assert cli.main(["report", url, "--out", str(tmp_path / "page.html")]) == 0
     assert "optimizer.sparse_lr from 0.1 to 0.5 at step 4" in (tmp_path / "page.html").read_text()
     for arguments, message in (
-        (["report", url], "is no folder of this machine; name the page, by --out"),
+        (["report", url], "is not a local folder; name the page with --out"),
         (["evaluate", f"{url}-not"], "there is no such folder"),
         (["train", str(config), f"run={url}", "train.tensorboard=true"], "train.tensorboard needs a folder"),
     ):

@@ -55,7 +55,7 @@ def run(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_the_page_has_what_the_log_has(run: Path) -> None:
+def test_the_page_shows_the_log(run: Path) -> None:
     page = write_report(run).read_text()
     parser = Parser()
     parser.feed(page)
@@ -64,48 +64,48 @@ def test_the_page_has_what_the_log_has(run: Path) -> None:
         "Loss",
         "auc",
         "Samples/s",
-        "Where a step's time goes",
+        "Time of a step",
         "Rows of tables",
         "Memory",
-        "id: 20 ids by how often they were met",
+        "id: 20 ids by frequency",
     ):
         assert title in parser.titles
-    assert parser.polylines[0] == 8  # 16 steps, a line of the log every second one
+    assert parser.polylines[0] == 8  # 16 steps, a log entry every second one
     assert "&lt;two&gt;" in page
     assert "<two>" not in page
-    phases = re.findall(r"<title>(data|lookup|towers|update): ([\d.e-]+) ms on the average", page)
+    phases = re.findall(r"<title>(data|lookup|towers|update): ([\d.e-]+) ms on average", page)
     assert {name for name, _ in phases} == {"data", "lookup", "towers", "update"}
     assert all(float(milliseconds) > 0 for _, milliseconds in phases)
 
 
-def test_the_page_asks_for_nothing_from_elsewhere(run: Path) -> None:
+def test_the_page_is_self_contained(run: Path) -> None:
     page = write_report(run, run / "other.html").read_text()
     assert not re.search(r"https?:|//[a-z]|@import|url\(|<script|<link|<img|src=", page)
 
 
-def test_a_cut_or_odd_log_is_read(run: Path) -> None:
+def test_truncated_logs_and_undefined_metrics_are_read(run: Path) -> None:
     with open(run / "log.jsonl", "a") as file:
         file.write(json.dumps({"event": "eval", "step": 16, "name": "one", "one/auc": None}) + "\n")
         file.write('{"event": "tr')
     assert "NaN" in write_report(run).read_text()
     (run / "log.jsonl").write_text("")
-    with pytest.raises(ValueError, match="there is no line in it"):
+    with pytest.raises(ValueError, match="the log is empty"):
         write_report(run)
 
 
-def test_ticks_are_round_numbers_within() -> None:
+def test_ticks_are_within_the_range() -> None:
     generator = torch.Generator().manual_seed(0)
     for low, span in torch.rand(50, 2, generator=generator).double().tolist():
         low, high = low - 0.5, low - 0.5 + 10 ** (8 * span - 4)
-        found = ticks(low, high)
-        assert 2 <= len(found) <= 8
-        assert all(low - 1e-6 * (high - low) <= value <= high * (1 + 1e-6) + 1e-6 for value in found)
+        values = ticks(low, high)
+        assert 2 <= len(values) <= 8
+        assert all(low - 1e-6 * (high - low) <= value <= high * (1 + 1e-6) + 1e-6 for value in values)
 
 
-def test_a_browser_draws_the_page(run: Path, tmp_path: Path) -> None:
+def test_a_browser_renders_the_page(run: Path, tmp_path: Path) -> None:
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if browser is None:
-        pytest.skip("there is no chromium on PATH to look at the page with (apt-get install chromium)")
+        pytest.skip("chromium is not on PATH (apt-get install chromium)")
     command = [
         browser,
         "--headless=new",
@@ -116,13 +116,13 @@ def test_a_browser_draws_the_page(run: Path, tmp_path: Path) -> None:
         f"--screenshot={tmp_path / 'page.png'}",
         write_report(run).as_uri(),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert result.returncode == 0, result.stderr[-2000:]
     from PIL import Image
 
     image = Image.open(tmp_path / "page.png").convert("RGB")
     pixels = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(-1, 3).int()
-    # Each of the first four colours of the style is there: lines, legends and areas are drawn.
+    # Lines, legends and areas use the first four colors of the style.
     for color in ((0x2F, 0x6F, 0xDE), (0xD9, 0x76, 0x2B), (0x2A, 0x9D, 0x6F), (0xB4, 0x48, 0x9A)):
         near = (pixels - torch.tensor(color)).abs().sum(1) < 12
         assert int(near.sum()) > 500, color

@@ -15,10 +15,10 @@ from recis_hybrid.app.resume import allowed_changes
 from recis_hybrid.embedding import EmbeddingEngine
 from tests.support.configs import small_config, write_csv
 
-# Every key with another value than `small_config` has, and whether a resumed run takes it.
+# For every key, a value that differs from that of `small_config`, and whether a resumed run accepts it.
 CHANGES: dict[str, tuple[Any, bool]] = {
     "run": ("elsewhere", True),
-    "data.train": ("other.csv", True),  # the dataset looks whether the rows are the same
+    "data.train": ("other.csv", True),  # the dataset checks that the rows are the same
     "data.evaluate": ("train.csv", True),
     "data.label": ("price", True),
     "data.groups": ("user", True),
@@ -80,14 +80,14 @@ def of(path: Path, **changes: Any) -> Config:
     return load_config(path, [f"{key}={json.dumps(value)}" for key, value in changes.items()])
 
 
-def test_every_key_is_known_here() -> None:
+def test_all_keys_are_covered() -> None:
     keys = [line.split(":")[0].strip() for line in describe_keys().splitlines() if line[:3].strip()]
     assert sorted(keys) == sorted(CHANGES)
 
 
 @pytest.mark.parametrize("key", CHANGES)
-def test_each_key_is_taken_or_refused_by_name(config: Path, key: str) -> None:
-    value, taken = CHANGES[key]
+def test_each_key_is_accepted_or_refused_by_name(config: Path, key: str) -> None:
+    value, accepted = CHANGES[key]
     name = key.replace("data.columns.NAME", "data.columns.price").replace("NAME", "user")
     other = {name: value}
     if key == "train.checkpoint_whole_every":
@@ -98,13 +98,13 @@ def test_each_key_is_taken_or_refused_by_name(config: Path, key: str) -> None:
             allowed_changes(of(config), of(config, **other))
         return
     before, after = of(config), of(config, **other)
-    if not taken:
-        with pytest.raises(ConfigError, match=f"cannot go on .*{name} is .* in the run, got .*run=FOLDER"):
+    if not accepted:
+        with pytest.raises(ConfigError, match=f"cannot resume .*{name} is .* in the run, got .*run=FOLDER"):
             allowed_changes(before, after)
         return
     changed = allowed_changes(before, after)
-    unseen = key in ("run", "data.train")  # no change of the training
-    assert {each for each in changed if each == name} == (set() if unseen else {name})
+    ignored = key in ("run", "data.train")  # locations may change
+    assert {each for each in changed if each == name} == (set() if ignored else {name})
 
 
 @pytest.mark.parametrize(
@@ -121,28 +121,28 @@ def test_each_key_is_taken_or_refused_by_name(config: Path, key: str) -> None:
         ({}, {"features": {"user": {"dim": 4}}}, "features.site.dim"),
     ],
 )
-def test_changes_that_make_another_model_or_run_are_refused(
+def test_changes_to_the_model_or_the_stages_are_refused(
     config: Path, before: dict[str, Any], after: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(ConfigError, match=f"{named} is .* in the run, got "):
         allowed_changes(of(config, **before), of(config, **after))
 
 
-def test_several_refusals_are_told_at_once(config: Path) -> None:
+def test_several_refusals_are_reported_at_once(config: Path) -> None:
     with pytest.raises(
         ConfigError, match=r"model.hidden is \[4\] in the run, got \[8\] .*; seed is 0 in the run, got 1"
     ):
         allowed_changes(of(config), of(config, **{"seed": 1, "model.hidden": [8], "optimizer.dense_lr": 3}))
 
 
-def test_spelling_is_no_change(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spelling_is_not_a_change(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     absolute = of(config, **{"data.evaluate": str(tmp_path / "eval.csv"), "optimizer.sparse_lr": 1e-1})
     monkeypatch.chdir(tmp_path)
     assert allowed_changes(absolute, of(Path("config.yaml"))) == {}
 
 
 def train(*arguments: object) -> int:
-    gc.collect()  # as the end of a process does, this lets another saver save there
+    gc.collect()  # releases the saver's lock, like the end of a process
     return cli.main(["train", *map(str, arguments), "--quiet"])
 
 
@@ -157,7 +157,7 @@ def log(run: Path, event: str) -> list[dict[str, Any]]:
 
 
 def weights(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the tower's parameters, and the rows of the users' table in order of ids."""
+    """Return the tower's parameters, and the rows of the user table in order of ids."""
     model = load_run(run).model
     engine = model.engine
     assert isinstance(engine, EmbeddingEngine)
@@ -168,7 +168,7 @@ def weights(run: Path) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture
 def first_epoch(config: Path, capsys: pytest.CaptureFixture[str]) -> Path:
-    """The configuration of a run of one epoch."""
+    """Configuration of a run after one epoch."""
     assert train(config) == 0
     capsys.readouterr()
     return config
@@ -180,11 +180,11 @@ def test_learning_rates_of_a_resumed_run_take_effect(first_epoch: Path, frozen: 
     before = weights(run)
     assert train(first_epoch, "--resume", "train.epochs=2", f"optimizer.{frozen}_lr=0") == 0
     after = weights(run)
-    # By plain SGD and Adam, what has the rate 0 stays bit for bit, and the other half moves.
+    # With a learning rate of 0, SGD and Adam leave parameters bitwise unchanged; the other half changes.
     same = [torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert same == ([True, False] if frozen == "dense" else [False, True])
     assert {record[f"lr/{frozen}"] for record in log(run, "train") if record["step"] > 4} == {0.0}
-    # What the run says of itself, and since when.
+    # The change is recorded with its step.
     recorded = load_config(run / "config.yaml")
     assert getattr(recorded.optimizer, f"{frozen}_lr") == 0
     old = 0.01 if frozen == "dense" else 0.1
@@ -212,11 +212,11 @@ def test_other_settings_of_a_resumed_run_take_effect(first_epoch: Path, capsys: 
     ]
     changes = [each.replace("train.csv", str(first_epoch.parent / "train.csv")) for each in changes]
     assert train(first_epoch, "--resume", *changes) == 0
-    said = capsys.readouterr()
-    assert "run continues from step 4 with " in said.err
-    assert "data.batch_size from 16 to 8" in said.err
-    last = json.loads(said.out.splitlines()[-1])
-    # 64 rows by 8, two batches a step: 4 steps more.
+    output = capsys.readouterr()
+    assert "run continues from step 4 with " in output.err
+    assert "data.batch_size from 16 to 8" in output.err
+    last = json.loads(output.out.splitlines()[-1])
+    # 64 rows in batches of 8, two batches per step: 4 more steps.
     assert (last["steps"], last["samples"]) == (8, 128)
     assert {key for key in last if key.startswith("eval/")} == {"eval/mse"}
     assert sorted(path.name for path in run.glob("step_*")) == [f"step_{step:06d}" for step in (6, 7, 8)]
@@ -228,7 +228,7 @@ def test_other_settings_of_a_resumed_run_take_effect(first_epoch: Path, capsys: 
     assert json.loads(capsys.readouterr().out)["eval/mse"] == last["eval/mse"]
 
 
-def test_what_is_refused_leaves_the_run_as_it_was(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_refused_resume_leaves_the_run_unchanged(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = first_epoch.parent / "run"
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
     assert train(first_epoch, "--resume", "train.epochs=2", "model.hidden=[8]", "optimizer.sparse_lr=0.5") == 2
@@ -242,31 +242,31 @@ def test_what_is_refused_leaves_the_run_as_it_was(first_epoch: Path, capsys: pyt
     }
 
 
-def test_a_finished_run_says_so_and_records_nothing(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_a_finished_run_reports_it_and_records_nothing(
+    first_epoch: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = first_epoch.parent / "run"
     assert train(first_epoch, "--resume", "optimizer.sparse_lr=0.5") == 0
-    said = capsys.readouterr()
-    assert "nothing is left to train at step 4: all 1 epoch(s) are done; a larger train.epochs continues" in said.err
-    assert json.loads(said.out)["steps"] == 4
+    output = capsys.readouterr()
+    assert "complete at step 4: all 1 epoch(s) are done; to continue, increase train.epochs" in output.err
+    assert json.loads(output.out)["steps"] == 4
     assert load_config(run / "config.yaml").optimizer.sparse_lr == 0.1
     assert log(run, "config") == []
 
 
-def test_resuming_what_has_no_checkpoint_says_so(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_resuming_without_a_checkpoint_starts_at_step_0(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert train(config, "--resume") == 0
     assert "run has no checkpoint yet: training starts at step 0" in capsys.readouterr().err
 
 
-def test_a_run_that_has_lost_its_record_goes_on(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_its_record_continues(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (first_epoch.parent / "run" / "config.yaml").unlink()
     assert train(first_epoch, "--resume", "train.epochs=2") == 0
-    assert "has no config.yaml: changes" in capsys.readouterr().err
+    assert "has no config.yaml: changes to its configuration are unknown" in capsys.readouterr().err
     assert (first_epoch.parent / "run" / "config.yaml").is_file()
 
 
-def test_the_record_of_a_run_trains_on_wherever_the_run_lies(
-    first_epoch: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_record_of_a_moved_run_continues_it(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = first_epoch.parent
     moved = folder / "archive" / "moved"
     moved.parent.mkdir()
@@ -276,8 +276,8 @@ def test_the_record_of_a_run_trains_on_wherever_the_run_lies(
     assert figures(capsys)["steps"] == 8
 
 
-def test_a_configuration_by_hand_is_not_written_over(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_handwritten_configuration_is_not_overwritten(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = config.read_text()
     assert train(config, f"run={config.parent}") == 2
-    assert "over which the run would write its own config.yaml; name another folder" in capsys.readouterr().err
+    assert "which the run would overwrite with its own config.yaml; choose another folder" in capsys.readouterr().err
     assert config.read_text() == before

@@ -1,6 +1,6 @@
-"""Configurations: their keys, and how YAML files become them.
+"""Configurations: their keys, and parsing of YAML files.
 
-Only ``app`` may import it; it knows the options of CSV files, and nothing else of the package.
+Only ``app`` may import it. It uses ``CsvOptions`` and nothing else from the package.
 """
 
 from __future__ import annotations

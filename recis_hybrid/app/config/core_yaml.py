@@ -1,4 +1,4 @@
-"""YAML by the core schema of version 1.2, in which duplicate keys and the surprises of YAML 1.1 are errors.
+"""YAML with the core schema of version 1.2, without the surprises of YAML 1.1; duplicate keys are errors.
 
 References:
     YAML 1.2.2, chapter 10.3: the core schema. https://yaml.org/spec/1.2.2/
@@ -46,7 +46,7 @@ def read_yaml(text: str | bytes, name: str = "text") -> Any:
         Plain dicts, lists, strings, ints, floats, bools and None.
 
     Raises:
-        yaml.YAMLError: The text is not such a document; the message names the position.
+        yaml.YAMLError: The text is not valid; the message names the position.
 
     Example:
         >>> read_yaml("no: 1e-3, ")
@@ -65,10 +65,10 @@ def read_yaml(text: str | bytes, name: str = "text") -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    r"""Return plain values as YAML that reads back equal, by :func:`read_yaml` and by YAML 1.1 readers.
+    r"""Return plain values as YAML that :func:`read_yaml` and YAML 1.1 parsers read back unchanged.
 
     Args:
-        value: dicts with string keys, lists, strings, ints, floats, bools and None.
+        value: Dicts with string keys, lists, strings, ints, floats, bools and None.
 
     Example:
         >>> write_yaml({"a": ["1e3", "no", 1e-5]})
@@ -79,14 +79,14 @@ def write_yaml(value: Any) -> str:
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes strings that YAML 1.1 or 1.2 would read as another type."""
+    """Dumper that quotes strings that YAML 1.1 or 1.2 would read as another type."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
 class _Loader(yaml.SafeLoader):
-    # Filled below; those of SafeLoader follow YAML 1.1.
+    # Set below. SafeLoader's resolvers and constructors follow YAML 1.1.
     yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {}  # type: ignore[misc]
     yaml_constructors: ClassVar[dict[str | None, Any]] = {}
 
@@ -95,7 +95,7 @@ class _Loader(yaml.SafeLoader):
         if self.yaml_version not in (None, (1, 2)):
             version = ".".join(map(str, self.yaml_version))
             raise ConstructorError(
-                None, None, f"%YAML {version}: files are read as YAML 1.2; write %YAML 1.2, or leave the line out"
+                None, None, f"%YAML {version}: files are read as YAML 1.2; write %YAML 1.2, or remove the line"
             )
         return tags
 
@@ -120,12 +120,10 @@ def _refuse_duplicates(node: MappingNode) -> None:
     seen: dict[str, Any] = {}
     for key, _ in node.value:
         if not isinstance(key, ScalarNode):
-            raise ConstructorError(
-                None, None, "a key must be a string, but this is a list or a mapping", key.start_mark
-            )
+            raise ConstructorError(None, None, "a key must be a string, not a list or a mapping", key.start_mark)
         if key.value in seen:
             raise ConstructorError(
-                f"the key {key.value!r} is written twice in a mapping, first",
+                f"the key {key.value!r} occurs twice in a mapping, first",
                 seen[key.value],
                 "and again here; remove one",
                 key.start_mark,
@@ -143,14 +141,14 @@ def _children(node: Node) -> Iterator[Node]:
 
 
 def _distinct(root: Node) -> list[Node]:
-    found: dict[int, Node] = {}
-    waiting = [root]
-    while waiting:
-        node = waiting.pop()
-        if id(node) not in found:
-            found[id(node)] = node
-            waiting += _children(node)
-    return list(found.values())
+    nodes: dict[int, Node] = {}
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        if id(node) not in nodes:
+            nodes[id(node)] = node
+            stack += _children(node)
+    return list(nodes.values())
 
 
 def _refuse_expansion(root: Node) -> None:
@@ -200,7 +198,7 @@ def _bool(loader: _Loader, node: Any) -> bool:
 
 def _unknown(loader: _Loader, node: Any) -> None:
     raise ConstructorError(
-        None, None, f"unknown tag {node.tag!r}; leave it out, and put strings into quotes", node.start_mark
+        None, None, f"unknown tag {node.tag!r}; remove it, and put strings in quotes", node.start_mark
     )
 
 
@@ -213,7 +211,7 @@ _Loader.yaml_constructors |= {
     f"{_TAG}int": _int,
     f"{_TAG}float": _float,
     f"{_TAG}str": _Loader.construct_scalar,
-    f"{_TAG}merge": _Loader.construct_scalar,  # as a value
+    f"{_TAG}merge": _Loader.construct_scalar,  # ``<<`` as a value
     f"{_TAG}seq": lambda loader, node: loader.construct_sequence(node, deep=True),
     f"{_TAG}map": lambda loader, node: loader.construct_mapping(node, deep=True),
     None: _unknown,

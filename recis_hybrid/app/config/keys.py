@@ -1,4 +1,4 @@
-"""The keys of a configuration as text for ``--help``: types, defaults and meanings."""
+"""Text of ``--help`` on the keys of a configuration: types, defaults and meanings."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _KINDS = {int: "integer", float: "number", bool: "true | false", str: "string", 
 
 
 def describe_keys() -> str:
-    """Return a line for each key, with its meaning below.
+    """Return a line for each key, followed by its meaning.
 
     Example:
         >>> print(describe_keys().splitlines()[2])
@@ -44,7 +44,7 @@ def _keys(cls: type, prefix: str) -> Iterator[tuple[str, str, str, str]]:
             continue
         default = each.default if each.default_factory is MISSING else each.default_factory()
         shown = "" if default is MISSING else yaml.safe_dump(default, default_flow_style=True).splitlines()[0]
-        text = texts[each.name].replace("``", "").replace("None", "null")  # as YAML spells it
+        text = texts[each.name].replace("``", "").replace("None", "null")  # YAML's spelling
         yield f"{prefix}{each.name}", _kind(hint), shown, text
 
 

@@ -1,4 +1,4 @@
-"""Reading of configuration files."""
+"""Parsing of configuration files."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     directory.
 
     Args:
-        path: A YAML file, read by the core schema of YAML 1.2.
-        overrides: Each ``a.b=value``, with the value in YAML; a later one for the same key replaces an earlier one.
+        path: A YAML file, read with the core schema of YAML 1.2.
+        overrides: Strings ``a.b=value``, with the value in YAML. The last one for a key takes effect.
 
     Raises:
         ConfigError: The file cannot be read, a key is unknown or missing, or a value has the wrong type.
@@ -44,8 +44,8 @@ def parse_config(raw: bytes, where: str, folder: Path, overrides: Sequence[str] 
 
     Args:
         raw: Content of the file.
-        where: The file, for messages.
-        folder: Base of relative paths in it.
+        where: Name of the file in error messages.
+        folder: Base of relative paths in the file.
         overrides: As for :func:`load_config`.
 
     Raises:
@@ -57,7 +57,7 @@ def parse_config(raw: bytes, where: str, folder: Path, overrides: Sequence[str] 
         hint = "\nindent with spaces" if "'\\t'" in str(error) else ""
         raise ConfigError(f"{where}: cannot be read as YAML: {error}{hint}") from error
     if tree is None:
-        raise ConfigError(f"{where}: the file is empty; `recis-hybrid init` writes one to start from")
+        raise ConfigError(f"{where}: the file is empty; `recis-hybrid init` writes a starter configuration")
     if not isinstance(tree, dict):
         raise ConfigError(f"{where}: must be a mapping of keys, got a {kind_of(tree)}")
     _resolve(tree, folder)
@@ -68,7 +68,7 @@ def parse_config(raw: bytes, where: str, folder: Path, overrides: Sequence[str] 
 
 
 def _resolve(tree: Mapping[str, Any], folder: Path) -> None:
-    """Resolve relative paths in place; values of the wrong type are left for :func:`parse`."""
+    """Resolve relative paths in place, and leave values of the wrong type to :func:`parse`."""
 
     def resolve(mapping: Any, key: str) -> None:
         if not isinstance(mapping, dict):
@@ -97,18 +97,18 @@ def _resolve(tree: Mapping[str, Any], folder: Path) -> None:
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals or not key:
-        raise ConfigError(f"override {override!r}: must be KEY=VALUE, as train.epochs=3")
+        raise ConfigError(f"override {override!r}: must be KEY=VALUE, such as train.epochs=3")
     try:
         value = read_yaml(text, key)
     except yaml.YAMLError as error:
         quoted = text.replace("'", "''")
         raise ConfigError(
-            f"override {override!r}: the value is not valid YAML; put a string into quotes that the shell keeps, "
+            f"override {override!r}: the value is not valid YAML; put a string in quotes that the shell preserves, "
             f"{key}=\"'{quoted}'\": {error}"
         ) from error
     parts, position = key.split("."), 0
     while True:
-        # A name, of a feature for instance, may contain dots.
+        # A name, such as that of a feature, may contain dots.
         names = {stop: ".".join(parts[position:stop]) for stop in range(len(parts), position, -1)}
         position = next((stop for stop, name in names.items() if name in tree), position + 1)
         name = names[position]

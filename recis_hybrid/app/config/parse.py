@@ -1,4 +1,4 @@
-"""Conversion of plain values to a dataclass, with every fault named by its key."""
+"""Conversion of plain values to dataclasses, with errors that name the key."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 
 class ConfigError(ValueError):
-    """A configuration is wrong; the message names the file, the key, the rule and the value."""
+    """An invalid configuration; the message names the file, the key, the rule and the value."""
 
 
 T = TypeVar("T")
 
 
 def parse(cls: type[T], tree: Mapping[str, Any], where: str, key: str = "") -> T:
-    """Return a dataclass of a nested mapping of plain values; types are checked at all levels.
+    """Convert a nested mapping of plain values to a dataclass, with type checks at all levels.
 
     Args:
-        cls: The dataclass. An annotation ``Annotated[type, rule]`` has ``rule.fault(value)``, a text or None.
+        cls: The dataclass. For a field ``Annotated[type, rule]``, ``rule.fault(value)`` returns an error or None.
         tree: Values by key.
-        where: The file, for messages.
-        key: The key of the mapping, for messages.
+        where: Name of the file in error messages.
+        key: Key of the mapping in error messages.
 
     Raises:
         ConfigError: A key is unknown or missing, or a value has the wrong type.
@@ -38,7 +38,7 @@ def parse(cls: type[T], tree: Mapping[str, Any], where: str, key: str = "") -> T
         if name not in hints:
             close = _close_key(str(name), cls)
             hint = f"; did you mean {inner}{close}?" if close else "."
-            raise ConfigError(f"{where}: unknown key {inner}{name}{hint} There are {sorted(hints)}")
+            raise ConfigError(f"{where}: unknown key {inner}{name}{hint} Valid keys are {sorted(hints)}")
     fields: Any = dataclasses.fields(cls)  # type: ignore[arg-type]
     missing = [
         f"{inner}{each.name}"
@@ -74,7 +74,7 @@ def _value(hint: Any, value: Any, where: str, key: str) -> Any:
             raise _error(where, key, rule, value)
         return number
     if dataclasses.is_dataclass(hint):
-        value = {} if value is None else value  # an empty section or feature
+        value = {} if value is None else value  # YAML reads an empty section or feature as null
         if not isinstance(value, Mapping):
             raise _error(where, key, "a mapping of keys", value)
         return parse(hint, value, where, key)  # type: ignore[arg-type]
@@ -126,12 +126,12 @@ def _error(where: str, key: str, rule: str, value: Any) -> ConfigError:
     elif rule == "a mapping of keys" and isinstance(value, str) and ".ops[" in key:
         hint = f"; write {{{value}: {{}}}}"
     elif rule.startswith("a string") and isinstance(value, int | float):
-        hint = "; put it into quotes"
+        hint = "; put it in quotes"
     return ConfigError(f"{where}: {key} must be {rule}, got {show_value(value)}{hint}")
 
 
 def show_value(value: Any) -> str:
-    """Return a value as text for a message, shortened."""
+    """Return a value as shortened text for a message."""
     return "null" if value is None else reprlib.repr(value)
 
 

@@ -12,7 +12,7 @@ from recis_hybrid.columnio import CsvOptions
 
 @dataclass(frozen=True)
 class Range:
-    """Range of the numbers that a key takes."""
+    """Range of valid numbers for a key."""
 
     least: float
     below: float = math.inf
@@ -21,7 +21,7 @@ class Range:
     """True if ``least`` itself is excluded."""
 
     def fault(self, number: float) -> str | None:
-        """Return the rule that a number breaks, or None."""
+        """Return the rule that a number violates, or None."""
         if not math.isfinite(number):
             return f"finite, {self}"
         if number >= self.below:
@@ -40,19 +40,19 @@ Positive: TypeAlias = Annotated[float, Range(0)]
 
 @dataclass(frozen=True, kw_only=True)
 class ColumnConfig:
-    """Options of a column, where its type does not determine them."""
+    """Options of a column that its type does not determine."""
 
     default: bool | int | float | str | None = None
     """Replaces nulls; None: nulls are refused."""
     length: Count | None = None
     """Length of all lists in the column; an empty list counts as missing if there is a default."""
     null_as_empty: bool = False
-    """True if null lists are read as empty lists; false: they are refused."""
+    """True to read null lists as empty lists; false: they are refused."""
     unit: Literal["D", "s", "ms", "us", "ns"] | None = None
     """Unit of dates, times and durations, read as integers: days to nanoseconds; None: seconds."""
     format: str | None = None
-    """Format of dates or times in strings, by the directives of strptime, as ``%d/%m/%Y``; None: ISO 8601 if ``unit``
-    is given."""
+    """Format of dates or times in strings, with the directives of strptime, such as ``%d/%m/%Y``; None: ISO 8601 if
+    ``unit`` is set."""
     scale: Annotated[int, Range(0, 39)] | None = None
     """Read decimals as integers, multiplied by 10**scale; None: as floats, or as integers if all are whole."""
 
@@ -64,17 +64,17 @@ class CsvConfig:
     delimiter: str | None = None
     """Delimiter of fields, one character; None: a tab in ``.tsv`` files, a comma in others."""
     quote: str | None = '"'
-    """Quote around fields with delimiters or line breaks; None: no quoting."""
+    """Quote character for fields with delimiters or line breaks; None: no quoting."""
     escape: str | None = None
     """Escape character, such as a backslash; None: none."""
     column_names: list[str] | None = None
-    """Names of the columns of files without a header; None: the first line has them."""
+    """Column names of files without a header; None: they are in the first line."""
     comment: str | None = None
     """Prefix of lines to skip; None: none."""
     encoding: str = "utf-8"
-    """Encoding, by its name in Python."""
+    """Encoding, by its Python name."""
     null_values: list[str] | None = None
-    """Spellings of null, in text as well; None: the empty field and the usual spellings, for numbers only."""
+    """Spellings of null, also in text columns; None: empty fields and the usual spellings, in number columns only."""
 
     def __post_init__(self) -> None:
         CsvOptions(**vars(self))
@@ -89,19 +89,19 @@ class DataConfig:
     evaluate: str | list[str] | None = None
     """As ``train``; None: no evaluations."""
     label: str = "label"
-    """Column of labels, 0 or 1."""
+    """Label column, 0 or 1."""
     groups: str | None = None
     """Column of groups, int64, for the metric gauc."""
     columns: dict[str, ColumnConfig] = field(default_factory=dict)
-    """Options of columns, by name, that differ from the defaults of their type."""
+    """Column options by name, where they differ from the defaults of the column's type."""
     csv: CsvConfig = CsvConfig()
     """Dialect of CSV files."""
     partitions: bool = True
     """True if folders named ``key=value`` add a column to their files."""
     batch_size: Count = 4096
-    """Rows of a batch, on each rank."""
+    """Rows per batch on each rank."""
     shuffle: bool = True
-    """True if each pass reads the rows in a new random order."""
+    """True to read the rows in a new random order in each epoch."""
     threads: Count = 1
     """Reader threads."""
 
@@ -125,7 +125,7 @@ class FeatureConfig:
     combiner: Literal["sum", "mean", "sqrtn", "max"] = "sum"
     """Reduction of the vectors of a list of ids."""
     min_frequency: Count | None = None
-    """Occurrences of an id before it gets a row; None: the first."""
+    """Number of occurrences at which an id gets a row; None: the first."""
     std: Positive = 0.01
     """Standard deviation of initial values."""
 
@@ -136,7 +136,7 @@ class FeatureConfig:
     def __post_init__(self) -> None:
         for key in ("table", "combiner", "min_frequency", "std"):
             if self.dim is None and getattr(self, key) != getattr(FeatureConfig, key):
-                raise ValueError(f"{key} applies to embeddings only; give the feature a dim, or leave {key} out")
+                raise ValueError(f"{key} applies to embeddings only; give the feature a dim, or remove {key}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,13 +144,13 @@ class ModelConfig:
     """The model."""
 
     kind: Literal["mlp", "deepfm"] = "mlp"
-    """``mlp``: a tower over all inputs. ``deepfm``: a factorization machine beside it; all ``dim`` must be equal."""
+    """``mlp``: a tower over all inputs. ``deepfm``: a tower plus a factorization machine; all ``dim`` must be equal."""
     hidden: list[Count] = field(default_factory=lambda: [128, 64])
     """Widths of the tower's layers."""
     dropout: Annotated[float, Range(0, 1)] = 0.0
     """Dropout probability after each layer."""
     batch_norm: bool = False
-    """True if layers have batch normalization."""
+    """True to use batch normalization."""
     compile: bool = False
     """True to compile the tower with torch.compile."""
 
@@ -176,40 +176,40 @@ class TrainConfig:
     epochs: Count = 1
     """Passes over the training rows, each followed by an evaluation and a checkpoint."""
     accumulate: Count = 1
-    """Batches of an update."""
+    """Batches per update."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the tower."""
     device: str = "cpu"
     """Device of model and tables."""
     checkpoint_steps: Count | None = None
-    """Steps between checkpoints within a pass; None: only at its end."""
+    """Steps between checkpoints within an epoch; None: only at its end."""
     checkpoint_whole_every: Count = 1
-    """Every n-th checkpoint within a pass is whole, the others hold the changed table rows; 1: all are whole."""
+    """Every n-th checkpoint within an epoch is whole, the others hold only changed table rows; 1: all are whole."""
     keep: Count = 2
     """Number of checkpoints to keep."""
     log_every: Count = 50
-    """Steps between lines of the log."""
+    """Steps between log entries."""
     patience: Count | None = None
     """Evaluations without an improvement of the first metric before training stops; None: never stop."""
     evict_unused: Count | None = None
-    """Evict, after each pass, rows that were not seen for this number of steps; None: no eviction."""
+    """Evict, after each epoch, rows that were not seen for this number of steps; None: no eviction."""
     metrics: list[Literal["auc", "binned_auc", "gauc", "logloss", "normalized_entropy", "calibration", "mse"]] = field(
         default_factory=lambda: ["auc", "logloss"]
     )
     """Metrics of evaluations."""
     tensorboard: bool = False
-    """True to write the log for TensorBoard as well (needs the extra ``tensorboard``)."""
+    """True to also write the log for TensorBoard (needs the extra ``tensorboard``)."""
 
     def __post_init__(self) -> None:
         if len(set(self.metrics)) < len(self.metrics):
             raise ValueError(f"metrics must be distinct, got {self.metrics}")
         if self.checkpoint_whole_every > 1 and self.checkpoint_steps is None:
-            raise ValueError("checkpoint_whole_every counts the checkpoints of checkpoint_steps; give both or none")
+            raise ValueError("checkpoint_whole_every counts the checkpoints of checkpoint_steps; set both or neither")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """Configuration of a training."""
+    """Configuration of a training run."""
 
     run: str
     """Folder or URL for checkpoints and log.jsonl."""
@@ -231,9 +231,9 @@ class Config:
             raise ValueError("run must name a folder, got ''")
         train, data = self.train, self.data
         if train.tensorboard and is_url(self.run):
-            raise ValueError(f"train.tensorboard needs a folder, but run is a URL, {self.run}; leave one out")
+            raise ValueError(f"train.tensorboard needs a folder, but run is a URL, {self.run}; change one of them")
         if train.patience is not None and not train.metrics:
-            raise ValueError("train.patience needs a metric; name one in train.metrics, or leave patience out")
+            raise ValueError("train.patience needs a metric; name one in train.metrics, or remove patience")
         if "gauc" in train.metrics and data.groups is None:
             raise ValueError("train.metrics has gauc, which needs groups; name their column in data.groups")
         read = {name for name in (data.label, data.groups) if name is not None}
@@ -242,7 +242,7 @@ class Config:
             read |= set(sources)
             if data.label in sources:
                 raise ValueError(
-                    f"features.{name} reads {data.label!r}, the label that the model predicts; leave the feature out, "
+                    f"features.{name} reads {data.label!r}, the label that the model predicts; remove the feature, "
                     f"or name another column in data.label"
                 )
         for name in data.columns:

@@ -20,7 +20,7 @@ from recis_hybrid.app.config.core_yaml import read_yaml, write_yaml
         *[("012", 12), ("010", 10), ("08", 8), ("+12", 12), ("-7", -7), ("0o14", 12), ("0x1F", 31), ("0xff", 255)],
         *[("1e-3", 0.001), ("1e3", 1000.0), (".5", 0.5), ("5.", 5.0), ("1.5e+3", 1500.0), ("-1.0", -1.0)],
         *[(".inf", math.inf), ("-.INF", -math.inf), ("+.Inf", math.inf)],
-        # Numbers, booleans and dates of YAML 1.1 alone, and what looks like one.
+        # Strings that YAML 1.1 reads as numbers, booleans or dates, and near misses.
         *[
             (text, text)
             for text in (
@@ -54,21 +54,21 @@ from recis_hybrid.app.config.core_yaml import read_yaml, write_yaml
         *[("'012'", "012"), ('"true"', "true"), ("!!str 012", "012"), ("!!int '12'", 12), ("!!float 1", 1.0)],
     ],
 )
-def test_scalars_are_of_the_core_schema(text: str, value: Any) -> None:
+def test_scalars_follow_the_core_schema(text: str, value: Any) -> None:
     for document, expected in (
         (f"a: {text}", {"a": value}),
         (f"{{a: {text}, b: [{text}]}}", {"a": value, "b": [value]}),
     ):
         if text or "[" not in document:
             found = read_yaml(document)
-            assert repr(found) == repr(expected)  # in which 1, 1.0 and True differ
+            assert repr(found) == repr(expected)  # repr distinguishes 1, 1.0 and True
 
 
 def test_nan_is_a_number() -> None:
     assert math.isnan(read_yaml("a: .nan")["a"])
 
 
-def test_keys_are_strings_as_they_are_written() -> None:
+def test_keys_are_strings_as_written() -> None:
     written = ["no", "on", "yes", "012", "1:30", "~", "null", "0x1", "1.0", "1e3", "2024-01-01", "true", "=", "1_0"]
     for document in ("\n".join(f"{key}: 1" for key in written), "{" + ", ".join(f"{k}: 1" for k in written) + "}"):
         assert list(read_yaml(document)) == written
@@ -85,17 +85,17 @@ def test_keys_are_strings_as_they_are_written() -> None:
         ("base: &b {a: 1, a: 2}", "a"),
     ],
 )
-def test_a_key_that_is_written_twice_is_refused(document: str, key: str) -> None:
-    with pytest.raises(yaml.YAMLError, match=f"the key '{key}' is written twice") as caught:
+def test_duplicate_keys_are_refused(document: str, key: str) -> None:
+    with pytest.raises(yaml.YAMLError, match=f"the key '{key}' occurs twice") as caught:
         read_yaml(document)
-    assert str(caught.value).count("line ") == 2  # both places
+    assert str(caught.value).count("line ") == 2  # both positions
 
 
-def test_what_differs_in_one_way_is_no_duplicate() -> None:
+def test_keys_that_differ_in_spelling_are_not_duplicates() -> None:
     assert read_yaml("{a: 1, A: 2, 1: 3, 01: 4, 1.0: 5}") == {"a": 1, "A": 2, "1": 3, "01": 4, "1.0": 5}
 
 
-def test_merge_keys_give_way_to_keys_that_are_written() -> None:
+def test_explicit_keys_take_precedence_over_merge_keys() -> None:
     document = "d: &d {dim: 8, std: 0.1}\ne: &e {std: 0.2, x: 1}\na: {<<: *d, dim: 4}\nb: {<<: [*d, *e]}\nc: *d"
     assert read_yaml(document) == {
         "d": {"dim": 8, "std": 0.1},
@@ -128,13 +128,13 @@ def test_merge_keys_give_way_to_keys_that_are_written() -> None:
         ("a: *nowhere", "undefined alias 'nowhere'"),
     ],
 )
-def test_what_is_no_plain_document_is_refused(document: str | bytes, message: str) -> None:
+def test_invalid_documents_are_refused(document: str | bytes, message: str) -> None:
     with pytest.raises(yaml.YAMLError, match=message):
         read_yaml(document)
 
 
 @pytest.mark.parametrize("line", ["{c}: &{c} [{ten}]", "{c}: &{c} {{<<: [{ten}]}}"])
-def test_aliases_of_aliases_cannot_fill_the_memory(line: str) -> None:
+def test_nested_aliases_cannot_exhaust_memory(line: str) -> None:
     lines = [
         "a: &a {x: 1}",
         *(line.format(c=c, ten=", ".join([f"*{p}"] * 10)) for p, c in zip("abcdefgh", "bcdefghi", strict=True)),
@@ -165,5 +165,5 @@ _PRINTABLE = st.text(st.characters(exclude_categories=["Cs", "Cc"]))
 
 @settings(max_examples=50)
 @given(st.recursive(_SCALARS, lambda inner: st.lists(inner) | st.dictionaries(_PRINTABLE, inner), max_leaves=10))
-def test_what_is_written_is_read_back(value: Any) -> None:
+def test_written_values_are_read_back(value: Any) -> None:
     assert read_yaml(write_yaml([value])) == [value]

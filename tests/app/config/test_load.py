@@ -24,7 +24,7 @@ def load(folder: Path, overrides: list[str] | None = None, **changes: Any) -> Co
     return load_config(path, overrides or [])
 
 
-def test_paths_of_the_file_begin_at_its_folder_and_those_of_overrides_at_the_current_one(
+def test_paths_are_relative_to_the_file_and_in_overrides_to_the_current_directory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "project").mkdir()
@@ -62,16 +62,16 @@ def test_paths_of_the_file_begin_at_its_folder_and_those_of_overrides_at_the_cur
         ("optimizer.clip_grad_norm=0", "optimizer.clip_grad_norm must be above 0, got 0"),
         ("data.batch_size=0", "data.batch_size must be at least 1, got 0"),
         ("data.shuffle=yes", "data.shuffle must be true or false, got 'yes'"),
-        ("run=2024", "run must be a string, got 2024; put it into quotes"),
+        ("run=2024", "run must be a string, got 2024; put it in quotes"),
         ("run=", "run must be a string, got null"),
         ("run=''", "run must name a folder, got ''"),
         ("data.train=[a.csv, 3]", r"data.train\[1\] must be a string, got 3"),
         ("data.train=3", "data.train must be a string or a list, got 3"),
         ("data.train=[]", "data: train and evaluate must name a file"),
-        ("data.train=*.csv", r"""put|quotes that the shell leaves, data.train="'\*.csv'\""""),
-        ("data={train: x, train: y}", "the key 'train' is written twice"),
+        ("data.train=*.csv", r"""put a string in quotes that the shell preserves, data.train="'\*.csv'\""""),
+        ("data={train: x, train: y}", "the key 'train' occurs twice"),
         ("epochs=3", "unknown key epochs; did you mean train.epochs"),
-        ("zzz=3", r"unknown key zzz\. There are \['data', 'features'"),
+        ("zzz=3", r"unknown key zzz\. Valid keys are \['data', 'features'"),
         ("features.user.ops=[hash]", r"features.user.ops\[0\] must be a mapping of keys, got 'hash'; write {hash: {}}"),
         ("features.price={std: 1}", "features.price: std applies to embeddings only; give the feature a dim"),
         ("features.price={table: t}", "features.price: table applies to embeddings only"),
@@ -84,24 +84,24 @@ def test_paths_of_the_file_begin_at_its_folder_and_those_of_overrides_at_the_cur
         ("train.checkpoint_whole_every=3", "train: checkpoint_whole_every counts the checkpoints of checkpoint_steps"),
     ],
 )
-def test_wrong_values_are_named(tmp_path: Path, override: str, message: str) -> None:
+def test_invalid_values_are_named(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, [override])
 
 
-def test_long_values_are_cut_in_messages(tmp_path: Path) -> None:
+def test_long_values_are_shortened_in_messages(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, seed="x" * 10_000)
     assert len(str(caught.value)) < 200
 
 
-def test_numbers_without_a_point_and_octal_looking_ones(tmp_path: Path) -> None:
+def test_numbers_without_a_point_or_with_a_leading_zero(tmp_path: Path) -> None:
     found = load(tmp_path, ["optimizer.dense_lr=1e-3", "features.user.dim=010", "optimizer.sparse_lr=1", "seed=0x1F"])
     assert (found.optimizer.dense_lr, found.features["user"].dim, found.seed) == (0.001, 10, 31)
     assert isinstance(found.optimizer.sparse_lr, float)
 
 
-def test_names_that_yaml_1_1_misreads_are_features(tmp_path: Path) -> None:
+def test_feature_names_that_yaml_1_1_would_convert(tmp_path: Path) -> None:
     path = tmp_path / "c.yaml"
     path.write_text("run: r\ndata: {train: x}\nfeatures:\n  no: {dim: 2}\n  012: {dim: 2}\n  1:30: {dim: 2}\n  on:\n")
     found = load_config(path, ["features.012.dim=3"])
@@ -114,22 +114,22 @@ def test_names_with_dots_can_be_overridden(tmp_path: Path) -> None:
     assert [feature.dim for feature in found.features.values()] == [1, 3]
 
 
-def test_of_overrides_for_one_key_the_last_counts(tmp_path: Path) -> None:
+def test_the_last_override_of_a_key_wins(tmp_path: Path) -> None:
     assert load(tmp_path, ["train.epochs=3", "train.epochs=5"]).train.epochs == 5
 
 
-def test_sections_of_which_nothing_is_said(tmp_path: Path) -> None:
+def test_empty_sections_use_defaults(tmp_path: Path) -> None:
     found = load(tmp_path, ["model.kind=mlp"], model=None, train=None)
     assert found == load(tmp_path)
 
 
-def test_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+def test_unreadable_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     for text, message in (
         ("", "the file is empty; `recis-hybrid init`"),
         ("a: [", "cannot be read as YAML"),
         ("a:\n\tb: 1", "indent with spaces"),
-        ("a: 1\na: 1", "written twice"),
+        ("a: 1\na: 1", "occurs twice"),
     ):
         path.write_text(text)
         with pytest.raises(ConfigError, match=message):
@@ -145,7 +145,7 @@ def batch_of(folder: Path, columns: dict[str, pa.Array], specs: dict[str, Any]) 
     return next(iter(dataset_of(config, features_of(config), config.data.train)))
 
 
-def test_nulls_have_defaults_by_configuration(tmp_path: Path) -> None:
+def test_defaults_replace_nulls(tmp_path: Path) -> None:
     batch = batch_of(
         tmp_path,
         {
@@ -178,7 +178,7 @@ def test_nulls_have_defaults_by_configuration(tmp_path: Path) -> None:
     assert dense(batch, "halves").tolist() == [1.0, 0.5, 2.0]
 
 
-def test_lists_in_which_only_lists_are_null(tmp_path: Path) -> None:
+def test_null_lists_are_read_as_empty(tmp_path: Path) -> None:
     columns = {"bag": pa.array([[7], None, [8, 9]]), "words": pa.array([["a"], None, ["b", None]])}
     batch = batch_of(
         tmp_path, columns, {"bag": {"null_as_empty": True}, "words": {"default": "", "null_as_empty": True}}
@@ -190,34 +190,36 @@ def test_lists_in_which_only_lists_are_null(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("column", "spec", "message"),
     [
-        (["a", None, "b"], {"default": 3}, "data.columns.x.default must be a string, as the column holds strings"),
+        (["a", None, "b"], {"default": 3}, "data.columns.x.default must be a string, because the column holds strings"),
         ([1, None, 2], {"default": "a"}, "Text"),
-        (["a", None, "b"], {"length": 3}, "data.columns.x: length is of lists of numbers"),
+        (["a", None, "b"], {"length": 3}, "data.columns.x: length applies to lists of numbers"),
     ],
 )
-def test_defaults_of_another_kind_are_refused(tmp_path: Path, column: Any, spec: Any, message: str) -> None:
+def test_options_that_do_not_fit_the_type_are_refused(tmp_path: Path, column: Any, spec: Any, message: str) -> None:
     with pytest.raises((ConfigError, TypeError), match=message):
         batch_of(tmp_path, {"x": pa.array(column)}, {"x": spec})
 
 
-def test_labels_of_any_kind_of_number_are_read_and_strings_are_not(tmp_path: Path) -> None:
+def test_labels_may_be_of_any_numeric_type_but_not_strings(tmp_path: Path) -> None:
     for values in ([0, 1, 1], [0.0, 1.0, 1.0], [False, True, True], pa.array([0, 1, 1], pa.uint8())):
         parquet.write_table(pa.table({"label": values, "user": [1, 2, 3]}), tmp_path / "l.parquet")
         config = load(tmp_path, data={"train": "l.parquet"})
         (batch,) = dataset_of(config, features_of(config), config.data.train)
         assert dense(batch, "label").tolist() == [0.0, 1.0, 1.0]
-        # The step brings labels into the dtype of its outputs.
+        # The step casts labels to the dtype of its outputs.
         assert dense(batch, "label").dtype in (torch.float32, torch.bool)
     (tmp_path / "l.csv").write_text("label,user\nfalse,1\ntrue,2\ntrue,3\n")
     config = load(tmp_path, data={"train": "l.csv"})
     (batch,) = dataset_of(config, features_of(config), config.data.train)
     assert dense(batch, "label").tolist() == [0.0, 1.0, 1.0]
     (tmp_path / "l.csv").write_text("label,user\nno,1\nyes,2\n")
-    with pytest.raises(ConfigError, match="data.label 'label' holds strings in .*l.csv; it must be a number, 0 or 1"):
+    with pytest.raises(
+        ConfigError, match="data.label 'label' contains strings in .*l.csv; it must be a number, 0 or 1"
+    ):
         dataset_of(config, features_of(config), config.data.train)
 
 
-def test_csv_of_another_dialect_is_read(tmp_path: Path) -> None:
+def test_csv_dialects_are_read(tmp_path: Path) -> None:
     text = "# a log\n1;\u00e9;0,5;1\n2;-;;0\n"
     (tmp_path / "d.csv").write_bytes(text.replace("0,5", "0.5").encode("latin-1"))
     csv = {
@@ -240,7 +242,7 @@ def test_csv_of_another_dialect_is_read(tmp_path: Path) -> None:
             load(tmp_path, data={"train": "d.csv", "csv": {"delimiter": wrong}})
 
 
-def test_dates_and_decimals_are_read_in_the_unit_of_the_configuration(tmp_path: Path) -> None:
+def test_dates_and_decimals_are_read_in_the_configured_unit(tmp_path: Path) -> None:
     columns = {
         "day": pa.array(["1970-01-03", None, "1970-01-01"]),
         "german": pa.array(["03.01.1970", "01.01.1970", None]),
@@ -258,11 +260,11 @@ def test_dates_and_decimals_are_read_in_the_unit_of_the_configuration(tmp_path: 
     assert dense(batch, "german").tolist() == [2, 0, -1]
     assert dense(batch, "at").tolist() == [1500, -1, 0]
     assert dense(batch, "cost").tolist() == [125, -1, 200]
-    with pytest.raises(ConfigError, match="data.columns.day: unit, format and scale make numbers"):
+    with pytest.raises(ConfigError, match="data.columns.day: unit, format and scale need a default that is a number"):
         batch_of(tmp_path, columns, {**specs, "day": {"unit": "D", "default": "never"}})
 
 
-def test_partitions_can_be_left_out(tmp_path: Path) -> None:
+def test_partitions_can_be_ignored(tmp_path: Path) -> None:
     (tmp_path / "p" / "user=7").mkdir(parents=True)
     parquet.write_table(pa.table({"user": [1, 2], "label": [0.0, 1.0]}), tmp_path / "p" / "user=7" / "a.parquet")
     config = load(tmp_path, data={"train": "p"})
@@ -273,14 +275,16 @@ def test_partitions_can_be_left_out(tmp_path: Path) -> None:
     assert dense(batch, "user").tolist() == [1, 2]
 
 
-def test_settings_that_do_not_suit_weights_are_refused(tmp_path: Path) -> None:
+def test_options_that_do_not_apply_to_weights_are_refused(tmp_path: Path) -> None:
     column = pa.array([[(1, 0.5)], [], [(3, 1.0)]], pa.map_(pa.int64(), pa.float32()))
-    for said in ({"length": 2}, {"unit": "s"}, {"scale": 1}):
-        with pytest.raises(ConfigError, match="data.columns.x: length, unit, format and scale do not suit ids with"):
-            batch_of(tmp_path, {"x": column}, {"x": said})
+    for options in ({"length": 2}, {"unit": "s"}, {"scale": 1}):
+        with pytest.raises(
+            ConfigError, match="data.columns.x: length, unit, format and scale do not apply to ids with"
+        ):
+            batch_of(tmp_path, {"x": column}, {"x": options})
 
 
-def test_lists_of_lists_are_refused_also_where_there_are_as_many_as_rows(tmp_path: Path) -> None:
+def test_lists_of_lists_are_refused_even_if_they_are_as_many_as_the_rows(tmp_path: Path) -> None:
     parquet.write_table(pa.table({"user": [[[1], [2]], []], "label": [0.0, 1.0]}), tmp_path / "n.parquet")
     config = load(tmp_path, data={"train": "n.parquet"})
     (batch,) = dataset_of(config, features_of(config), config.data.train)
