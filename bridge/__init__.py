@@ -2,14 +2,13 @@
 
 The bridge can be used on its own; ``recis_hybrid`` never imports it. :func:`to_jax` and :func:`to_torch` share memory
 or raise, unless a copy is requested, and :func:`copies` counts the copies. :class:`JaxTower` wraps a JAX function as a
-``torch.nn.Module`` with parameters that torch owns. README.md beside this file holds the contract of lifetime and
-mutation.
+``torch.nn.Module`` with parameters that torch owns. README.md in this folder is the contract on lifetime and mutation.
 """
 
 from __future__ import annotations
 
 if __name__ != "recis_hybrid.bridge":
-    # The folder is at the root of the repository, where `import bridge` would load a second copy.
+    # The folder is at the root of the repository, so `import bridge` would load a second copy.
     raise ImportError(
         f"bridge: imported as {__name__!r}, which would load a second copy; use `import recis_hybrid.bridge`"
     )

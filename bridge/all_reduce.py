@@ -1,9 +1,10 @@
 """Sums of the gradients of JAX-owned parameters over the ranks of a process group.
 
-The leaves of a pytree are packed into buckets of a fixed layout: leaves of one dtype end to end, in the pytree's order,
-with a new bucket where one would exceed its limit. A jitted program writes the weighted gradients into the buckets.
-torch.distributed sums each bucket in place, as a tensor in the same memory, which then becomes a new JAX array. So
-nothing is copied between torch and JAX, and every rank adds the same elements in the same order at each step.
+The leaves of a pytree are packed into buckets of a fixed layout: leaves of the same dtype are concatenated in the
+pytree's order, and a new bucket starts when one would exceed its limit. A jitted program writes the weighted gradients
+into the buckets. torch.distributed sums each bucket in place, as a tensor in the same memory, which then becomes a new
+JAX array. So nothing is copied between torch and JAX, and every rank adds the same elements in the same order at each
+step.
 
 Legend: W ranks.
 """
@@ -29,20 +30,21 @@ _BUCKET_BYTES = 25 << 20
 class GradientAllReduce:
     """Sum of gradients over ranks, for JAX pytrees as DistributedDataParallel is for torch modules.
 
-    A call does everything. A program that computes gradients in one jitted call and applies them in another may put
-    :meth:`pack` at the end of the first and :meth:`unpack` at the start of the second, with :meth:`sum` between them.
+    Calling it does everything. A program that computes gradients in one jitted call and applies them in another may
+    instead put :meth:`pack` at the end of the first and :meth:`unpack` at the start of the second, with :meth:`sum`
+    between them.
 
     Args:
-        params: A pytree of floating-point arrays, or of objects with their shapes and dtypes: the layout, which must be
-            the same on all ranks.
-        group: A group of torch.distributed; None for all ranks. Gloo sums on CPUs, NCCL on GPUs.
-        bucket_bytes: The maximal size of a bucket that holds several leaves, in bytes.
+        params: A pytree of floating-point arrays, or of objects with their shapes and dtypes. This is the layout, which
+            must be the same on all ranks.
+        group: A torch.distributed group; None for all ranks. Gloo sums on CPUs, NCCL on GPUs.
+        bucket_bytes: The maximum size in bytes of a bucket with several leaves.
 
     Attributes:
-        buckets: For each bucket, the numbers of its leaves.
+        buckets: For each bucket, the indices of its leaves.
 
     Raises:
-        RuntimeError: if torch.distributed is not initialised, or the layouts of the ranks differ.
+        RuntimeError: if torch.distributed is not initialized, or the layouts of the ranks differ.
         TypeError: if a leaf is not floating-point.
 
     Example:
@@ -51,8 +53,8 @@ class GradientAllReduce:
             dist.init_process_group("gloo")
             all_reduce = GradientAllReduce(params)
             params = all_reduce.broadcast(params)
-            loss, gradients = value_and_grad(params, batch)  # of the mean over this rank's samples
-            gradients = all_reduce(gradients)  # of the mean over all samples
+            loss, gradients = value_and_grad(params, batch)  # mean over this rank's samples
+            gradients = all_reduce(gradients)  # mean over all samples
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class GradientAllReduce:
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
                 raise TypeError(
                     f"GradientAllReduce: leaf {jax.tree_util.keystr(path)} must be floating-point, got {leaf.dtype}; "
-                    "leave it out"
+                    "omit it"
                 )
         self._shapes = [(tuple(leaf.shape), jnp.dtype(leaf.dtype)) for _, leaf in paths]
         self.buckets = _buckets(self._shapes, bucket_bytes)
@@ -75,19 +77,19 @@ class GradientAllReduce:
         self._pack, self._unpack = jax.jit(self.pack), jax.jit(self.unpack)
 
     def __call__(self, gradients: Any, weight: float | None = None) -> Any:
-        """Sum weighted gradients over all ranks, each of which must call it, with gradients or without.
+        """Sum weighted gradients over all ranks. All ranks must call this, with or without gradients.
 
         Args:
             gradients: A pytree of the structure, shapes and dtypes of ``params``; None on a rank without gradients.
-            weight: The factor of this rank's gradients. For gradients of the mean over its own samples, it is its share
-                of all samples (``EmbeddingEngine.share``). None for 1 / W. With 0 the gradients are ignored, even if
-                they are NaN, as those of a mean over no samples are.
+            weight: The weight of this rank's gradients. If the loss is the mean over the rank's own samples, use its
+                share of all samples (``EmbeddingEngine.share``). None for 1 / W. With 0 the gradients are ignored,
+                even if they are NaN, for example from a mean over no samples.
 
         Returns:
             A pytree of arrays: the sum over all ranks, the same on each.
 
         Raises:
-            RuntimeError: from the group's backend, if another rank has died or does not take part.
+            RuntimeError: from the group's backend, if another rank has died or does not participate.
             ValueError: if the structure, shapes or dtypes of the gradients differ from those of ``params``.
         """
         if gradients is None:
@@ -100,7 +102,7 @@ class GradientAllReduce:
 
         Args:
             gradients: A pytree of the structure, shapes and dtypes of ``params``.
-            weight: The factor of the gradients, a scalar.
+            weight: The weight of the gradients, a scalar.
 
         Returns:
             The buckets, one-dimensional arrays.
@@ -119,7 +121,7 @@ class GradientAllReduce:
         return [jnp.concatenate([weighted[number].reshape(-1) for number in bucket]) for bucket in self.buckets]
 
     def sum(self, buckets: Sequence[jax.Array]) -> list[jax.Array]:
-        """Sum buckets over all ranks, in place: the arrays given must not be used any more.
+        """Sum buckets over all ranks in place. The input arrays must not be used afterwards.
 
         Args:
             buckets: The buckets of :meth:`pack`.
@@ -128,7 +130,7 @@ class GradientAllReduce:
             The sums, arrays in the same memory.
 
         Raises:
-            RuntimeError: from the group's backend, if another rank has died or does not take part.
+            RuntimeError: from the group's backend, if another rank has died or does not participate.
         """
         tensors = [to_torch(bucket) for bucket in buckets]
         works = [dist.all_reduce(tensor, group=self.group, async_op=True) for tensor in tensors]
@@ -169,8 +171,8 @@ class GradientAllReduce:
         return self._unpack([to_jax(tensor) for tensor in tensors])
 
     def _weight(self, weight: float | None) -> np.float64:
-        """Return a weight as a scalar of numpy, with 1 / W for None."""
-        # A float64, which JAX narrows to float32 while x64 is off.
+        """Return a weight as a numpy scalar, with 1 / W for None."""
+        # JAX narrows float64 to float32 while x64 is off.
         return np.float64(1 / dist.get_world_size(self.group) if weight is None else weight)
 
     def _agree(self, layout: str) -> None:
@@ -189,16 +191,16 @@ class GradientAllReduce:
             )
 
 
-def _buckets(shapes: Sequence[tuple[tuple[int, ...], Any]], most: int) -> list[list[int]]:
-    """Return the numbers of the leaves of each bucket: leaves of one dtype, in order, up to ``most`` bytes."""
-    open_of: dict[Any, tuple[list[int], int]] = {}
+def _buckets(shapes: Sequence[tuple[tuple[int, ...], Any]], max_bytes: int) -> list[list[int]]:
+    """Return the indices of the leaves of each bucket: leaves of one dtype, in order, up to ``max_bytes``."""
+    current: dict[Any, tuple[list[int], int]] = {}
     buckets = []
     for number, (shape, dtype) in enumerate(shapes):
         size = int(np.prod(shape)) * dtype.itemsize
-        bucket, filled = open_of.get(dtype, ([], most))
-        if not bucket or filled + size > most:
+        bucket, filled = current.get(dtype, ([], max_bytes))
+        if not bucket or filled + size > max_bytes:
             bucket, filled = [], 0
             buckets.append(bucket)
         bucket.append(number)
-        open_of[dtype] = (bucket, filled + size)
+        current[dtype] = (bucket, filled + size)
     return buckets

@@ -1,4 +1,4 @@
-"""Settings of one rank that JAX reads when it starts its backend: device, memory, threads, compilation cache."""
+"""Settings that JAX reads when it starts its backend: device, memory, threads, compilation cache."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ def init(
 ) -> str:
     """Configure JAX for this process and start its backend.
 
-    Under torchrun, which sets ``LOCAL_RANK``, JAX uses the GPU of that number only, the same as torch. Call it once,
-    before JAX computes anything, and not in DataLoader workers.
+    Under torchrun, JAX uses only the GPU of index ``LOCAL_RANK``, like torch. Call this once, before any JAX
+    computation, and not in DataLoader workers.
 
     Args:
-        memory_fraction: The fraction of the GPU's memory that JAX may allocate, above 0 and below 1; by default JAX
-            allocates memory as it needs it, and leaves the rest to torch.
-        threads: CPU threads of XLA, which ignores ``OMP_NUM_THREADS``; by default all.
-        compilation_cache: A folder in which all compiled programs are kept between runs.
+        memory_fraction: The fraction of GPU memory that JAX may allocate, above 0 and below 1; by default JAX
+            allocates memory as needed and leaves the rest to torch.
+        threads: The number of CPU threads of XLA, which ignores ``OMP_NUM_THREADS``; by default all.
+        compilation_cache: A folder in which compiled programs are cached between runs.
 
     Returns:
         One line for the log: JAX's version, backend and devices, the local rank, torch's version.
 
     Raises:
-        ValueError: if ``memory_fraction`` or ``threads`` is out of range, or ``LOCAL_RANK`` is not a number of at least
-            0.
+        ValueError: if ``memory_fraction`` or ``threads`` is out of range, or ``LOCAL_RANK`` is not a non-negative
+            integer.
         RuntimeError: if JAX's backend has started already.
 
     Warns:
@@ -49,7 +49,8 @@ def init(
     local_rank = os.environ.get("LOCAL_RANK", "0")
     if not (local_rank.isascii() and local_rank.isdigit()):
         raise ValueError(
-            f"init: LOCAL_RANK must be a number of at least 0, got {local_rank!r}; start ranks by torchrun, or unset it"
+            f"init: LOCAL_RANK must be a non-negative integer, got {local_rank!r}; start ranks with torchrun, or unset "
+            "it"
         )
     rank = int(local_rank)
     if backend_has_started():
@@ -66,14 +67,14 @@ def init(
     if compilation_cache is not None:
         settings = cast(Any, jax.config)
         settings.update("jax_compilation_cache_dir", compilation_cache)
-        # By default JAX keeps only programs that took a second to compile, and most towers take less.
+        # By default JAX caches only programs that take a second to compile, and most towers take less.
         settings.update("jax_persistent_cache_min_compile_time_secs", 0)
         settings.update("jax_persistent_cache_min_entry_size_bytes", -1)
     backend = jax.default_backend()
     if torch.cuda.is_available() and backend == "cpu":
         warnings.warn(
             "init: torch has a GPU, but JAX fell back to the CPU; install jax[cuda12], and see JAX's log for the cause "
-            "(often a cuDNN older than it needs, loaded by torch)",
+            "(often torch has loaded a cuDNN that is too old for JAX)",
             RuntimeWarning,
             stacklevel=2,
         )

@@ -1,6 +1,6 @@
-"""An optax transformation as a torch optimizer, whose state and arithmetic are JAX's, in one jitted call a step.
+"""An optax transformation as a torch optimizer. State and arithmetic are JAX's, with one jitted call per step.
 
-The new parameters stay in the memory that JAX allocated, and the ``nn.Parameter``s are pointed to it, so nothing is
+The updated parameters stay in the memory that JAX allocated, and the ``nn.Parameter``s are pointed to it, so nothing is
 copied. From the first step on JAX owns the parameters' memory, while everything that torch does with parameters
 (``state_dict``, DDP, clipping, gradient scaling) works as before.
 """
@@ -29,34 +29,35 @@ class GradientTransformation(Protocol):
 
 
 class _Group(dict[str, Any]):
-    """A parameter group without options, whose error for a missing one says where it is set."""
+    """A parameter group without options, with a helpful error for missing ones."""
 
     def __missing__(self, key: str) -> Any:
         """Raise KeyError for an option, such as the learning rate that torch's schedulers read."""
         raise KeyError(
-            f"OptaxOptimizer: the parameter group has no {key!r}, which the transformation holds; use a schedule of "
-            "optax instead of torch's: optax.adam(optax.cosine_decay_schedule(1e-3, 10_000))"
+            f"OptaxOptimizer: the parameter group has no {key!r}, which belongs to the transformation; use an optax "
+            "schedule instead of torch's: optax.adam(optax.cosine_decay_schedule(1e-3, 10_000))"
         )
 
 
 class OptaxOptimizer(torch.optim.Optimizer):
-    """A torch optimizer that updates parameters by an optax transformation, in JAX.
+    """A torch optimizer that updates parameters with an optax transformation, in JAX.
 
-    The transformation gets one dictionary from the parameters' dotted names to arrays, so that ``optax.masked`` and
+    The transformation receives a dictionary from the parameters' dotted names to arrays, so that ``optax.masked`` and
     ``optax.multi_transform`` can select by name. Learning rates, schedules and clipping belong to the transformation;
-    torch's schedulers do not apply. A parameter without a gradient gets a gradient of zeros, where torch's optimizers
-    skip it: weight decay and momentum still move it. To freeze it, use ``optax.multi_transform``, or leave it out and
+    torch's schedulers do not apply. A parameter without a gradient gets a gradient of zeros, whereas torch's optimizers
+    skip it, so weight decay and momentum still change it. To freeze it, use ``optax.multi_transform``, or omit it and
     set ``requires_grad_(False)``.
 
     Args:
         named_parameters: The result of ``module.named_parameters()``, for a :class:`JaxTower` or any torch module.
             Parameters must be on one device, contiguous and aligned to 64 bytes.
-        transformation: A transformation of optax, or any object with its ``init`` and ``update``.
+        transformation: An optax transformation, or any object with its ``init`` and ``update``.
         group: The group of ranks that train the parameters together. They start from the first rank's parameters, and
-            each step sums the gradients of all ranks by a :class:`GradientAllReduce`, so all ranks must step together,
-            with gradients or without. None: gradients are this rank's, or DDP has summed them.
-        share: Called in each step for the factor of this rank's gradients: ``lambda: engine.share``, the rank's share
-            of the samples as an ``EmbeddingEngine`` counts them. By default all ranks have the same weight.
+            each step sums the gradients of all ranks with a :class:`GradientAllReduce`, so all ranks must step
+            together, with or without gradients. None uses the local gradients, which DDP may have summed.
+        share: A function called in each step that returns the weight of this rank's gradients, such as
+            ``lambda: engine.share``, the rank's share of the samples in an ``EmbeddingEngine``. By default all ranks
+            have the same weight.
 
     Raises:
         TypeError: if parameters have no names, or one is not floating-point.
@@ -90,16 +91,14 @@ class OptaxOptimizer(torch.optim.Optimizer):
                     "module.named_parameters()"
                 )
             if not each[1].is_floating_point():
-                raise TypeError(
-                    f"OptaxOptimizer: {each[0]!r} must be floating-point, got {each[1].dtype}; leave it out"
-                )
+                raise TypeError(f"OptaxOptimizer: {each[0]!r} must be floating-point, got {each[1].dtype}; omit it")
         self._named = dict(pairs)
         if not pairs or len(self._named) < len(pairs):
             raise ValueError(
                 f"OptaxOptimizer: there must be parameters, with distinct names, got {[name for name, _ in pairs]}"
             )
         if share is not None and group is None:
-            raise ValueError("OptaxOptimizer: share needs the ranks of a group; pass group, too")
+            raise ValueError("OptaxOptimizer: share needs the ranks of a group; also pass group")
         self._is_complete = False
         super().__init__([_Group(params=list(self._named.values()))], {})
         self._is_complete = True
@@ -123,18 +122,19 @@ class OptaxOptimizer(torch.optim.Optimizer):
         return self._all_reduce is not None
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Raise NotImplementedError for every group after the one of the constructor.
+        """Raise NotImplementedError for every group after that of the constructor.
 
         Args:
-            param_group: Parameters and options, as torch's optimizers take them.
+            param_group: Parameters and options, as in torch's optimizers.
 
         Raises:
-            NotImplementedError: always, because the transformation's state belongs to the first parameters.
+            NotImplementedError: always, because the transformation's state belongs to the parameters of the
+                constructor.
         """
         if self._is_complete:
             raise NotImplementedError(
                 "OptaxOptimizer: add_param_group is not supported, because the transformation's state belongs to the "
-                "parameters of the constructor; construct a new OptaxOptimizer over all of them, and select by name "
+                "parameters of the constructor; construct an OptaxOptimizer over all parameters, and select by name "
                 "with optax.multi_transform"
             )
         super().add_param_group(param_group)
@@ -147,10 +147,10 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update the parameters. Without any gradient this does nothing, unless there is a group of ranks.
+        """Update the parameters. If no parameter has a gradient and there is no group, do nothing.
 
         Args:
-            closure: A function that evaluates the model again and returns the loss.
+            closure: A function that reevaluates the model and returns the loss.
 
         Returns:
             The loss of the closure, if there is one.
@@ -174,22 +174,22 @@ class OptaxOptimizer(torch.optim.Optimizer):
 
     def _replace(self, updated: dict[str, jax.Array]) -> None:
         """Point the parameters to the memory of updated arrays."""
-        # The conversion waits for the whole program, so that torch may write to the gradients again.
+        # The conversion waits for the program to finish, so torch may write to the gradients again.
         with torch.inference_mode(False):
             tensors = unshare([updated[name] for name in self._named])
         for parameter, tensor in zip(self._named.values(), tensors, strict=True):
             parameter.data = tensor
-            # As for an update in place, so that a backward pass that still needs the old value raises.
+            # Like an in-place update: a backward pass that still needs the old value raises.
             torch.autograd.graph.increment_version(parameter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the leaves of the transformation's state, in their order, as tensors."""
+        """Return copies of the leaves of the transformation's state as tensors, in order."""
         leaves = unshare([jnp.asarray(leaf) for leaf in jax.tree.leaves(self._state)])
         state = {f"leaf{number}": leaf.clone() for number, leaf in enumerate(leaves)}
         return {"state": {0: state} if state else {}, "param_groups": [{"params": list(range(len(self._named)))}]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Replace the transformation's state by copies of saved leaves.
+        """Replace the transformation's state with copies of saved leaves.
 
         Args:
             state_dict: The result of :meth:`state_dict` for the same transformation and parameters.
@@ -203,27 +203,27 @@ class OptaxOptimizer(torch.optim.Optimizer):
         saved = {name: (tuple(leaf.shape), str(leaf.dtype).removeprefix("torch.")) for name, leaf in loaded.items()}
         if own != saved:
             raise ValueError(
-                f"OptaxOptimizer: the saved state belongs to another transformation or other parameters: expected "
+                f"OptaxOptimizer: the saved state belongs to another transformation or to other parameters: expected "
                 f"{own}, got {saved}"
             )
         (device,) = {parameter.device for parameter in self._named.values()}
         self._state = jax.tree.unflatten(tree, [to_jax(loaded[name].to(device), copy=True) for name in own])
 
     def _arrays(self) -> dict[str, jax.Array]:
-        """Return the arrays over the parameters, by name."""
+        """Return the array views of the parameters, by name."""
         return {
             name: share(parameter.detach(), f"OptaxOptimizer: parameter {name!r}")
             for name, parameter in self._named.items()
         }
 
     def _gradient(self, name: str, parameter: torch.nn.Parameter) -> jax.Array:
-        """Return the array over a parameter's gradient: a copy if it cannot be shared, zeros if there is none."""
+        """Return the array view of a parameter's gradient: a copy if it cannot be shared, zeros if there is none."""
         gradient = parameter.grad
         if gradient is None:
             if name not in self._zeros:
                 self._zeros[name] = to_jax(torch.zeros_like(parameter))
             return self._zeros[name]
-        if not gradient.is_contiguous() or gradient.data_ptr() % ALIGNMENT:  # as in a bucket of DDP
+        if not gradient.is_contiguous() or gradient.data_ptr() % ALIGNMENT:  # for example in a DDP bucket
             gradient = gradient.clone(memory_format=torch.contiguous_format)
             count_copy()
         return share(gradient, f"OptaxOptimizer: the gradient of {name!r}")

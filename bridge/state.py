@@ -12,12 +12,12 @@ from recis_hybrid.bridge.exchange.dlpack import to_jax, to_torch
 
 
 class JaxState:
-    """A pytree of arrays (parameters, an optax state, a PRNG key) that is saved and restored by ``state_dict``.
+    """A pytree of arrays (parameters, an optax state, a PRNG key) that is saved and restored through ``state_dict``.
 
-    The program reads ``tree`` and assigns its next value to it; arrays are copied only when they are saved.
+    The program reads ``tree`` and assigns new values to it. Arrays are copied only when they are saved.
 
     Args:
-        tree: A pytree of JAX arrays, which may include typed PRNG keys; 64-bit ones need ``jax_enable_x64``.
+        tree: A pytree of JAX arrays, which may include typed PRNG keys; 64-bit arrays need ``jax_enable_x64``.
 
     Attributes:
         tree: The current pytree.
@@ -26,9 +26,9 @@ class JaxState:
         TypeError: if a leaf is not a JAX array.
 
     Example:
-        >>> held = JaxState({"w": jnp.ones(3), "step": jnp.int32(0)})
-        >>> held.tree = {"w": held.tree["w"] * 2, "step": held.tree["step"] + 1}
-        >>> sorted(held.state_dict())
+        >>> state = JaxState({"w": jnp.ones(3), "step": jnp.int32(0)})
+        >>> state.tree = {"w": state.tree["w"] * 2, "step": state.tree["step"] + 1}
+        >>> sorted(state.state_dict())
         ["['step']", "['w']"]
     """
 
@@ -41,7 +41,7 @@ class JaxState:
         return {name: to_torch(_data(leaf), copy=True) for name, leaf in self._named().items()}
 
     def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
-        """Replace ``tree`` by copies of saved leaves, on the devices of its leaves.
+        """Replace ``tree`` with copies of saved leaves, on the devices of its leaves.
 
         Args:
             state: The result of :meth:`state_dict` for a pytree of the same structure, shapes and dtypes.
@@ -58,7 +58,7 @@ class JaxState:
                 f"{name}: saved {saved.get(name, 'nothing')}, expected {own.get(name, 'nothing')}" for name in different
             )
             raise ValueError(
-                f"JaxState: the saved state belongs to another pytree ({listed}); load one of the same structure, "
+                f"JaxState: the saved state belongs to another pytree ({listed}); load a state of the same structure, "
                 "shapes and dtypes"
             )
         leaves = []
@@ -74,7 +74,7 @@ class JaxState:
         for name, leaf in named.items():
             if not isinstance(leaf, jax.Array):
                 raise TypeError(
-                    f"JaxState: leaf {name!r} must be a JAX array, got {type(leaf).__qualname__}; convert it by "
+                    f"JaxState: leaf {name!r} must be a JAX array, got {type(leaf).__qualname__}; convert it with "
                     "jax.numpy.asarray"
                 )
         return cast(dict[str, jax.Array], named)
@@ -85,7 +85,7 @@ def _is_key(leaf: jax.Array) -> bool:
 
 
 def _data(leaf: jax.Array) -> jax.Array:
-    """Return the data of a typed PRNG key, and any other leaf as it is."""
+    """Return the data of a typed PRNG key, and any other leaf unchanged."""
     return jax.random.key_data(leaf) if _is_key(leaf) else leaf
 
 

@@ -1,9 +1,9 @@
-"""A cache of the arrays over a tower's parameters, because a conversion costs more than a small kernel.
+"""A cache of the array views of a tower's parameters, because a conversion costs more than a small kernel.
 
-JAX takes arrays to be constant, and an optimizer writes to parameters. Keeping an array is sound here for three
-reasons, all of which are needed: only the tower's own programs see it; a program reads its arguments when it runs; and
-a call returns when its program has finished, so no program runs while torch writes. On a GPU a conversion also makes
-JAX's stream wait for torch's, so there every call converts anew.
+JAX assumes that arrays are immutable, but an optimizer writes to parameters. Caching an array is safe here for three
+reasons, all of which are required: only the tower's own programs use it; a program reads its arguments when it runs;
+and a call returns after its program has finished, so no program runs while torch writes. On a GPU a conversion also
+makes JAX's stream wait for torch's, so arrays are not cached there.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _MISSING: Any = (None,) * 6
 
 
 class ArrayCache:
-    """The arrays over parameters, by the parameter's number.
+    """Array views of parameters, by the parameter's index.
 
-    An entry is used only while it belongs to the same ``nn.Parameter`` in the same memory, with the same shape and
-    dtype: ``parameter.data = …``, ``resize_`` and ``share_memory_`` exchange these under one object. Temporary tensors
-    (``functional_call``, parametrizations) and 64-bit ones, whose conversion depends on x64, are not cached.
+    An entry is valid only for the same ``nn.Parameter`` with the same memory, shape and dtype, because
+    ``parameter.data = …``, ``resize_`` and ``share_memory_`` replace these without replacing the object. Temporary
+    tensors (``functional_call``, parametrizations) and 64-bit tensors, whose conversion depends on x64, are not cached.
     """
 
     def __init__(self) -> None:
         self._entries: dict[int, _Entry] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> ArrayCache:
-        """Return an empty cache: a copy of a tower has parameters of its own."""
+        """Return an empty cache, because a copy of a tower has its own parameters."""
         return ArrayCache()
 
     def __reduce__(self) -> tuple[type[ArrayCache], tuple[()]]:
@@ -43,11 +43,11 @@ class ArrayCache:
         return ArrayCache, ()
 
     def clear(self) -> None:
-        """Drop all entries, and with them the references to their memory."""
+        """Drop all entries and their references to memory."""
         self._entries.clear()
 
     def share(self, tensors: Sequence[torch.Tensor]) -> tuple[list[jax.Array], list[Spec]]:
-        """Return the arrays over all parameters, in their order, and their specs.
+        """Return the array views and specs of all parameters, in order.
 
         Args:
             tensors: The parameters.
@@ -59,10 +59,10 @@ class ArrayCache:
         return self._share(enumerate(tensors))
 
     def share_one(self, number: int, tensor: torch.Tensor) -> tuple[jax.Array, Spec]:
-        """Return the array over one parameter, and its spec.
+        """Return the array view and spec of one parameter.
 
         Args:
-            number: The parameter's place in the sequence that :meth:`share` takes.
+            number: The parameter's index in the argument of :meth:`share`.
             tensor: The parameter.
 
         Raises:
@@ -73,8 +73,8 @@ class ArrayCache:
         return array, spec
 
     def _share(self, numbered: Iterable[tuple[int, torch.Tensor]]) -> tuple[list[jax.Array], list[Spec]]:
-        """Return the arrays over numbered parameters, and their specs."""
-        # One loop without calls of Python functions on a hit: a tower may have hundreds of parameters.
+        """Return the array views and specs of numbered parameters."""
+        # A tower may have hundreds of parameters, so a hit calls no Python function.
         entries = self._entries
         arrays, specs = [], []
         for number, tensor in numbered:
@@ -93,7 +93,7 @@ class ArrayCache:
         return arrays, specs
 
     def _convert(self, number: int, tensor: torch.Tensor) -> tuple[jax.Array, Spec]:
-        """Return the array over a tensor, and keep it if that is sound."""
+        """Return the array view of a tensor, and cache it if that is safe."""
         self._entries.pop(number, None)
         array, spec = share(tensor), (tensor.shape, tensor.dtype)
         is_stable = type(tensor) is torch.nn.Parameter and tensor.is_cpu and tensor.dtype not in WIDE

@@ -1,9 +1,9 @@
-"""Conversions of single tensors and arrays by DLPack, through the fastest functions that this JAX offers.
+"""Conversions of single tensors and arrays with DLPack, through the fastest functions of the installed JAX.
 
-``jax.dlpack.from_dlpack`` spends 22 µs a tensor, most of it on choosing a device and on checks that the callers here
-have made already. The two functions below it take 3 and 1 µs, but they are private. So they are tried once, on a small
-tensor, and used only if they behave as expected; otherwise the public functions are used. Buffers on a GPU always take
-the public functions, which synchronise streams.
+``jax.dlpack.from_dlpack`` takes 22 µs per tensor, mostly to select a device and to repeat checks of its callers here.
+The two functions that it wraps take 3 and 1 µs, but they are private. So they are tested once, on a small tensor, and
+used only if they behave as expected. Otherwise, and always for buffers on a GPU, the public functions are used, which
+also synchronize streams.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ import torch.utils.dlpack
 
 
 class Conversions(NamedTuple):
-    """The conversions of buffers on the CPU. They share memory; the caller has checked that this is possible."""
+    """Conversions that share memory. The caller must have checked that this is possible."""
 
     to_jax: Callable[[torch.Tensor], jax.Array]
     to_torch: Callable[[Iterable[jax.Array]], list[torch.Tensor]]
-    """Converts many arrays, because the gradients of a hundred parameters arrive at once."""
+    """Converts many arrays at once, such as the gradients of a hundred parameters."""
     private: bool
-    """True for the private functions of JAX."""
+    """True for JAX's private functions."""
 
 
 def _public_to_jax(tensor: torch.Tensor) -> jax.Array:
@@ -38,7 +38,7 @@ def _public_to_torch(arrays: Iterable[jax.Array]) -> list[torch.Tensor]:
 
 def backend_has_started() -> bool:
     """Return whether JAX has started a backend in this process, or in the process from which it was forked."""
-    # Private, but every public function would start the backend.
+    # A private module, because every public function would start the backend.
     bridge: Any = __import__("jax._src.xla_bridge", fromlist=["xla_bridge"])
     return bool(bridge.backends_are_initialized())
 
@@ -49,7 +49,7 @@ _is_forked = False
 def _after_fork() -> None:
     """Mark a child process forked after JAX has started, so that its next conversion raises.
 
-    JAX's threads do not exist in the child, and a program would wait for them for ever.
+    JAX's threads do not exist in the child, and a program would wait for them forever.
     """
     global _is_forked
     if backend_has_started():
@@ -63,7 +63,7 @@ PUBLIC = Conversions(_public_to_jax, _public_to_torch, private=False)
 
 
 def _private_conversions() -> Conversions:
-    """Build conversions from private functions of JAX and torch; any exception means: use the public ones."""
+    """Build conversions from private functions of JAX and torch. If this raises, use the public ones."""
     native: Any = __import__("jax._src.lib", fromlist=["_jax"])._jax
     wrap, unwrap = native.dlpack_managed_tensor_to_buffer, native.buffer_to_dlpack_managed_tensor
     pack, unpack = cast(Any, torch._C)._to_dlpack, cast(Any, torch._C)._from_dlpack
@@ -79,8 +79,8 @@ def _private_conversions() -> Conversions:
     return Conversions(to_jax, to_torch, private=True)
 
 
-def _are_sound(conversions: Conversions) -> bool:
-    """Return whether a round trip keeps a tensor in its memory, and a misaligned tensor is refused, not copied."""
+def _are_valid(conversions: Conversions) -> bool:
+    """Return whether a round trip shares memory, and a misaligned tensor is refused instead of copied."""
     tensor = torch.arange(32, dtype=torch.float32)
     array = conversions.to_jax(tensor)
     (back,) = conversions.to_torch([array])
@@ -98,7 +98,7 @@ def _are_sound(conversions: Conversions) -> bool:
 
 @functools.cache
 def cpu_conversions() -> Conversions:
-    """Return the conversions of CPU buffers. They are chosen at the first call, which starts JAX's backend.
+    """Return the conversions for CPU buffers, which are selected on the first call. This starts JAX's backend.
 
     Raises:
         RuntimeError: in a process that was forked after JAX's backend had started.
@@ -106,11 +106,11 @@ def cpu_conversions() -> Conversions:
     if _is_forked:
         raise RuntimeError(
             f"recis_hybrid.bridge: process {os.getpid()} was forked after JAX had started, and JAX would hang in it; "
-            "use JAX in the parent process only, or start workers by "
+            "use JAX in the parent process only, or start workers with "
             "DataLoader(multiprocessing_context='forkserver') or 'spawn'"
         )
     try:
         conversions = _private_conversions()
-        return conversions if _are_sound(conversions) else PUBLIC
+        return conversions if _are_valid(conversions) else PUBLIC
     except Exception:
         return PUBLIC

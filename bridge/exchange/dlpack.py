@@ -1,7 +1,7 @@
 """Conversion of tensors to JAX and of arrays to torch, in shared memory.
 
-JAX's own conversion copies silently when memory is not aligned, and truncates int64 to int32 while x64 is off. Here
-both are errors that name the cause and the remedy. The contract of lifetime and mutation is in README.md.
+JAX's own conversion silently copies misaligned memory, and truncates int64 to int32 while x64 is off. Here both are
+errors that state the cause and the remedy. README.md is the contract on lifetime and mutation.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _STRIDED: Final = torch.strided
 _NUMPY_DTYPES: Final = {torch.bfloat16: torch.int16} | {
     dtype: torch.uint8 for dtype in DTYPES if dtype.is_floating_point and dtype.itemsize == 1
 }
-"""Dtypes of the same size for those that numpy lacks."""
+"""Numpy-compatible dtypes of the same size for dtypes that numpy lacks."""
 
 _lock = threading.Lock()
 _copies = 0
@@ -46,8 +46,8 @@ def copies() -> int:
     """Return the number of tensors and arrays that this process has copied between torch and JAX.
 
     Returns:
-        The number of copies since the start: those requested by ``copy=True``, and gradients and tensors in compiled
-        graphs that could not be shared (``JaxTower.copies`` counts those of one tower).
+        The number of copies so far: those requested with ``copy=True``, and gradients and tensors in compiled graphs
+        that could not be shared (``JaxTower.copies`` counts the latter for one tower).
 
     Example:
         >>> before = copies()
@@ -72,15 +72,15 @@ def to_jax(tensor: Any, *, copy: bool = False) -> Any: ...
 def to_jax(tensor: Any, *, copy: bool = False) -> Any:
     """Convert a tensor to a JAX array in the same memory.
 
-    The array and the tensor share one buffer, which lives as long as either does. JAX takes arrays to be constant: do
-    not write to the tensor while the array is in use. A buffer on the CPU can no longer be resized (``resize_`` to more
-    elements raises), because torch would free memory that JAX reads; do not resize one on a GPU.
+    The array and the tensor share one buffer, which lives as long as either does. JAX assumes that arrays are
+    immutable: do not write to the tensor while the array is in use. A buffer on the CPU can no longer be resized
+    (``resize_`` to more elements raises), because torch would free memory that JAX reads. Do not resize one on a GPU.
 
     Args:
-        tensor: A tensor of any shape, or a pytree of tensors (dict, list, tuple, None, or any other that JAX knows).
-            Tensors must be contiguous, aligned to 64 bytes, and detached. README.md lists the dtypes; 64-bit ones need
-            ``jax_enable_x64``.
-        copy: Whether to copy; then the tensor may be strided or misaligned. :func:`copies` counts each copy.
+        tensor: A tensor of any shape, or a pytree of tensors (dict, list, tuple, None, or any type registered with
+            JAX). Tensors must be contiguous, aligned to 64 bytes, and detached. README.md lists the dtypes; 64-bit
+            dtypes need ``jax_enable_x64``.
+        copy: True to copy; the tensor may then be strided or misaligned. :func:`copies` counts each copy.
 
     Returns:
         A ``jax.Array`` of the same shape and dtype, committed to the tensor's device, or a pytree of arrays.
@@ -111,19 +111,19 @@ def to_torch(array: Any, *, copy: bool = False) -> Any:
     """Convert a JAX array to a tensor in the same memory.
 
     On the CPU this waits until the array has been computed. The tensor and the array share one buffer, which lives as
-    long as either does. JAX takes the array to be constant, and torch does not know that: do not write to the tensor
-    while the array is in use.
+    long as either does. JAX assumes that the array is immutable, but torch does not enforce it: do not write to the
+    tensor while the array is in use.
 
     Args:
         array: A ``jax.Array`` of any shape, on one device, or a pytree of arrays.
-        copy: Whether to copy; then the tensor may be written to. :func:`copies` counts each copy.
+        copy: True to copy; the tensor may then be written to. :func:`copies` counts each copy.
 
     Returns:
         A tensor of the same shape and dtype, on the array's device, or a pytree of tensors.
 
     Raises:
         TypeError: if a leaf is not a ``jax.Array``, or is being traced.
-        ValueError: if the array is spread over several devices, has been deleted (or donated), or has a dtype that
+        ValueError: if the array is sharded over several devices, has been deleted (or donated), or has a dtype that
             torch lacks.
 
     Example:
@@ -140,11 +140,11 @@ def to_torch(array: Any, *, copy: bool = False) -> Any:
 
 
 def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
-    """Convert one tensor as :func:`to_jax` does, whether or not it requires a gradient.
+    """Convert one tensor like :func:`to_jax`, even if it requires a gradient.
 
     Args:
         tensor: A tensor of any shape, contiguous and aligned to 64 bytes.
-        where: The start of error messages.
+        where: The prefix of error messages.
 
     Returns:
         The array in the tensor's memory.
@@ -153,7 +153,7 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
         TypeError: if it is not a plain tensor.
         ValueError: if the memory cannot be shared.
     """
-    # All conditions in one expression, for speed; sharing_error then finds the one that failed.
+    # All conditions are in one expression for speed. sharing_error finds the one that failed.
     kind = type(tensor)
     if (
         (kind is not torch.Tensor and kind is not torch.nn.Parameter and not _is_plain(tensor))
@@ -170,7 +170,7 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
         raise sharing_error(tensor, where)
     shape = tensor.shape
     if 1 in shape or 0 in shape:
-        # The strides of these dimensions are arbitrary, but other strides are another layout to XLA: it compiles anew.
+        # The strides of these dimensions are arbitrary, but XLA recompiles for different strides.
         strides = _canonical_strides(shape)
         if tensor.stride() != strides:
             tensor = tensor.as_strided(shape, strides)
@@ -179,11 +179,11 @@ def share(tensor: torch.Tensor, where: str = "to_jax") -> jax.Array:
     try:
         return PUBLIC.to_jax(tensor)
     except RuntimeError as error:
-        raise ValueError(f"{where}: the tensor is on {tensor.device}, which JAX cannot use here: {error}") from error
+        raise ValueError(f"{where}: the tensor is on {tensor.device}, which JAX cannot use: {error}") from error
 
 
 def unshare(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
-    """Convert arrays as :func:`to_torch` does, all on one device and of dtypes that torch supports.
+    """Convert arrays like :func:`to_torch`, all on one device and of dtypes that torch supports.
 
     Args:
         arrays: Arrays of any shapes, such as the results of a jitted call.
@@ -199,50 +199,48 @@ def unshare(arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
 
 
 def x64_is_on() -> bool:
-    """Return whether JAX supports 64-bit numbers, in this thread."""
+    """Return whether ``jax_enable_x64`` is on in this thread."""
     return bool(cast(Any, jax.config).jax_enable_x64)
 
 
 def sharing_error(tensor: object, where: str) -> TypeError | ValueError:
-    """Return the error for a tensor that cannot be shared with JAX: the cause and the remedy.
+    """Return the error for a tensor that cannot be shared with JAX, with the cause and the remedy.
 
     Args:
         tensor: The tensor, or an object of another type.
-        where: The start of the message.
+        where: The prefix of the message.
     """
     if not isinstance(tensor, torch.Tensor):
-        return TypeError(f"{where}: takes tensors, got {type(tensor).__qualname__}")
+        return TypeError(f"{where}: expected tensors, got {type(tensor).__qualname__}")
     got = f"(shape {tuple(tensor.shape)}, {_name(tensor.dtype)}, {tensor.device})"
     if not _is_plain(tensor):
-        return TypeError(f"{where}: takes plain tensors, got {type(tensor).__qualname__} {got}, which wraps others")
+        return TypeError(f"{where}: expected plain tensors, got the wrapper {type(tensor).__qualname__} {got}")
     if not (tensor.is_cpu or tensor.is_cuda):
-        cause = (
-            f"its device, {tensor.device}, is not one that torch and JAX share; move it by .to('cpu') or .to('cuda')"
-        )
+        cause = f"its device, {tensor.device}, is not shared by torch and JAX; move it with .to('cpu') or .to('cuda')"
     elif tensor.layout is not torch.strided:
         cause = f"its layout is {tensor.layout}; pass its parts, or .to_dense()"
     elif tensor.dtype not in DTYPES:
-        cause = "JAX lacks this dtype, or does not take it by DLPack; cast it by .to(dtype)"
+        cause = "JAX lacks this dtype, or does not accept it through DLPack; cast it with .to(dtype)"
     elif tensor.dtype in WIDE and not x64_is_on():
         cause = (
-            "JAX would cut its 64-bit elements to 32 bits, because x64 is off; "
-            "turn it on by jax.config.update('jax_enable_x64', True), or cast the tensor where the values allow it"
+            "JAX would truncate its 64-bit elements to 32 bits, because x64 is off; "
+            "turn it on with jax.config.update('jax_enable_x64', True), or cast the tensor if its values allow it"
         )
     elif tensor.is_neg() or tensor.is_conj():
-        cause = "it is a lazy negation or conjugate; materialise it by .resolve_neg().resolve_conj()"
+        cause = "it is a lazy negation or conjugate; materialize it with .resolve_neg().resolve_conj()"
     elif not tensor.is_contiguous():
         kind = "expanded (stride 0)" if 0 in tensor.stride() else "strided"
-        cause = f"it is {kind}, strides {tuple(tensor.stride())}; copy it by .contiguous(), or pass copy=True"
+        cause = f"it is {kind}, strides {tuple(tensor.stride())}; copy it with .contiguous(), or pass copy=True"
         cause += ", or pass the whole buffer and slice it in JAX"
     elif tensor.untyped_storage().nbytes() < (tensor.storage_offset() + tensor.numel()) * tensor.itemsize:
         cause = (
-            f"its storage has been freed, {tensor.untyped_storage().nbytes()} bytes are left (by a storage's resize_, "
-            "or by FSDP between uses); pass it while it has memory"
+            f"its storage has been freed to {tensor.untyped_storage().nbytes()} bytes (by a storage's resize_, or by "
+            "FSDP between uses); pass it while its memory is allocated"
         )
     else:
         cause = (
             f"its memory starts {tensor.data_ptr() % ALIGNMENT} bytes past a multiple of {ALIGNMENT}; "
-            f"copy it by .clone(), or pass copy=True (a slice of rows is aligned if bytes of a row × first row is a "
+            f"copy it with .clone(), or pass copy=True (a slice of rows is aligned if first row × bytes per row is a "
             f"multiple of {ALIGNMENT})"
         )
     return ValueError(f"{where}: the tensor {got} cannot share memory with JAX: {cause}")
@@ -264,7 +262,7 @@ def _to_jax(tensor: object, copy: bool, where: str) -> jax.Array:
         return array
     array = share(tensor, where)
     if tensor.is_cpu and tensor.untyped_storage().resizable():
-        # A numpy view makes the storage unresizable for good; torch offers no other way to do that.
+        # A numpy view makes the storage permanently unresizable. torch offers no other way.
         (tensor.view(_NUMPY_DTYPES[tensor.dtype]) if tensor.dtype in _NUMPY_DTYPES else tensor).numpy()
     return array
 
@@ -272,18 +270,18 @@ def _to_jax(tensor: object, copy: bool, where: str) -> jax.Array:
 def _to_torch(array: object, copy: bool, where: str) -> torch.Tensor:
     """Convert one leaf; see :func:`to_torch`."""
     if isinstance(array, jax.core.Tracer):
-        raise TypeError(f"{where}: takes arrays with values, got {array}, which is being traced by jit, grad or vmap")
+        raise TypeError(f"{where}: expected a concrete array, got {array}, which is being traced by jit, grad or vmap")
     if not isinstance(array, jax.Array):
-        raise TypeError(f"{where}: takes arrays of JAX, got {type(array).__qualname__}")
+        raise TypeError(f"{where}: expected JAX arrays, got {type(array).__qualname__}")
     devices = array.sharding.device_set
     if len(devices) != 1 or array.dtype not in _ARRAY_DTYPES or array.is_deleted():
         got = f"(shape {array.shape}, {array.dtype.name})"
         if array.is_deleted():
-            cause = "it has been deleted; an array donated to a jitted call is gone"
+            cause = "it has been deleted; do not use an array after donating it to a jitted call"
         elif len(devices) != 1:
-            cause = f"it is spread over {len(devices)} devices; gather it by jax.device_put(array, device)"
+            cause = f"it is sharded over {len(devices)} devices; gather it with jax.device_put(array, device)"
         else:
-            cause = "torch lacks this dtype; cast it by .astype, or pass jax.random.key_data of a PRNG key"
+            cause = "torch lacks this dtype; cast it with .astype, or pass jax.random.key_data of a PRNG key"
         raise ValueError(f"{where}: the array {got} cannot share memory with torch: {cause}")
     (tensor,) = unshare([array])
     if copy:
@@ -293,7 +291,7 @@ def _to_torch(array: object, copy: bool, where: str) -> torch.Tensor:
 
 
 def _is_plain(tensor: object) -> bool:
-    """Return whether it is a tensor with memory of its own; fake, distributed and nested ones wrap others."""
+    """Return whether an object is a tensor with its own memory, unlike fake, distributed and nested tensors."""
     if not isinstance(tensor, torch.Tensor):
         return False
     return type(tensor).__torch_dispatch__ is cast(Any, torch.Tensor).__torch_dispatch__

@@ -19,7 +19,7 @@ class Runner:
 
     Args:
         programs: The tower's programs.
-        where: The start of error messages.
+        where: The prefix of error messages.
         names: The parameters' dotted names.
 
     Attributes:
@@ -45,11 +45,11 @@ class Runner:
     def run(self, kind: str, program: Jitted, arrays: Sequence[jax.Array]) -> list[torch.Tensor]:
         """Run a program and return its results as tensors in their memory.
 
-        The conversion waits for the whole program, so that torch may write to the arguments afterwards; on a GPU it
-        makes torch's stream wait. ``arrays`` keeps the arguments alive until then.
+        The conversion waits for the program to finish (on a GPU, it makes torch's stream wait), so torch may write to
+        the arguments afterwards. ``arrays`` keeps the arguments alive until then.
 
         Args:
-            kind: "forward" or "backward", for a note on exceptions.
+            kind: "forward" or "backward", for notes on exceptions.
             program: The jitted call.
             arrays: Its arguments.
         """
@@ -60,9 +60,9 @@ class Runner:
             raise
 
     def share_or_copy(self, tensor: torch.Tensor, what: str) -> jax.Array:
-        """Return the array over a tensor, or over a copy, which is counted, if JAX cannot use its memory.
+        """Return the array view of a tensor, or of a copy if JAX cannot use its memory. Copies are counted.
 
-        For tensors whose layout the user does not choose: gradients (that of ``y.sum()`` is expanded), and tensors
+        For tensors whose layout the user does not control: gradients (that of ``y.sum()`` is expanded), and tensors
         between the operators of a compiled graph.
 
         Args:
@@ -77,8 +77,7 @@ class Runner:
         except RuntimeError as error:
             raise RuntimeError(
                 f"{self.where}: {what} is batched (by is_grads_batched=True, jacobian(vectorize=True) or vmap), which "
-                "does not work through a JAX function; pass one gradient after the other, or use jax.jacobian inside "
-                "the tower"
+                "does not work through a JAX function; pass gradients one by one, or use jax.jacobian inside the tower"
             ) from error
         if not tensor.is_contiguous() or pointer % ALIGNMENT or tensor.is_neg() or tensor.is_conj():
             tensor = tensor.resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
@@ -87,17 +86,17 @@ class Runner:
         return share(tensor, f"{self.where}: {what}")
 
     def share_saved(self, program: Forward, cache: ArrayCache, place: int, tensor: torch.Tensor) -> jax.Array:
-        """Return the array over a saved tensor.
+        """Return the array view of a saved tensor.
 
         Args:
             program: The forward program.
-            cache: The arrays over parameters.
-            place: The tensor's place in the pool.
+            cache: The array views of parameters.
+            place: The tensor's index in the pool.
             tensor: The saved tensor.
 
         Raises:
             RuntimeError: if its shape or dtype has changed since forward (``tensor.data = …``), which torch does not
-                notice.
+                detect.
         """
         if place >= len(program.specs):
             return share(tensor, f"{self.where}: saved tensor")
@@ -110,13 +109,13 @@ class Runner:
             (shape, dtype), (new_shape, new_dtype) = program.specs[place], spec
             raise RuntimeError(
                 f"{self.where}: {what} was {tuple(shape)}, {dtype} in forward and is {tuple(new_shape)}, {new_dtype} "
-                "in backward; exchange its memory before forward or after backward"
+                "in backward; replace its memory before forward or after backward"
             )
         return array
 
 
-# The base class of torch.autograd.Function, if torch has it: Function.apply adds support for torch.func, which a tower
-# refuses, at a cost for each parameter.
+# The base class of torch.autograd.Function, if torch has it. Function.apply adds support for torch.func, which costs
+# time for each parameter and which towers refuse anyway.
 _Function: Any = getattr(torch.autograd.function, "_SingleLevelFunction", torch.autograd.Function)
 
 
@@ -127,14 +126,14 @@ class Apply(_Function):  # type: ignore[misc]
     def forward(
         ctx: Any, runner: Runner, cache: ArrayCache, program: Forward, arrays: list[jax.Array], *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        """Run the forward program and save the residuals as torch does, which checks and frees them.
+        """Run the forward program and save the residuals with torch, which checks and frees them.
 
         Args:
             ctx: The node.
             runner: The calls of the tower's programs.
-            cache: The arrays over parameters.
+            cache: The array views of parameters.
             program: The forward program.
-            arrays: The arrays over the leaves.
+            arrays: The array views of the leaves.
             *tensors: The leaves.
 
         Returns:
@@ -176,7 +175,7 @@ class Apply(_Function):  # type: ignore[misc]
         results: list[torch.Tensor] = []
         if any(has_gradient):
             anchor, *saved = ctx.saved_tensors
-            # torch may run this in another thread, in which a `with jax.enable_x64()` around forward has no effect.
+            # torch may run this in another thread, where a `with jax.enable_x64()` around forward has no effect.
             with x64_context(program.x64):
                 arrays = [
                     runner.share_saved(program, ctx.cache, place, tensor)
@@ -190,7 +189,7 @@ class Apply(_Function):  # type: ignore[misc]
                 backward = runner.programs.backward(program, has_gradient, stacked=True)
                 results = backward.split(runner.run("backward", backward.run, arrays))
             if torch.is_grad_enabled():
-                # The results depend on the gradients, and, by way of the anchor, an output of this node, on its leaves.
+                # The results depend on the gradients and, through the anchor, an output of this node, on its leaves.
                 sources = [anchor, *[gradient for gradient in gradients if gradient is not None]]
                 results = list(cast(Any, _OnceDifferentiable).apply(runner.where, len(sources), *sources, *results))
         if results and program.trailing_constants is not None:
@@ -200,11 +199,11 @@ class Apply(_Function):  # type: ignore[misc]
 
 
 class _OnceDifferentiable(torch.autograd.Function):
-    """The identity on gradients under ``create_graph=True``, which raises if they are differentiated again.
+    """Identity on gradients under ``create_graph=True`` that raises if they are differentiated again.
 
     Without it the gradients would count as constants, and a gradient penalty would silently have no effect. torch skips
-    nodes that do not lead to the tensors by which it differentiates, so this node depends on everything that the
-    gradients depend on.
+    nodes that do not lead to the tensors with respect to which it differentiates, so this node depends on everything
+    that the gradients depend on.
     """
 
     @staticmethod
@@ -223,10 +222,10 @@ def double_backward_error(where: str) -> RuntimeError:
     """Return the error for a second differentiation."""
     return RuntimeError(
         f"{where}: its gradients cannot be differentiated again (double backward); compute second derivatives inside "
-        "the JAX function, by jax.grad, and return the result as an output"
+        "the JAX function with jax.grad, and return the result as an output"
     )
 
 
 def x64_context(enabled: bool) -> contextlib.AbstractContextManager[Any]:
-    """Return a context in which ``jax_enable_x64`` has the value with which a program was traced."""
+    """Return a context in which ``jax_enable_x64`` has the value that it had when a program was traced."""
     return contextlib.nullcontext() if x64_is_on() == enabled else jax.enable_x64(enabled)

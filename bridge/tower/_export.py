@@ -1,4 +1,4 @@
-"""Export of a tower for serving: its function, as ``jax.export`` writes it, and its parameters."""
+"""Export of a tower for serving: its function, serialized by ``jax.export``, and its parameters."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ def describe(inputs: tuple[Any, ...], dims: Dims | None, where: str) -> tuple[tu
 
     Args:
         inputs: Pytrees of tensors.
-        dims: For each input, the names of its leading dimensions; by default the first one is "batch".
-        where: The start of error messages.
+        dims: For each input, the names of its leading dimensions; by default the first dimension is "batch".
+        where: The prefix of error messages.
 
     Returns:
         The inputs as pytrees of ``jax.ShapeDtypeStruct``, and the symbols by name.
@@ -44,16 +44,14 @@ def describe(inputs: tuple[Any, ...], dims: Dims | None, where: str) -> tuple[tu
     def struct(path: Any, leaf: Any, names: Sequence[str | None], number: int) -> Any:
         label = f"{where}: input[{number}]{jax.tree_util.keystr(path)}"
         if not isinstance(leaf, torch.Tensor):
-            raise TypeError(f"{label}: takes tensors, got {type(leaf).__qualname__}")
+            raise TypeError(f"{label}: expected tensors, got {type(leaf).__qualname__}")
         dtype = str(leaf.dtype).removeprefix("torch.")
         if leaf.dtype not in DTYPES or (leaf.dtype in WIDE and not x64_is_on()):
             raise ValueError(
-                f"{label}: JAX does not support {dtype} here (64-bit dtypes need jax_enable_x64); cast the tensor"
+                f"{label}: JAX does not support {dtype} (64-bit dtypes need jax_enable_x64); cast the tensor"
             )
         if dims is not None and leaf.dim() < len(names):
-            raise ValueError(
-                f"{label}: must have dimensions {tuple(names)}, got shape {tuple(leaf.shape)}; correct dims"
-            )
+            raise ValueError(f"{label}: must have dimensions {tuple(names)}, got shape {tuple(leaf.shape)}; fix dims")
         shape = [size if name is None else symbols[name] for name, size in zip(names, leaf.shape, strict=False)]
         return cast(Any, jax.ShapeDtypeStruct)((*shape, *leaf.shape[len(shape) :]), dtype)
 
@@ -79,15 +77,15 @@ def write(
     platforms: Sequence[str] | None,
     where: str,
 ) -> None:
-    """Write a function and its parameters into a new folder, which appears when it is complete.
+    """Write a function and its parameters to a new folder, atomically.
 
     Args:
-        path: The folder to make.
+        path: The folder to create.
         function: ``function(named, *inputs)``, which jit can trace.
         named: The parameters and the state, by dotted name.
         structs: The shapes and dtypes of the inputs.
         platforms: The platforms to compile for; None for JAX's default backend.
-        where: The start of error messages.
+        where: The prefix of error messages.
 
     Raises:
         FileExistsError: if the folder exists.
@@ -104,7 +102,7 @@ def write(
         complete = Path(folder) / "complete"
         complete.mkdir()
         (complete / PROGRAM).write_bytes(exported.serialize())
-        # Copied, because parameters may share memory (tied weights), which safetensors refuses.
+        # Cloned, because safetensors refuses parameters that share memory (tied weights).
         values = {name: tensor.detach().cpu().clone() for name, tensor in named.items()}
         safetensors.torch.save_file(values, complete / PARAMETERS)
         os.rename(complete, path)

@@ -10,11 +10,11 @@ import jax
 import torch
 
 KEY_IMPL = "threefry2x32"
-"""Fixed, so that random numbers do not depend on ``jax_default_prng_impl``."""
+"""PRNG implementation, fixed so that random numbers do not depend on ``jax_default_prng_impl``."""
 
 
 def keyword_names(f: Callable[..., Any]) -> frozenset[str]:
-    """Return those of ``key``, ``train`` and ``masks`` that are keyword-only parameters of a function."""
+    """Return the subset of ``key``, ``train`` and ``masks`` that are keyword-only parameters of a function."""
     try:
         parameters = inspect.signature(f).parameters.values()
     except (TypeError, ValueError):  # functions written in C have no signature
@@ -26,8 +26,8 @@ def keyword_names(f: Callable[..., Any]) -> frozenset[str]:
 def draw_key() -> torch.Tensor:
     """Return the data of a PRNG key, uint32 ``(2,)``, drawn from torch's CPU generator.
 
-    So ``torch.manual_seed`` determines it, and activation checkpointing, which restores that generator, draws the same
-    key again.
+    ``torch.manual_seed`` therefore determines it, and activation checkpointing, which restores that generator, draws
+    the same key again.
     """
     return torch.randint(-(2**31), 2**31, (2,), dtype=torch.int32).view(torch.uint32)
 
@@ -42,7 +42,7 @@ def static_signature(static: Mapping[str, Any], where: str) -> tuple[Hashable, .
 
     Args:
         static: The arguments by name.
-        where: The start of error messages.
+        where: The prefix of error messages.
 
     Raises:
         TypeError: if a value is a tensor or an array, or cannot be hashed.
@@ -53,7 +53,7 @@ def static_signature(static: Mapping[str, Any], where: str) -> tuple[Hashable, .
         if isinstance(value, torch.Tensor | jax.Array):
             raise TypeError(
                 f"{where}: the keyword {name!r} is a {type(value).__qualname__}, but keywords are static, and each new "
-                "value compiles anew; pass tensors by position"
+                "value triggers a compilation; pass tensors by position"
             )
         try:
             hash(value)

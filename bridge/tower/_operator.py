@@ -1,7 +1,7 @@
 """Towers inside ``torch.compile``: their programs as two operators that are opaque to the compiler.
 
-Dynamo traces torch, not JAX. So a tower's forward is called as a whole (``nonstrict_trace``) on fake tensors: the call
-finds the program of their shapes, registers it under a number, and adds one operator with that number to the graph.
+Dynamo traces torch, not JAX, so it calls a tower's forward as a whole (``nonstrict_trace``) on fake tensors. The call
+looks up the program for their shapes, registers it under a number, and adds one operator with that number to the graph.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from recis_hybrid.bridge.tower._programs import Forward
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """The program of an operator's number, and the shapes and dtypes of its leaves and results."""
+    """A registered program, and the shapes and dtypes of its leaves and results."""
 
     runner: Runner
     program: Forward
@@ -29,12 +29,12 @@ class Call:
     results: tuple[jax.ShapeDtypeStruct, ...]
 
 
-_calls: list[Call] = []  # never removed, as the graphs that torch compiles are not
+_calls: list[Call] = []  # by number; never removed, because torch's compiled graphs refer to them
 _numbers: dict[int, int] = {}  # by the id of the program
 
 
 def structs(tensors: Sequence[torch.Tensor]) -> list[jax.ShapeDtypeStruct]:
-    """Return the shapes and dtypes of tensors as JAX traces them; symbolic sizes are specialised."""
+    """Return the shapes and dtypes of tensors for tracing in JAX; symbolic sizes are specialized."""
     return [
         cast(Any, jax.ShapeDtypeStruct)(tuple(int(size) for size in tensor.shape), _name(tensor.dtype))
         for tensor in tensors
@@ -42,7 +42,7 @@ def structs(tensors: Sequence[torch.Tensor]) -> list[jax.ShapeDtypeStruct]:
 
 
 def register_call(runner: Runner, program: Forward, leaves: Sequence[jax.ShapeDtypeStruct]) -> int:
-    """Return the number under which the operators find a program, registering it at the first call."""
+    """Return the number of a program, registering it on the first call."""
     number = _numbers.get(id(program))
     if number is None:
         with x64_context(program.x64):
@@ -54,7 +54,7 @@ def register_call(runner: Runner, program: Forward, leaves: Sequence[jax.ShapeDt
 
 @torch.library.custom_op("recis_bridge::tower_forward", mutates_args=())
 def tower_forward(number: int, tensors: list[torch.Tensor]) -> list[torch.Tensor]:
-    """Run a forward program, from leaves to outputs and those residuals that are neither leaves nor outputs."""
+    """Run a forward program, from leaves to outputs and the residuals that are neither leaves nor outputs."""
     call = _calls[number]
     with x64_context(call.program.x64):
         return call.runner.run("forward", call.program.run, _arrays(call.runner, tensors, "input"))
@@ -124,14 +124,14 @@ tower_backward.register_autograd(_refuse, setup_context=_keep_number)
 
 
 def is_tracing() -> bool:
-    """Return whether torch.compile or torch.export is tracing, also where Dynamo calls a function as a whole."""
-    # Before torch 2.13, is_compiling() is true in code that Dynamo traces, but not in functions that it calls.
+    """Return whether torch.compile or torch.export is tracing, including in functions that Dynamo calls as a whole."""
+    # Before torch 2.13, is_compiling() is True in code that Dynamo traces, but not in functions that it calls.
     return torch.compiler.is_compiling() or torch._guards.TracingContext.try_get() is not None
 
 
 @functools.cache
 def nonstrict(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that Dynamo calls as a whole. This loads torch's compiler, as every torch optimizer does."""
+    """Wrap a function so that Dynamo calls it as a whole. This loads torch's compiler, like every torch optimizer."""
     from torch._dynamo import nonstrict_trace
 
     return nonstrict_trace(cast(Any, function))
@@ -139,19 +139,19 @@ def nonstrict(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @functools.cache
 def eager(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a function that Dynamo keeps out of its graphs, and refuses under ``fullgraph=True``."""
+    """Wrap a function so that Dynamo keeps it out of graphs, and refuses it under ``fullgraph=True``."""
     reason = "a JaxTower with mutable state runs between graphs, because operators cannot write to its buffers"
     return cast(Callable[..., Any], torch.compiler.disable(function, reason=reason))
 
 
 def _arrays(runner: Runner, tensors: list[torch.Tensor], what: str) -> list[jax.Array]:
-    """Return the arrays over tensors, or over copies where JAX cannot use their memory."""
+    """Return the array views of tensors, or of copies where JAX cannot use their memory."""
     return [runner.share_or_copy(tensor, what) for tensor in tensors]
 
 
-def _empty(struct: jax.ShapeDtypeStruct, beside: list[torch.Tensor]) -> torch.Tensor:
-    """Return an uninitialised tensor of a result's shape and dtype, on the device of other tensors."""
-    device = beside[0].device if beside else None
+def _empty(struct: jax.ShapeDtypeStruct, arguments: list[torch.Tensor]) -> torch.Tensor:
+    """Return an uninitialized tensor of a result's shape and dtype, on the device of the arguments."""
+    device = arguments[0].device if arguments else None
     return torch.empty(struct.shape, dtype=getattr(torch, struct.dtype.name), device=device)
 
 

@@ -10,19 +10,19 @@ import jax
 import torch
 
 Dims = Sequence[Sequence[str | None] | None]
-"""For each positional input, the names of its leading dimensions; None for one that is not padded."""
+"""For each positional input, the names of its leading dimensions; None for dimensions that are not padded."""
 
 SMALLEST = 8
 """The smallest power of two to which sizes are padded."""
 
 
 class Padding:
-    """Padding of inputs, and the reverse cut of outputs.
+    """Padding of inputs and trimming of outputs.
 
     Args:
         dims: The names of the inputs' dimensions.
         classes: The sizes to pad to, by name; None for powers of two of at least 8.
-        where: The start of error messages.
+        where: The prefix of error messages.
 
     Raises:
         ValueError: if a name has no classes or no dimension, or classes are not positive integers.
@@ -32,8 +32,8 @@ class Padding:
         named = {name for names in dims for name in names or () if name is not None}
         if named != set(classes):
             raise ValueError(
-                f"{where}: dims and classes must have the same names, got {sorted(named)} and {sorted(classes)}; give "
-                "each name its sizes, or None for powers of two"
+                f"{where}: dims and classes must have the same names, got {sorted(named)} and {sorted(classes)}; set "
+                "sizes for each name, or None for powers of two"
             )
         for name, sizes in classes.items():
             if sizes is not None and (not sizes or any(type(size) is not int or size < 1 for size in sizes)):
@@ -49,10 +49,10 @@ class Padding:
             inputs: Pytrees of tensors, one for each entry of ``dims``.
 
         Returns:
-            The padded inputs, the sizes before by name, and the sizes after by name.
+            The padded inputs, and the sizes by name before and after padding.
 
         Raises:
-            ValueError: if ``dims`` does not fit the inputs, two sizes of one name differ, or one exceeds the largest
+            ValueError: if ``dims`` does not fit the inputs, sizes of one name differ, or a size exceeds the largest
                 class.
         """
         if len(inputs) != len(self.dims):
@@ -62,11 +62,11 @@ class Padding:
             for leaf in jax.tree.leaves(value) if names else ():
                 self._measure(leaf, names or (), f"{self.where}: input[{number}]", sizes)
         padded = {name: self._class_of(name, size) for name, size in sizes.items()}
-        grown = tuple(
-            jax.tree.map(lambda leaf, names=names: _grow(leaf, names, padded), value) if names else value
+        results = tuple(
+            jax.tree.map(lambda leaf, names=names: _pad(leaf, names, padded), value) if names else value
             for names, value in zip(self.dims, inputs, strict=True)
         )
-        return grown, sizes, padded
+        return results, sizes, padded
 
     def masks(
         self, sizes: dict[str, int], padded: dict[str, int], device: torch.device | None
@@ -79,7 +79,7 @@ class Padding:
 
         Args:
             inputs: Pytrees of arrays.
-            keywords: The keywords of the tower's function, among them the masks.
+            keywords: The keywords of the tower's function, including the masks.
             sizes: The sizes by name.
         """
 
@@ -87,17 +87,17 @@ class Padding:
             shape = [size if name is None else sizes[name] for size, name in zip(leaf.shape, names, strict=False)]
             return cast(Any, jax.ShapeDtypeStruct)((*shape, *leaf.shape[len(names) :]), leaf.dtype)
 
-        grown = tuple(
+        resized = tuple(
             jax.tree.map(lambda leaf, names=names or (): struct(leaf, names), value)
             for names, value in zip(self.dims, inputs, strict=True)
         )
         masks = {name: struct(mask, (name,)) for name, mask in keywords.get("masks", {}).items()}
-        return grown, keywords | {"masks": masks} if masks else keywords
+        return resized, keywords | {"masks": masks} if masks else keywords
 
-    def cut(
+    def trim(
         self, outputs: Sequence[torch.Tensor], axes: tuple[tuple[str | None, ...], ...], sizes: dict[str, int]
     ) -> list[torch.Tensor]:
-        """Cut each padded axis of each output back to its size before padding.
+        """Trim each padded axis of each output to its size before padding.
 
         Args:
             outputs: Tensors of any shapes.
@@ -118,15 +118,15 @@ class Padding:
         """Return which axes of the outputs are padded.
 
         Args:
-            outputs: A function from sizes by name to pytrees of the shapes and dtypes of outputs, by their labels in
-                error messages.
+            outputs: A function from sizes by name to pytrees of the shapes and dtypes of outputs, keyed by their labels
+                in error messages.
             padded: The padded sizes of a call, by name.
 
         Returns:
             For each axis of each output, the name whose size it has; None for an axis that depends on no size.
 
         Raises:
-            ValueError: if an axis depends on a size otherwise, so that it is not known what to cut off.
+            ValueError: if an axis depends on a size in another way, so that it is unclear what to trim.
             Exception: any exception of ``outputs``, with a note.
         """
 
@@ -135,8 +135,8 @@ class Padding:
                 trees = outputs(sizes)
             except Exception as error:
                 error.add_note(
-                    f"raised by {self.where} for sizes {sizes}, which it tries to learn which axes of its outputs are "
-                    "padded; its function must accept all sizes"
+                    f"raised by {self.where} for sizes {sizes}, which it tests to find the padded axes of its outputs; "
+                    "its function must accept all sizes"
                 )
                 raise
             return {
@@ -146,22 +146,22 @@ class Padding:
             }
 
         base = shapes(padded)
-        grown = {name: shapes(padded | {name: size + 1}) for name, size in padded.items()}
+        larger = {name: shapes(padded | {name: size + 1}) for name, size in padded.items()}
         axes: list[tuple[str | None, ...]] = []
         for output, shape in base.items():
             names: list[str | None] = []
             for axis, size in enumerate(shape):
-                after = {name: grown[name][output][axis] for name in padded if grown[name][output][axis] != size}
+                after = {name: larger[name][output][axis] for name in padded if larger[name][output][axis] != size}
                 names.append(next(iter(after), None))
                 if len(after) > 1 or any(size != padded[name] or to != size + 1 for name, to in after.items()):
                     causes = " and ".join(
-                        f"{to} where {name!r} is {padded[name] + 1} instead of {padded[name]}"
+                        f"{to} if {name!r} is {padded[name] + 1} instead of {padded[name]}"
                         for name, to in after.items()
                     )
                     raise ValueError(
                         f"{self.where}: axis {axis} of {output} has size {size}, and {causes}, so it does not have the "
-                        "size of one padded dimension, and the tower cannot cut it back; return its parts separately "
-                        "and join them outside the tower, or pad outside the tower"
+                        "size of one padded dimension, and the tower cannot trim it; return its parts separately and "
+                        "join them outside the tower, or pad outside the tower"
                     )
             axes.append(tuple(names))
         return tuple(axes)
@@ -171,13 +171,13 @@ class Padding:
         """Add the sizes of a leaf's named dimensions to ``sizes``."""
         if not isinstance(leaf, torch.Tensor) or leaf.dim() < len(names):
             got = tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else type(leaf).__qualname__
-            raise ValueError(f"{where}: must be a tensor with dimensions {names}, got {got}; correct dims")
+            raise ValueError(f"{where}: must be a tensor with dimensions {names}, got {got}; fix dims")
         for axis, name in enumerate(names):
             if name is not None and sizes.setdefault(name, leaf.shape[axis]) != leaf.shape[axis]:
                 raise ValueError(f"{where}: {name!r} is {leaf.shape[axis]} here, but {sizes[name]} before")
 
     def _class_of(self, name: str, size: int) -> int:
-        """Return the smallest class that holds a size."""
+        """Return the smallest class that fits a size."""
         sizes = self.classes[name]
         if sizes is None:
             return max(SMALLEST, 1 << max(size - 1, 0).bit_length())
@@ -190,8 +190,8 @@ class Padding:
         return sizes[place]
 
 
-def _grow(leaf: torch.Tensor, names: tuple[str | None, ...], padded: dict[str, int]) -> torch.Tensor:
-    """Pad the named axes of a tensor with zeros; a tensor that has the padded sizes is returned as it is."""
+def _pad(leaf: torch.Tensor, names: tuple[str | None, ...], padded: dict[str, int]) -> torch.Tensor:
+    """Pad the named axes of a tensor with zeros, without a copy if it already has the padded sizes."""
     target = [size if name is None else padded[name] for size, name in zip(leaf.shape, names, strict=False)]
     target += leaf.shape[len(names) :]
     if tuple(target) == tuple(leaf.shape):

@@ -1,4 +1,4 @@
-"""Registration of a pytree of arrays as torch parameters under dotted names, and access to them at each call.
+"""Registration of a pytree of arrays as torch parameters under dotted names, and access to them in each call.
 
 ``{"layers": [{"w": …}]}`` becomes the parameter ``layers.0.w``: containers become plain modules, so that
 ``state_dict``, optimizers, ``.to`` and wrappers work as usual. A key with dots (``"encoder.layer.0.weight"``) stands
@@ -28,9 +28,9 @@ def register_leaves(
     """Put a copy of each leaf into a module, as a parameter or buffer under the leaf's dotted name.
 
     Args:
-        module: The module that is to own them.
-        params: A pytree of arrays of JAX, numpy or torch.
-        where: The start of error messages.
+        module: The module that will own them.
+        params: A pytree of JAX, numpy or torch arrays.
+        where: The prefix of error messages.
         kind: "params", or "state" for a pytree whose leaves all become buffers.
 
     Returns:
@@ -49,7 +49,7 @@ def register_leaves(
 
 
 def gather(slots: tuple[Slot, ...]) -> list[torch.Tensor]:
-    """Return the current tensors of slots, which ``.to``, ``functional_call`` and parametrizations exchange."""
+    """Return the current tensors of slots, which ``.to``, ``functional_call`` and parametrizations replace."""
     tensors: list[torch.Tensor] = []
     for owner, name in slots:
         tensor: torch.Tensor | None = owner._parameters.get(name)
@@ -79,7 +79,7 @@ def _names(path: tuple[Any, ...]) -> list[str]:
 
 
 def _register(module: torch.nn.Module, names: list[str], tensor: torch.Tensor, where: str, kind: str) -> Slot:
-    """Register a tensor below a module under the parts of its name, making modules as needed."""
+    """Register a tensor below a module under the parts of its name, creating modules as needed."""
     full = ".".join(names)
     if "" in names:
         raise ValueError(f"{where}: a parameter's name must not have empty parts, got {full!r}; rename the key")
@@ -114,15 +114,15 @@ def _copy(leaf: object, where: str) -> torch.Tensor:
         tensor = _from_numpy(np.asarray(leaf), where)
     else:
         raise TypeError(
-            f"{where}: takes arrays of JAX, numpy or torch, got {type(leaf).__qualname__}; convert a number by "
-            "numpy.asarray(x, 'float32'), and bind other values by functools.partial"
+            f"{where}: expected a JAX, numpy or torch array, got {type(leaf).__qualname__}; convert a number with "
+            "numpy.asarray(x, 'float32'), and bind other values with functools.partial"
         )
     if tensor.dtype not in DTYPES:
         raise ValueError(f"{where}: has dtype {tensor.dtype}, which JAX lacks; cast it")
     if tensor.dtype in WIDE and not x64_is_on():
         raise ValueError(
             f"{where}: has dtype {str(tensor.dtype).removeprefix('torch.')}, which JAX supports only with x64 on; turn "
-            "it on by jax.config.update('jax_enable_x64', True), or cast the array to 32 bits"
+            "it on with jax.config.update('jax_enable_x64', True), or cast the array to 32 bits"
         )
     return tensor.clone(memory_format=torch.contiguous_format)
 
@@ -132,6 +132,6 @@ def _from_numpy(array: np.ndarray[Any, Any], where: str) -> torch.Tensor:
     own = getattr(torch, array.dtype.name, None)
     if not isinstance(own, torch.dtype):
         raise TypeError(f"{where}: torch lacks the dtype {array.dtype.name!r}; cast the array")
-    # torch does not know the package that gives numpy bfloat16 and float8, so their bytes are passed, in native order.
+    # torch does not know numpy's bfloat16 and float8 of ml_dtypes, so pass their bytes, in native order.
     plain = np.array(array, dtype=array.dtype.newbyteorder("="), order="C").reshape(-1).view(np.uint8)
     return torch.from_numpy(plain).view(own).reshape(array.shape)

@@ -1,12 +1,12 @@
 """A JAX function as two jitted programs: forward, which also returns the residuals, and backward.
 
-``jax.vjp`` returns a function that holds its residuals. As the result of a jitted call, that function would carry a
-copy of every weight and input, because the outputs of an executable never share memory with its inputs. So the trace of
-``jax.vjp`` is examined first: a residual that is an input or an output of the function is recorded as such, a constant
-is kept as a constant, and the forward program returns the remaining ones only.
+``jax.vjp`` returns a function that holds its residuals. Returned from a jitted call, that function would contain a copy
+of every weight and input, because the outputs of an executable never share memory with its inputs. So the trace of
+``jax.vjp`` is examined first. Residuals that are inputs or outputs of the function are recorded as such, constants are
+kept as constants, and the forward program returns only the remaining residuals.
 
 Legend: a leaf is one tensor of the parameters, inputs or keywords, in that order; the pool of a call is its leaves,
-then its outputs, then its other residuals; the spec of a tensor is its shape and dtype.
+followed by its outputs and its other residuals; the spec of a tensor is its shape and dtype.
 """
 
 from __future__ import annotations
@@ -50,25 +50,26 @@ class Output:
 
 @dataclasses.dataclass(frozen=True)
 class Residual:
-    """The source of one residual in backward: the saved tensor at ``place``, or, if that is None, ``constant``."""
+    """The source of one residual in backward: the saved tensor at index ``place``, or ``constant`` if it is None."""
 
     place: int | None = None
     constant: Any = None
     key_impl: Any = None
-    """The implementation of a typed PRNG key, of which only the data is saved."""
+    """Implementation of a typed PRNG key, of which only the data is saved."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Backward:
-    """The backward program of one signature and one choice of outputs that have a gradient.
+    """The backward program for one signature and one set of outputs that have a gradient.
 
-    Small gradients of one spec are returned as one stacked array: converting each by itself takes longer than computing
-    it.
+    Small gradients of one spec are returned as one stacked array, because converting each of them takes longer than
+    computing it.
 
     Attributes:
-        run: The jitted call, from saved tensors and gradients of outputs to stacks of gradients, then single ones.
+        run: The jitted call, from saved tensors and gradients of outputs to stacked gradients, followed by single
+            ones.
         stacks: The number of stacks.
-        order: For each leaf that needs a gradient, its place among the gradients once the stacks are split.
+        order: For each leaf that needs a gradient, its index among the gradients after the stacks are split.
     """
 
     run: Jitted
@@ -76,10 +77,10 @@ class Backward:
     order: tuple[int, ...]
 
     def split(self, results: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Return the gradients of the leaves that need one, in their order, from the results of the program."""
+        """Return the gradients of the leaves that need one, in order, from the results of the program."""
         if not self.stacks:
             return list(results)
-        # .data detaches parts from the stack, so that a write to one gradient does not count as a change of the others.
+        # .data detaches the parts from the stack, so that a write to one does not bump the version of the others.
         parts = [part.data for stack in results[: self.stacks] for part in stack.unbind()]
         return list(operator.itemgetter(*self.order)([*parts, *results[self.stacks :]]))
 
@@ -94,11 +95,12 @@ class Forward:
         outputs: The outputs of the function.
         out_tree: The structure of the outputs.
         needs_grad: For each leaf, whether it needs a gradient.
-        saved: The places in the pool of the tensors to save for backward.
-        residuals: The leaves of the function that ``jax.vjp`` returned.
+        saved: The indices in the pool of the tensors to save for backward.
+        residuals: The leaves of the function returned by ``jax.vjp``.
         vjp_tree: The structure of that function.
         x64: Whether ``jax_enable_x64`` was on.
-        backwards: The backward programs, by which outputs have a gradient, and whether results may share memory.
+        backwards: The backward programs; the key says which outputs have a gradient, and whether results may share
+            memory.
     """
 
     run: Jitted
@@ -114,13 +116,13 @@ class Forward:
 
     @functools.cached_property
     def trailing_constants(self) -> int | None:
-        """The number of leaves without a gradient, if all of them come last; None if they do not."""
+        """The number of leaves without a gradient if they are all at the end, else None."""
         count = self.needs_grad.count(True)
         return len(self.needs_grad) - count if all(self.needs_grad[:count]) else None
 
 
 class Programs:
-    """The programs of one JAX function, traced at first use and cached.
+    """The programs of one JAX function, traced on first use and cached.
 
     Args:
         f: The function, ``f(params, *inputs, **keywords, **static)``.
@@ -130,7 +132,7 @@ class Programs:
         remat: Whether backward recomputes residuals: True for all, or a policy of ``jax.checkpoint_policies``.
 
     Attributes:
-        compilations: The number of programs traced, and so compiled.
+        compilations: The number of programs traced and compiled.
     """
 
     def __init__(
@@ -150,7 +152,7 @@ class Programs:
         self._forwards: dict[Hashable, Forward] = {}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Programs:
-        """Return the same object: a copy of a module computes the same function and shares its compiled programs."""
+        """Return the same object, because a copied module computes the same function and shares compiled programs."""
         return self
 
     def __getstate__(self) -> dict[str, Any]:
@@ -166,12 +168,12 @@ class Programs:
         needs_grad: tuple[bool, ...],
         static: Mapping[str, Any],
     ) -> Forward:
-        """Return the forward program of a signature, which is traced at its first call.
+        """Return the forward program of a signature, which is traced on the first call.
 
         Args:
             signature: Everything that the program depends on besides the function: structure, shapes, dtypes, device,
                 and which leaves need gradients.
-            arrays: The leaves, of which only shapes and dtypes are read.
+            arrays: The leaves; only their shapes and dtypes are used.
             specs: The spec of each leaf.
             inputs_tree: The structure of ``(inputs, keywords)``.
             needs_grad: For each leaf, whether it needs a gradient; if none does, there is no backward.
@@ -180,20 +182,20 @@ class Programs:
         x64 = x64_is_on()
         known = self._forwards.get((x64, signature))
         if known is None:
-            # If several threads trace one signature at once, all use the program of the first.
+            # If several threads trace one signature concurrently, all use the program of the first.
             traced = self._trace(arrays, specs, inputs_tree, needs_grad, static, x64)
             known = self._forwards.setdefault((x64, signature), traced)
         return known
 
     def backward(self, forward: Forward, has_gradient: tuple[bool, ...], *, stacked: bool) -> Backward:
-        """Return the backward program of a forward program, which is traced at its first call.
+        """Return the backward program of a forward program, which is traced on the first call.
 
         It maps the saved tensors, followed by the gradients of outputs, to the gradients of leaves.
 
         Args:
             forward: The forward program.
             has_gradient: For each output, whether it has a gradient; otherwise its gradient is zero.
-            stacked: Whether gradients may share a buffer.
+            stacked: True if gradients may share a buffer.
         """
         known = forward.backwards.get((has_gradient, stacked))
         if known is None:
@@ -242,7 +244,7 @@ class Programs:
         static: Mapping[str, Any],
         x64: bool,
     ) -> Forward:
-        """Trace the function, and choose what its forward program returns."""
+        """Trace the function, and determine the results of its forward program."""
         apply = self.function(inputs_tree, static)
 
         def with_residuals(*leaves: Any) -> tuple[Any, Any]:
@@ -319,7 +321,7 @@ class Programs:
         """Jit a function under the tower's name, and count its compilations."""
 
         def counted(*arguments: Any) -> list[Any]:
-            self.compilations += 1  # this line runs when jit traces, once for each program
+            self.compilations += 1  # runs only when jit traces, once for each program
             return function(*arguments)
 
         counted.__name__ = counted.__qualname__ = f"{self.name}_{kind}"
@@ -327,35 +329,35 @@ class Programs:
 
 
 def _with_state(returned: Any, before: Any) -> tuple[Any, Any]:
-    """Return the checked result of a function with state, without a gradient from one step's state to the next."""
+    """Check the result of a function with state, and stop gradients from one step's state to the next."""
     if not isinstance(returned, tuple) or len(returned) != 2:
         raise TypeError(
-            f"a function with state must return (outputs, state), got {type(returned).__qualname__}; return an "
-            "unchanged state, too"
+            f"a function with state must return (outputs, state), got {type(returned).__qualname__}; return the state "
+            "even if it is unchanged"
         )
     describe = functools.partial(jax.tree.map, lambda leaf: (jnp.shape(leaf), str(jnp.result_type(leaf))))
     if describe(returned[1]) != describe(before):
         raise TypeError(
             f"the state must keep its structure, shapes and dtypes, {describe(before)}, got {describe(returned[1])}; "
-            "return a state of the same ones"
+            "return a state like the one received"
         )
     return returned[0], jax.tree.map(jax.lax.stop_gradient, returned[1])
 
 
 def _groups(forward: Forward) -> list[list[int]]:
-    """Return groups of gradients to stack, each by its place among the gradients of leaves."""
+    """Return groups of gradients to stack, as indices into the gradients of leaves."""
     by_spec: dict[Spec, list[int]] = {}
     for place, spec in enumerate(itertools.compress(forward.specs, forward.needs_grad)):
         shape, dtype = spec
         size = math.prod(shape) * dtype.itemsize  # under torch.compile shapes are plain tuples
-        # Each gradient must start at an address that JAX can use again.
+        # Each gradient must start at an address that JAX accepts, for example in an optimizer.
         if 0 < size <= _STACKED_BYTES and size % ALIGNMENT == 0:
             by_spec.setdefault(spec, []).append(place)
     return [places for places in by_spec.values() if len(places) >= _STACKED_FROM]
 
 
 def _data(value: Any) -> Any:
-    """Return the data of a typed PRNG key, which DLPack does not support, and any other value as it is."""
+    """Return the data of a typed PRNG key, which DLPack does not support, and any other value unchanged."""
     return jax.random.key_data(value) if jnp.issubdtype(value.dtype, jax.dtypes.prng_key) else value
 
 
@@ -375,6 +377,6 @@ def _zero(output: Output) -> Any:
 
 
 def _conjugate(value: Any) -> Any:
-    """Convert a gradient between the conventions of torch and JAX."""
+    """Convert a gradient between the complex conventions of torch and JAX."""
     # The gradient of a real loss at x + iy is dx + i·dy in torch, and dx - i·dy in JAX.
     return jnp.conj(value) if jnp.iscomplexobj(value) else value

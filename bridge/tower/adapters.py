@@ -1,7 +1,7 @@
 """Towers of models written in Flax (nnx and linen), Equinox and Haiku.
 
-Each function takes an initialised model and returns a :class:`JaxTower`, to which it passes options. The libraries are
-imported at first use.
+Each function takes an initialized model and returns a :class:`JaxTower`, to which it passes options. The libraries are
+imported on first use.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class _Call:
         self._modes = {name: value for name, value in _MODES.items() if name in self._signature.parameters}
 
     def keywords(self, inputs: tuple[Any, ...], keywords: dict[str, Any], train: bool) -> dict[str, Any]:
-        """Return the keywords together with those of the mode.
+        """Return the keywords, including those of the mode.
 
         Args:
             inputs: The positional arguments of the call.
@@ -52,7 +52,7 @@ class _Call:
             modes = list(self._modes) or f"none of {list(_MODES)}, which __call__ does not have"
             raise TypeError(
                 f"{self._where}.__call__{self._signature}: {error}. The tower sets {modes} from its mode; pass other "
-                "arguments by keyword, as tower(x, name=value), and only arrays by position"
+                "arguments by keyword, as in tower(x, name=value), and only arrays by position"
             ) from None
         return keywords
 
@@ -60,8 +60,8 @@ class _Call:
         """Add the remedy to a layer's error about a missing mode."""
         if any(name in str(error) for name in ("deterministic", "use_running_average")) and not self._modes:
             error.add_note(
-                f"{self._where}: __call__ has none of the parameters {list(_MODES)}, by which the tower passes its "
-                "mode; add a parameter `train`, and pass it on: Dropout(..., deterministic=not train), "
+                f"{self._where}: __call__ has none of the parameters {list(_MODES)} through which the tower passes its "
+                "mode; add a parameter `train`, and pass it to the layers: Dropout(..., deterministic=not train), "
                 "BatchNorm(use_running_average=not train)"
             )
 
@@ -70,8 +70,8 @@ def from_nnx(model: Any, **options: Any) -> JaxTower:
     """Return a tower of a Flax nnx module.
 
     Its ``Param``s become parameters, and all other variables (batch statistics, random counters) mutable state. The
-    module follows the tower's mode, by ``train()`` and ``eval()``, and by a parameter ``train``, ``training``,
-    ``is_training``, ``deterministic`` or ``inference`` of its ``__call__``. Dropout draws from the tower's key.
+    module follows the tower's mode through ``train()`` and ``eval()``, and through a parameter ``train``, ``training``,
+    ``is_training``, ``deterministic`` or ``inference`` of its ``__call__``. Dropout uses the tower's key.
 
     Args:
         model: An ``nnx.Module``; its arrays are copied.
@@ -88,7 +88,7 @@ def from_nnx(model: Any, **options: Any) -> JaxTower:
     """
     from flax import nnx as flax_nnx
 
-    nnx: Any = flax_nnx  # its type hints refuse positional filters and streams as keywords
+    nnx: Any = flax_nnx  # its type hints reject positional filters and streams as keywords
     if not isinstance(model, nnx.Module):
         raise TypeError(f"from_nnx: model must be a flax.nnx.Module, got {type(model).__qualname__}")
     definition, params, streams, rest = nnx.split(model, nnx.Param, nnx.RngState, ...)
@@ -99,7 +99,7 @@ def from_nnx(model: Any, **options: Any) -> JaxTower:
     def rebuild(values: Any, state: Any, key: Any, train: bool) -> Any:
         nnx.replace_by_pure_dict(here := jax.tree.map(lambda leaf: leaf, params), values)
         nnx.replace_by_pure_dict(there := jax.tree.map(lambda leaf: leaf, rest), state)
-        # Copied, because variables may be changed only under the trace in which they were created.
+        # Copied, because variables may be modified only under the trace that created them.
         rebuilt = nnx.merge(definition, here, jax.tree.map(lambda leaf: leaf, streams), there)
         (rebuilt.train if train else rebuilt.eval)()
         if key is not None and jax.tree.leaves(streams):
@@ -124,8 +124,8 @@ def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
     """Return a tower of a Flax linen module.
 
     ``variables["params"]`` become parameters, other collections mutable state. A parameter ``train``, ``training``,
-    ``is_training``, ``deterministic`` or ``inference`` of the module's ``__call__`` follows the tower's mode; others
-    are passed to the tower by keyword. Dropout draws from the tower's key.
+    ``is_training``, ``deterministic`` or ``inference`` of the module's ``__call__`` follows the tower's mode. Pass
+    other arguments to the tower by keyword. Dropout uses the tower's key.
 
     Args:
         module: A ``linen.Module``.
@@ -181,13 +181,12 @@ def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTowe
     """Return a tower of an Equinox module.
 
     Floating-point arrays become parameters; the rest of the module is constant. Dropout follows the tower's mode, and
-    draws from its key if the model's ``__call__`` has a parameter ``key``. A parameter ``train``, ``training``,
-    ``is_training``, ``deterministic`` or ``inference`` follows the mode, too.
+    uses its key if the model's ``__call__`` has a parameter ``key``. A parameter ``train``, ``training``,
+    ``is_training``, ``deterministic`` or ``inference`` also follows the mode.
 
     Args:
-        model: An ``equinox.Module`` that can be called.
-        batched: Whether to map the model over the leading dimension, because it takes one sample, as Equinox's layers
-            do.
+        model: A callable ``equinox.Module``.
+        batched: True to vmap the model over the leading dimension, because it takes one sample, like Equinox's layers.
         **options: Options of :class:`JaxTower`.
 
     Returns:

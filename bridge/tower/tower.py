@@ -32,19 +32,19 @@ _functorch_is_active = cast(Any, torch._C)._are_functorch_transforms_active
 
 
 class JaxTower(torch.nn.Module):
-    r"""A ``torch.nn.Module`` that computes a JAX function and its gradients, by one jitted call each.
+    r"""A ``torch.nn.Module`` that computes a JAX function and its gradients, with one jitted call each.
 
     $$y = f(\theta, x_1, \dots, x_n)$$
 
     The parameters are ordinary ``nn.Parameter``s, under the dotted names of the pytree's keys
     (``{"layers": [{"w": …}]}`` becomes ``layers.0.w``), which torch optimizers, ``state_dict`` and ``.to`` treat like
-    any others. Forward passes parameters and inputs to one jitted program, and backward the residuals and gradients to
-    another, all in shared memory. With gradients disabled, forward is the plain function. A parameter that ``f`` does
-    not use gets a gradient of zeros, not None, so weight decay still moves it. Second derivatives are refused.
+    any others. Forward passes parameters and inputs to one jitted program, and backward passes residuals and gradients
+    to another, all in shared memory. With gradients disabled, forward is the plain function. A parameter that ``f``
+    does not use gets a gradient of zeros, not None, so weight decay still changes it. Second derivatives are refused.
 
     If ``f`` has one of these keyword-only parameters, the tower passes it:
 
-    - ``key``: a PRNG key for dropout, drawn from torch's generator (``torch.manual_seed``) at each call; None in eval
+    - ``key``: a PRNG key for dropout, drawn from torch's generator (``torch.manual_seed``) in each call; None in eval
       mode.
     - ``train``: bool, the module's mode.
     - ``masks``: a dictionary from the names of ``classes`` to bool arrays ``(size,)``, True where the input is not
@@ -53,20 +53,21 @@ class JaxTower(torch.nn.Module):
       state is stored in buffers. No gradient flows through it from one call to the next.
 
     Programs are compiled for each signature: structure, shapes and dtypes of the inputs, static keywords, mode, and
-    which tensors need gradients. So a new batch size compiles twice, unless ``classes`` bounds the sizes.
+    which tensors need gradients. A new batch size therefore triggers two compilations, unless ``classes`` bounds the
+    sizes.
 
     Args:
         f: ``f(params, *inputs, **keywords)``, a pure JAX function that jit can trace; inputs and outputs are pytrees of
             arrays. Keywords passed to a call are static.
-        params: A pytree of arrays of JAX, numpy or torch, which are copied. Floating-point ones become parameters,
-            others buffers. 64-bit ones need ``jax_enable_x64``.
-        state: A pytree of arrays that ``f`` updates (batch statistics), copied into buffers.
+        params: A pytree of JAX, numpy or torch arrays, which are copied. Floating-point arrays become parameters,
+            others buffers. 64-bit arrays need ``jax_enable_x64``.
+        state: A pytree of arrays that ``f`` updates (batch statistics), copied to buffers.
         dims: For each positional input, the names of its leading dimensions, None for those never padded:
             ``[("batch",), ("batch", "length")]``. A name stands for one size in all inputs.
         classes: The sizes to which inputs are padded with zeros, by name; None for powers of two of at least 8. The
-            axes of outputs that have a padded size are cut back; an axis that depends on one otherwise is an error.
+            axes of outputs that have a padded size are trimmed; an axis that depends on one in another way is an error.
         remat: True to recompute residuals in backward instead of saving them, or a policy of
-            ``jax.checkpoint_policies`` that selects those to save.
+            ``jax.checkpoint_policies`` that selects the residuals to save.
         name: The tower's name in errors and profiles; by default the function's name.
 
     Raises:
@@ -119,7 +120,7 @@ class JaxTower(torch.nn.Module):
         self._axes: dict[int, tuple[tuple[str | None, ...], ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        """Pickle and copy without wrappers and axes, which belong to this process."""
+        """Exclude wrappers and axes, which belong to this process."""
         return {
             name: value
             for name, value in self.__dict__.items()
@@ -127,7 +128,7 @@ class JaxTower(torch.nn.Module):
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a copy under a number of its own, because it is another tower to torch.compile."""
+        """Restore a copy under a new number, because it is another tower to torch.compile."""
         cast(Any, super()).__setstate__(state)
         self._axes = {}
         self._wrap_for_dynamo()
@@ -140,13 +141,13 @@ class JaxTower(torch.nn.Module):
         self._eager_compute = eager(_compute)
 
     def _apply(self, *args: Any, **kwargs: Any) -> Any:
-        """Move or cast the parameters, and drop the arrays over their old memory."""
-        self._array_cache.clear()  # it would keep the old memory alive until the next call
+        """Move or cast the parameters, and drop the array views of their old memory."""
+        self._array_cache.clear()  # otherwise it would keep the old memory alive until the next call
         return cast(Any, super())._apply(*args, **kwargs)
 
     @property
     def compilations(self) -> int:
-        """The number of compiled programs: one for each forward, backward and plain forward of a signature in use."""
+        """The number of compiled programs: up to three per signature, forward, backward and plain forward."""
         return self._runner.programs.compilations
 
     @property
@@ -160,7 +161,7 @@ class JaxTower(torch.nn.Module):
         Args:
             *inputs: Pytrees of tensors, contiguous and aligned to 64 bytes, on the parameters' device. Integers and
                 booleans have no gradient; 64-bit tensors need ``jax_enable_x64``.
-            **static: Hashable values for keywords of the function; each new value compiles anew.
+            **static: Hashable values for keywords of the function; each new value triggers a compilation.
 
         Returns:
             The function's outputs, a pytree of new tensors. Integer and boolean ones have no gradient.
@@ -178,7 +179,7 @@ class JaxTower(torch.nn.Module):
                 failure, outputs = self._traced_compute(*arguments)
                 if not failure:
                     return outputs
-                # Under fullgraph=True this is an error with this text; else the eager call below raises the exception.
+                # Under fullgraph=True this is an error with this text. Otherwise the eager call below raises.
                 torch._dynamo.graph_break(msg=next(iter(failure)))
             return self._eager_compute(*arguments)
         runner = self._runner
@@ -226,8 +227,8 @@ class JaxTower(torch.nn.Module):
         except Exception as error:
             if isinstance(error, TypeError) and "missing" in str(error):
                 error.add_note(
-                    f"{runner.where}: pass keywords of the function to the call, as tower(x, training=True); the tower "
-                    "itself passes key, train, masks and state only"
+                    f"{runner.where}: pass keywords of the function to the call, as in tower(x, training=True); the "
+                    "tower itself passes only key, train, masks and state"
                 )
             runner.note(error, "forward")
             raise
@@ -242,7 +243,7 @@ class JaxTower(torch.nn.Module):
             axes = self._axes.get(id(program))
             if axes is None:
                 axes = self._axes[id(program)] = self._name_axes(arrays, inputs_tree, static, padded)
-            outputs = self._padding.cut(outputs, axes, sizes)
+            outputs = self._padding.trim(outputs, axes, sizes)
         if self._state_tree is None:
             return jax.tree.unflatten(program.out_tree, outputs)
         if training:
@@ -257,20 +258,19 @@ class JaxTower(torch.nn.Module):
         platforms: Sequence[str] | None = None,
         **static: Any,
     ) -> None:
-        """Export the tower, in eval mode, for a server with JAX but without torch and this package.
+        """Export the tower in eval mode for a server that has JAX but neither torch nor this package.
 
-        The folder holds ``program.jax_export``, the function ``(params, *inputs)`` as ``jax.export`` writes it, and
-        ``params.safetensors``, the parameters and the state by their dotted names, so that new weights need no new
-        program.
+        The folder contains ``program.jax_export``, the function ``(params, *inputs)`` serialized by ``jax.export``, and
+        ``params.safetensors``, the parameters and the state by dotted name, so that new weights need no new program.
 
         Args:
-            path: The folder to make.
-            *inputs: Examples of the inputs, of which only shapes and dtypes are used.
-            dims: For each input, the names of its leading dimensions that may have any size in the server, None for a
-                fixed one. By default those of the constructor, or else the first dimension of each input, "batch".
-            platforms: The platforms to compile for, of "cpu", "cuda", "rocm" and "tpu"; by default JAX's default
+            path: The folder to create.
+            *inputs: Example inputs, of which only shapes and dtypes are used.
+            dims: For each input, the names of its leading dimensions that may vary on the server, None for a fixed
+                one. By default those of the constructor, or "batch" for the first dimension of each input.
+            platforms: The platforms to compile for, from "cpu", "cuda", "rocm" and "tpu"; by default JAX's default
                 backend.
-            **static: Keywords of the function, fixed by the export.
+            **static: Keywords of the function, fixed in the export.
 
         Raises:
             FileExistsError: if the folder exists.
@@ -278,10 +278,10 @@ class JaxTower(torch.nn.Module):
             TypeError: if a leaf of the inputs is not a tensor, or a keyword is one.
             ValueError: if JAX lacks an input's dtype, or ``dims`` does not fit the inputs.
             Exception: any exception of the function, with a note of the tower's name; JAX's
-                ``InconclusiveDimensionOperation`` if it depends on the value of a size that may vary.
+                ``InconclusiveDimensionOperation`` if the function depends on the value of a dynamic size.
 
         Example:
-            Serving with JAX alone::
+            Serving with only JAX::
 
                 exported = jax.export.deserialize(Path("tower/program.jax_export").read_bytes())
                 params = safetensors.flax.load_file("tower/params.safetensors")
@@ -359,8 +359,8 @@ class JaxTower(torch.nn.Module):
         return keywords
 
     def _store_state(self, state: Sequence[torch.Tensor]) -> None:
-        """Write the new state into the buffers."""
-        # In place, as torch's batch norm does, because DDP keeps references to the buffers that it broadcasts.
+        """Write the new state to the buffers."""
+        # In place, like torch's batch norm, because DDP keeps references to the buffers that it broadcasts.
         with torch.no_grad():
             for buffer, tensor in zip(gather(self._state_slots), state, strict=True):
                 buffer.copy_(tensor)
@@ -385,7 +385,7 @@ class JaxTower(torch.nn.Module):
         return padding.name_axes(shapes, padded)
 
     def _share(self, tensors: list[torch.Tensor], inputs: Any, keywords: Any) -> tuple[list[Any], list[Any]]:
-        """Return the arrays over all tensors, and their specs."""
+        """Return the array views of all tensors, and their specs."""
         try:
             arrays, specs = self._array_cache.share(tensors[: len(self._slots)])
             others = tensors[len(self._slots) :]
@@ -394,7 +394,7 @@ class JaxTower(torch.nn.Module):
                 specs + [(tensor.shape, tensor.dtype) for tensor in others],
             )
         except (TypeError, ValueError):
-            # Only now find out which tensor it was.
+            # Find the tensor that failed.
             labels = [f"parameter {name!r}" for name in self._runner.names]
             for kind, tree in (("input", inputs), ("keyword", keywords)):
                 paths, _ = jax.tree_util.tree_flatten_with_path(tree)
@@ -404,7 +404,7 @@ class JaxTower(torch.nn.Module):
             raise
 
     def _check_outputs(self, program: Forward) -> None:
-        """Raise TypeError if the function returned no arrays, or none that can have the gradients that are needed."""
+        """Raise TypeError if the function returned no arrays, or gradients are needed but no output can have one."""
         outputs = program.outputs[: len(program.outputs) - len(self._state_slots)]
         if not outputs:
             raise TypeError(f"{self._runner.where}: the function must return arrays, got {program.out_tree}")
@@ -412,7 +412,7 @@ class JaxTower(torch.nn.Module):
             dtypes = ", ".join(output.dtype.name for output in outputs)
             raise TypeError(
                 f"{self._runner.where}: gradients need a floating-point output, got {dtypes}; call the tower under "
-                "torch.no_grad(), or return the output of which the loss is computed"
+                "torch.no_grad(), or return the output that the loss is computed from"
             )
 
 
@@ -423,9 +423,9 @@ def _structs(tensors: list[torch.Tensor]) -> tuple[list[Any], list[Any]]:
 
 
 def _try_compute(number: int, *arguments: Any) -> tuple[dict[str, torch.Tensor], Any]:
-    """Return an exception of :func:`_compute` as the one key of a dictionary, and its outputs.
+    """Run :func:`_compute`, and return its exception, as the only key of a dictionary, and its outputs.
 
-    Dynamo passes tensors and strings only, and would replace the message of an exception by one about its type.
+    Dynamo passes only tensors and strings, and would replace the message of an exception with one about its type.
     """
     try:
         return {}, _compute(number, *arguments)
@@ -437,5 +437,5 @@ def _try_compute(number: int, *arguments: Any) -> tuple[dict[str, torch.Tensor],
 def _compute(
     number: int, parameters: list[torch.Tensor], inputs: tuple[Any, ...], static: dict[str, Any], training: bool
 ) -> Any:
-    """Compute a tower, given by number, because torch.compile passes numbers and tensors but not modules."""
+    """Compute the tower of a number. torch.compile passes numbers and tensors, but not modules."""
     return _towers[number]._compute(parameters, inputs, static, training)

@@ -1,4 +1,4 @@
-"""Two Gloo ranks under torchrun train a torch tower beside a JAX tower, by DDP and FSDP, and agree with one process."""
+"""Two Gloo ranks under torchrun train a torch and a JAX tower with DDP and FSDP, and agree with one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The import of the bridge: under one name, with a clear error without JAX, and without starting a backend."""
+"""Import of the bridge: under one name, with a clear error without JAX, and without starting a backend."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_a_second_copy_is_refused(root: Path) -> None:
     assert "use `import recis_hybrid.bridge`" in done.stderr
 
 
-def test_without_jax_the_error_says_what_to_install(root: Path) -> None:
+def test_the_error_without_jax_says_what_to_install(root: Path) -> None:
     done = run(root, "import sys; sys.modules['jax'] = None\nimport recis_hybrid.bridge")
     assert done.returncode != 0
     assert "pip install recis_hybrid[jax]" in done.stderr

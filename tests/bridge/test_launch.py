@@ -1,4 +1,4 @@
-"""Settings that JAX reads when it starts."""
+"""Settings that JAX reads when it starts its backend."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ pytest.importorskip("jax")
 from recis_hybrid.bridge import init  # noqa: E402
 
 
-def test_init_configures_jax_once_and_warns_of_a_fallback(root: Path, tmp_path: Path) -> None:
+def test_init_configures_jax_once_and_warns_about_a_cpu_fallback(root: Path, tmp_path: Path) -> None:
     code = """
 import os, sys, warnings
 import jax, torch
@@ -46,7 +46,7 @@ except RuntimeError as error:
 @pytest.mark.parametrize("rank", ["abc", "-1", "", "1.5"])
 def test_a_local_rank_that_is_not_a_number_is_refused(monkeypatch: pytest.MonkeyPatch, rank: str) -> None:
     monkeypatch.setenv("LOCAL_RANK", rank)
-    with pytest.raises(ValueError, match=f"LOCAL_RANK must be a number of at least 0, got '{rank}'"):
+    with pytest.raises(ValueError, match=f"LOCAL_RANK must be a non-negative integer, got '{rank}'"):
         init()
 
 

@@ -1,4 +1,4 @@
-"""OptaxOptimizer beside the same transformation in plain JAX, and beside torch's optimizers."""
+"""OptaxOptimizer, compared with the same transformation in plain JAX and with torch's optimizers."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_steps_equal_those_of_the_transformation_in_jax(kind: str) -> None:
         assert_near(weight, params[name], where=name)
 
 
-def test_a_torch_module_trains_as_with_a_torch_optimizer() -> None:
+def test_a_torch_module_trains_like_with_a_torch_optimizer() -> None:
     ours, theirs = torch.nn.Linear(16, 16), torch.nn.Linear(16, 16)
     theirs.load_state_dict(ours.state_dict())
     steps = [
@@ -109,7 +109,7 @@ def test_parameters_move_into_jax_memory_and_stay_the_same_objects() -> None:
     assert all(p.requires_grad and p.is_leaf for p in parameters)
 
 
-def test_a_missing_gradient_is_zero_and_a_step_without_any_does_nothing() -> None:
+def test_missing_gradients_are_zero_and_a_step_without_any_does_nothing() -> None:
     tower = JaxTower(mlp, PARAMS)
     optimizer = OptaxOptimizer(tower.named_parameters(), optax.adam(0.1))
     before = weights(tower)
@@ -145,7 +145,7 @@ def test_a_step_between_forward_and_backward_makes_backward_raise() -> None:
         late.backward()
 
 
-def test_state_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_training_resumes_from_a_checkpoint(tmp_path: Path) -> None:
     whole = JaxTower(mlp, PARAMS)
     train(whole, OptaxOptimizer(whole.named_parameters(), TRANSFORMATIONS["adamw"]), range(20))
 
@@ -154,7 +154,7 @@ def test_state_goes_on_where_it_was(tmp_path: Path) -> None:
     train(first, optimizer, range(12))
     saver = Saver(tmp_path)
     saver.save(12, {"tower": first, "optimizer": optimizer})
-    train(first, optimizer, range(12, 14))  # what was saved is a copy
+    train(first, optimizer, range(12, 14))  # does not change the saved copy
 
     second = JaxTower(mlp, PARAMS)
     again = OptaxOptimizer(second.named_parameters(), TRANSFORMATIONS["adamw"])
@@ -165,7 +165,7 @@ def test_state_goes_on_where_it_was(tmp_path: Path) -> None:
     other = JaxTower(lambda params, x: x * params["w"], {"w": np.ones(3, np.float32)})
     with pytest.raises(CheckpointMismatch):
         saver.load({"optimizer": OptaxOptimizer(other.named_parameters(), optax.sgd(0.1))})
-    with pytest.raises(ValueError, match="another transformation or other parameters"):
+    with pytest.raises(ValueError, match="another transformation or to other parameters"):
         again.load_state_dict(OptaxOptimizer(second.named_parameters(), optax.adagrad(0.1)).state_dict())
 
 
@@ -188,7 +188,7 @@ def test_groups_and_schedulers_of_torch_are_refused() -> None:
         lambda: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5),
         lambda: torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer),
     ):
-        with pytest.raises(KeyError, match=r"'lr'.*use a schedule of optax"):
+        with pytest.raises(KeyError, match=r"'lr'.*use an optax schedule"):
             make()
 
 
@@ -217,7 +217,7 @@ def test_bad_input() -> None:
     named = list(tower.named_parameters())
     with pytest.raises(ValueError, match="distinct names"):
         OptaxOptimizer([*named, named[0]], optax.sgd(0.1))
-    with pytest.raises(ValueError, match="share needs the ranks of a group; pass group, too"):
+    with pytest.raises(ValueError, match="share needs the ranks of a group; also pass group"):
         OptaxOptimizer(named, optax.sgd(0.1), share=lambda: 0.5)
     odd = torch.nn.Parameter(torch.zeros(33)[1:])
     with pytest.raises(ValueError, match="OptaxOptimizer: parameter 'odd'"):

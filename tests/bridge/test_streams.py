@@ -1,6 +1,6 @@
-"""Streams and lifetime: each side waits for work that the other has queued, and memory lives until both release it.
+"""Streams and lifetime: each side waits for work queued by the other, and memory lives until both release it.
 
-On the CPU nothing is queued, and the tests show that the same programs are correct there.
+On the CPU nothing is queued, and the tests check that the same programs are correct.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ def side_stream(device: str) -> Iterator[None]:
 
 
 def busy(device: str) -> None:
-    """Delay the work that is queued on the current stream afterwards."""
+    """Delay work that is queued on the current stream later."""
     if device != "cpu":
         torch.cuda._sleep(CYCLES)
 
 
 def overwrite(device: str) -> list[torch.Tensor]:
-    """Allocate and write to memory that has become free, also on the current stream."""
+    """Allocate freed memory and write to it, on the current stream."""
     return [torch.full((SIZE,), -1.0, device=device) for _ in range(16)]
 
 
 @jax.jit
 def slowly(x: jax.Array) -> jax.Array:
-    """Return x + 2000, shape ``(SIZE,)``, by a loop that the compiler cannot fold."""
+    """Return x + 2000, shape ``(SIZE,)``, in a loop that the compiler cannot fold."""
     return jax.lax.fori_loop(0, 2000, lambda _, value: value + 1, x)
 
 
@@ -79,8 +79,8 @@ def test_memory_is_shared_both_ways(device: str) -> None:
     back = to_torch(array)
     assert back.data_ptr() == tensor.data_ptr()
     assert back.device == tensor.device
-    made = jnp.ones(SIZE) if device == "cpu" else jax.device_put(jnp.ones(SIZE), jax.local_devices(backend="gpu")[0])
-    assert to_torch(made).data_ptr() == made.unsafe_buffer_pointer()
+    ones = jnp.ones(SIZE) if device == "cpu" else jax.device_put(jnp.ones(SIZE), jax.local_devices(backend="gpu")[0])
+    assert to_torch(ones).data_ptr() == ones.unsafe_buffer_pointer()
     assert copies() == before
 
 
@@ -98,7 +98,7 @@ def test_jax_waits_for_the_stream_that_computes_a_tensor(device: str) -> None:
 @on_devices
 def test_torch_waits_for_the_program_that_computes_an_array(device: str) -> None:
     start = to_jax(torch.zeros(SIZE, device=device))
-    slowly(start).block_until_ready()  # compiled
+    slowly(start).block_until_ready()  # compile
     with side_stream(device):
         got = to_torch(slowly(start)).clone()  # on the side stream, while JAX's is still busy
     assert torch.equal(got, torch.full_like(got, 2000))
@@ -109,7 +109,7 @@ def test_a_tensor_may_be_dropped_while_jax_reads_it(device: str) -> None:
     slowly(to_jax(torch.zeros(SIZE, device=device))).block_until_ready()
     for _ in range(4):
         with side_stream(device):
-            array = to_jax(torch.full((SIZE,), 3.0, device=device))  # the only reference to the tensor is gone
+            array = to_jax(torch.full((SIZE,), 3.0, device=device))  # drops the only reference to the tensor
             result = slowly(array)
             del array  # while the program is running
             scratch = overwrite(device)
@@ -124,7 +124,7 @@ def test_an_array_may_be_dropped_while_torch_reads_it(device: str) -> None:
     slowly(start).block_until_ready()
     for _ in range(4):
         with side_stream(device):
-            tensor = to_torch(slowly(start))  # the only reference to the array is gone
+            tensor = to_torch(slowly(start))  # drops the only reference to the array
             busy(device)
             total = tensor.sum(dtype=torch.float64)
             del tensor
@@ -134,7 +134,7 @@ def test_an_array_may_be_dropped_while_torch_reads_it(device: str) -> None:
 
 
 def mlp(params: Any, x: Any) -> Any:
-    # By default GPUs multiply float32 at reduced precision.
+    # By default, GPUs multiply float32 with reduced precision.
     hidden = jnp.tanh(jnp.matmul(x, params["w1"], precision="highest") + params["b1"])
     return jnp.matmul(hidden, params["w2"], precision="highest")
 
@@ -151,8 +151,8 @@ def test_a_tower_on_a_side_stream_agrees_with_the_cpu(device: str) -> None:
     twin, tower = tower_of_two_layers(), tower_of_two_layers().to(device)
     x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(256, 3, generator=torch.Generator().manual_seed(1))
-    # A GPU's matrix units may round coarser than float32 before they sum: hence the tolerances.
-    for _ in range(3):  # the first iteration compiles, which hides missing synchronisation
+    # The tolerances allow for a GPU's matrix units, which may round more coarsely than float32 before summing.
+    for _ in range(3):  # the first iteration compiles, which hides missing synchronization
         for module in (twin, tower):
             module.zero_grad()
         own = x.clone().requires_grad_()
@@ -165,7 +165,7 @@ def test_a_tower_on_a_side_stream_agrees_with_the_cpu(device: str) -> None:
             tower_input = late.copy_(sent).requires_grad_()
             y = tower(tower_input)
             busy(device)
-            y.backward(gradient * 1)  # computed late, too
+            y.backward(gradient * 1)  # also computed late
         assert_near(y, expected, 128)
         assert own.grad is not None
         assert tower_input.grad is not None
@@ -179,7 +179,7 @@ def test_a_tower_on_a_side_stream_agrees_with_the_cpu(device: str) -> None:
 
 
 @on_devices
-def test_inputs_and_parameters_may_be_written_to_as_soon_as_a_tower_returns(device: str) -> None:
+def test_inputs_and_parameters_may_be_overwritten_after_a_tower_returns(device: str) -> None:
     def count(params: Any, x: Any) -> Any:
         return slowly(x) + params["w"]
 

@@ -1,4 +1,4 @@
-"""The table of dtypes in README.md, compared with the conversions."""
+"""The dtype table in README.md, compared with the conversions."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def outcomes(dtype: torch.dtype, x64: bool) -> tuple[str, str]:
     return "shared" if same else "copied", out
 
 
-def test_the_documented_table_is_true(root: Path) -> None:
+def test_the_documented_table_is_correct(root: Path) -> None:
     documented = {}
     for row in re.findall(
         r"^\| (.*?) \| (\w+) \| (\w+) \| (\w+) \|$", (root / "bridge" / "README.md").read_text(), re.M

@@ -1,4 +1,4 @@
-"""Common uses of modules in training programs, applied to a tower and to its torch twin."""
+"""Common uses of modules in training programs, for a tower and an equivalent torch module."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_gradients_accumulate() -> None:
         assert_near(weight.grad, whole)
 
 
-def test_several_backward_passes_of_one_graph_and_missing_gradients() -> None:
+def test_repeated_backward_passes_and_missing_gradients() -> None:
     tower = JaxTower(lambda params, x: (x * params["w"], x + params["b"]), {"w": np.ones(4, "f"), "b": np.ones(4, "f")})
     x = torch.rand(4, requires_grad=True)
     product, total = tower(x)
@@ -121,7 +121,7 @@ def test_several_threads_may_call_one_tower() -> None:
         assert_near(outputs[number], twin(x).detach())
 
 
-def test_inputs_may_be_written_to_and_dropped_once_a_tower_returns() -> None:
+def test_inputs_may_be_overwritten_and_dropped_after_a_tower_returns() -> None:
     # Large enough that JAX would still be computing if the call did not wait.
     tower = JaxTower(lambda params, x: jnp.tanh(x @ params["w"]) @ params["w"], {"w": np.eye(512, dtype=np.float32)})
     expected = torch.tanh(torch.full((2048, 512), 0.5))
@@ -136,7 +136,7 @@ def test_inputs_may_be_written_to_and_dropped_once_a_tower_returns() -> None:
             del scratch
 
 
-def test_memory_dropped_while_a_program_reads_it_stays_alive() -> None:
+def test_memory_stays_alive_while_a_program_reads_it() -> None:
     @jax.jit
     def slow(x: Any) -> Any:
         return jax.lax.fori_loop(0, 20, lambda _, y: jnp.tanh(y @ x) + x, x)

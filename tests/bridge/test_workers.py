@@ -1,4 +1,4 @@
-"""DataLoader workers of a process in which JAX has started: they produce batches, or raise where JAX would hang."""
+"""DataLoader workers of a process in which JAX has started: they yield batches, or raise where JAX would hang."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader, Dataset
 
 pytestmark = [
     pytest.mark.jax,
-    # JAX, and Python from 3.12 on, warn of forks in processes with threads, which these tests need.
+    # JAX and Python 3.12+ warn about forks of multithreaded processes, which these tests need.
     pytest.mark.filterwarnings("ignore:.*fork.*"),
 ]
 jax = pytest.importorskip("jax")
@@ -18,7 +18,7 @@ from recis_hybrid.bridge import JaxTower, to_jax  # noqa: E402
 
 
 class Rows(Dataset[Any]):
-    """Rows filled with their number; with ``uses_jax`` the worker computes with JAX."""
+    """Rows filled with their index; with ``uses_jax`` the worker computes with JAX."""
 
     def __init__(self, uses_jax: bool) -> None:
         self.uses_jax = uses_jax
@@ -36,7 +36,7 @@ class Rows(Dataset[Any]):
 @pytest.mark.parametrize(("method", "uses_jax"), [("fork", False), ("forkserver", True), ("spawn", True)])
 def test_workers_feed_a_tower(method: str, uses_jax: bool) -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": torch.full((4,), 2.0)})
-    tower(torch.zeros(4))  # JAX has started
+    tower(torch.zeros(4))  # starts JAX
     loader = DataLoader(Rows(uses_jax), batch_size=4, num_workers=1, multiprocessing_context=method, timeout=120)
     outputs = [tower(batch) for batch in loader]
     assert torch.cat(outputs)[:, 0].tolist() == [2.0 * row for row in range(8)]

@@ -1,4 +1,4 @@
-"""The cache of arrays over parameters, which must always hold the current values."""
+"""The cache of array views of parameters, which must always show the current values."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def freed_and_allocated_again(w: torch.nn.Parameter) -> None:
         *(shared_between_processes, freed_and_allocated_again),
     ],
 )
-def test_changes_of_a_parameter_between_calls_take_effect(change: Callable[[torch.nn.Parameter], None]) -> None:
+def test_changes_to_a_parameter_between_calls_take_effect(change: Callable[[torch.nn.Parameter], None]) -> None:
     tower = make()
     check(tower)
     with torch.no_grad():
@@ -80,7 +80,7 @@ def test_changes_of_a_parameter_between_calls_take_effect(change: Callable[[torc
     check(tower)
 
 
-def test_a_parameter_that_became_strided_at_the_same_address_is_refused() -> None:
+def test_a_parameter_that_becomes_strided_at_the_same_address_is_refused() -> None:
     tower = make()
     check(tower)
     (w,) = tower.parameters()
@@ -89,20 +89,20 @@ def test_a_parameter_that_became_strided_at_the_same_address_is_refused() -> Non
         tower(torch.rand(8, 4))
 
 
-def test_a_parameter_is_converted_once_and_temporary_tensors_are_not_kept() -> None:
+def test_parameters_are_cached_and_temporary_tensors_are_not() -> None:
     tower = make()
     (w,) = tower.parameters()
     (first,), _ = tower._array_cache.share([w])
     check(tower)
     assert tower._array_cache.share([w])[0][0] is first
     tensor = torch.ones(4, 4)
-    gone = weakref.ref(tensor)
+    reference = weakref.ref(tensor)
     x = torch.rand(2, 4)
     y = torch.func.functional_call(tower, {"w": tensor}, (x,))
     assert_near(y, x @ tensor)
     del tensor, y
     gc.collect()
-    assert gone() is None
+    assert reference() is None
     check(tower)
 
 

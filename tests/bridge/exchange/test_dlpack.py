@@ -28,7 +28,7 @@ WIDE = [torch.int64, torch.float64]
 
 
 @pytest.mark.parametrize("dtype", NARROW)
-def test_32_bit_dtypes_share_memory_in_both_directions(dtype: torch.dtype) -> None:
+def test_narrow_dtypes_share_memory_in_both_directions(dtype: torch.dtype) -> None:
     tensor = torch.arange(12).to(dtype).reshape(3, 4)
     before = copies()
     array = to_jax(tensor)
@@ -70,7 +70,7 @@ def test_scalar_empty_and_flat_shapes(shape: tuple[int, ...]) -> None:
         (lambda: torch.zeros(4, requires_grad=True), "detach"),
     ],
 )
-def test_memory_that_cannot_be_shared_is_refused_with_cause_and_remedy(make: object, cause: str) -> None:
+def test_unshareable_memory_is_refused_with_cause_and_remedy(make: object, cause: str) -> None:
     tensor = make()  # type: ignore[operator]
     with pytest.raises(ValueError, match=cause):
         to_jax(tensor)
@@ -86,7 +86,7 @@ def test_a_tensor_with_a_freed_storage_is_refused(left: int) -> None:
     row = tensor[512:]
     tensor.untyped_storage().resize_(left)
     for each in (tensor, row):
-        with pytest.raises(ValueError, match=f"its storage has been freed, {left} bytes are left"):
+        with pytest.raises(ValueError, match=f"its storage has been freed to {left} bytes"):
             to_jax(each)
     empty = torch.empty(0, 3)
     empty.untyped_storage().resize_(0)

@@ -1,4 +1,4 @@
-"""Conversions by JAX's private and public functions."""
+"""Conversions with JAX's private and public functions."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_this_jax_has_the_fast_conversions() -> None:
 
 
 @pytest.mark.usefixtures("public_conversions")
-def test_the_public_conversions_share_memory_too() -> None:
+def test_the_public_conversions_share_memory() -> None:
     assert not _dlpack_fast.cpu_conversions().private
     tensor = torch.rand(4, 16)
     array = to_jax(tensor)
@@ -52,12 +52,12 @@ def test_private_conversions_that_copy_are_not_used() -> None:
     def copying(tensor: torch.Tensor) -> jax.Array:
         return _dlpack_fast.PUBLIC.to_jax(tensor.clone())
 
-    assert _dlpack_fast._are_sound(_dlpack_fast.PUBLIC)
-    assert not _dlpack_fast._are_sound(_dlpack_fast.Conversions(copying, _dlpack_fast.PUBLIC.to_torch, private=True))
+    assert _dlpack_fast._are_valid(_dlpack_fast.PUBLIC)
+    assert not _dlpack_fast._are_valid(_dlpack_fast.Conversions(copying, _dlpack_fast.PUBLIC.to_torch, private=True))
 
 
 def test_an_array_keeps_its_tensor_alive_until_it_is_dropped() -> None:
-    owner = np.zeros(1024 + 16, np.float32)  # numpy arrays take weak references, and are seldom aligned
+    owner = np.zeros(1024 + 16, np.float32)  # supports weak references, but is rarely aligned
     skip = -owner.ctypes.data % 64 // 4
     tensor = torch.from_numpy(owner[skip : skip + 1024])
     alive = weakref.ref(owner)
@@ -67,7 +67,7 @@ def test_an_array_keeps_its_tensor_alive_until_it_is_dropped() -> None:
     assert alive() is not None
     assert float(array.sum()) == 0
     del array
-    for _ in range(100):  # a thread of XLA drops the reference of a call shortly after its result is ready
+    for _ in range(100):  # an XLA thread drops the call's reference shortly after its result is ready
         gc.collect()
         if alive() is None:
             break
@@ -86,7 +86,7 @@ def test_conversion_to_torch_waits_for_the_computation() -> None:
     expected = to_torch(slow(to_jax(x)), copy=True)
     scratch = x.clone()
     result = to_torch(slow(to_jax(scratch)))
-    scratch.zero_()  # the call has ended, so this must not change its result
+    scratch.zero_()  # must not change the result of the finished call
     assert torch.equal(result, expected)
 
 
@@ -104,4 +104,4 @@ except ValueError as error:
     print(error)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
-    assert "spread over 2 devices" in done.stdout, done.stderr
+    assert "sharded over 2 devices" in done.stdout, done.stderr

@@ -91,7 +91,7 @@ def test_linen() -> None:
 
 
 @pytest.mark.parametrize("name", ["train", "training", "is_training", "deterministic", "inference"])
-def test_a_linen_module_gets_the_mode_under_any_name(name: str) -> None:
+def test_a_linen_module_receives_the_mode_under_any_name(name: str) -> None:
     linen = pytest.importorskip("flax.linen", reason="flax is not installed (pip install 'recis_hybrid[examples]')")
     trains = name not in ("deterministic", "inference")
 
@@ -100,7 +100,7 @@ def test_a_linen_module_gets_the_mode_under_any_name(name: str) -> None:
         def __call__(self, x: Any, **mode: bool) -> Any:
             return linen.Dropout(0.5, deterministic=mode[name] is not trains)(linen.Dense(32)(x))
 
-    # Set the signature that `__call__` would have with the parameter written out.
+    # Set the signature that `__call__` would have with an explicit parameter.
     parameters = [inspect.Parameter(one, inspect.Parameter.POSITIONAL_OR_KEYWORD) for one in ("self", "x", name)]
     Model.__call__.__signature__ = inspect.Signature(parameters)
     model = Model()
@@ -136,7 +136,7 @@ def test_missing_arguments_of_a_linen_module_are_named() -> None:
     tower = from_linen(Silent(), {"params": Other().init(jax.random.key(0), X, 4, evaluation=True)["params"]})
     with pytest.raises(Exception, match="deterministic") as caught:
         tower(x)
-    assert any("add a parameter `train`, and pass it on" in note for note in caught.value.__notes__)
+    assert any("add a parameter `train`, and pass it to the layers" in note for note in caught.value.__notes__)
 
 
 def test_other_adapters_pass_the_mode_by_name() -> None:

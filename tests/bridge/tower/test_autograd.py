@@ -103,7 +103,7 @@ def test_small_gradients_of_one_shape_share_a_buffer_and_are_independent(x_requi
         assert_near(gradient, torch.from_numpy(np.array(expected[name])))
         assert gradient.shape == params[name].shape
         assert gradient.data_ptr() % 64 == 0
-        # A write to one changes no other, nor the version that autograd checks.
+        # A write to one changes neither the others nor the versions that autograd checks.
         assert not gradient._is_view()
         versions = {other: each._version for other, each in gradients.items() if each is not None}
         before = {other: each.clone() for other, each in gradients.items() if each is not None}
@@ -156,7 +156,7 @@ def test_random_keys_may_be_residuals() -> None:
 
 
 def cubes() -> tuple[JaxTower, torch.nn.Parameter, torch.Tensor]:
-    """Return a tower, its parameter and an input; backward needs the cube of the input, not the input itself."""
+    """Return a tower, its parameter and an input; backward saves the cube of the input, not the input."""
     tower = JaxTower(lambda params, x: (x**3) * params["w"], {"w": ones(3)}, name="ranker")
     return tower, next(tower.parameters()), torch.rand(3, requires_grad=True)
 
@@ -184,7 +184,7 @@ def into_chosen_leaves(first: torch.Tensor, x: torch.Tensor, w: torch.Tensor) ->
 @pytest.mark.parametrize(
     "differentiate", [by_backward, beside_a_first_derivative, by_the_input, by_the_parameter, into_chosen_leaves]
 )
-def test_double_backward_is_refused_and_not_silently_zero(differentiate: Callable[..., None]) -> None:
+def test_double_backward_is_refused(differentiate: Callable[..., None]) -> None:
     tower, w, x = cubes()
     for leaf in (x, w):
         (first,) = torch.autograd.grad(tower(x * 2).sum(), leaf, create_graph=True)
@@ -192,7 +192,7 @@ def test_double_backward_is_refused_and_not_silently_zero(differentiate: Callabl
             differentiate(first, x, w)
 
 
-def test_double_backward_by_the_incoming_gradient_is_refused() -> None:
+def test_double_backward_with_respect_to_the_incoming_gradient_is_refused() -> None:
     tower, _, x = cubes()
     gradient = torch.rand(3, requires_grad=True)
     (first,) = torch.autograd.grad(tower(x), x, gradient, create_graph=True)
@@ -233,7 +233,7 @@ def test_batched_gradients_and_forward_mode_are_refused() -> None:
     ("other", "now"),
     [(torch.ones(1, 3), r"\(1, 3\), torch.float32"), (torch.ones(3).bfloat16(), r"\(3,\), torch.bfloat16")],
 )
-def test_a_parameter_with_another_shape_or_dtype_in_backward_is_refused(other: torch.Tensor, now: str) -> None:
+def test_a_parameter_that_changes_shape_or_dtype_before_backward_is_refused(other: torch.Tensor, now: str) -> None:
     tower, w, x = cubes()
     y = tower(x)
     w.data = other
@@ -241,7 +241,7 @@ def test_a_parameter_with_another_shape_or_dtype_in_backward_is_refused(other: t
         y.sum().backward()
 
 
-def test_an_input_with_another_shape_or_dtype_in_backward_is_refused() -> None:
+def test_an_input_that_changes_shape_or_dtype_before_backward_is_refused() -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": ones(3)}, name="ranker")
     x = torch.rand(3)
     y = tower(x)
@@ -250,7 +250,7 @@ def test_an_input_with_another_shape_or_dtype_in_backward_is_refused() -> None:
         y.sum().backward()
 
 
-def test_threads_that_trace_one_signature_at_once_use_one_program() -> None:
+def test_threads_that_trace_one_signature_concurrently_use_one_program() -> None:
     barrier = threading.Barrier(2)
 
     def meet(params: Any, x: Any) -> Any:
@@ -277,7 +277,7 @@ def test_threads_that_trace_one_signature_at_once_use_one_program() -> None:
     assert_near(gradients, [torch.ones(3).cos()] * 2)
 
 
-def test_a_parameter_written_between_forward_and_backward_raises() -> None:
+def test_a_write_to_a_parameter_between_forward_and_backward_raises() -> None:
     tower = JaxTower(lambda params, x: x @ params["w"], {"w": ones(3, 3)})
     y = tower(torch.rand(2, 3, requires_grad=True))
     with torch.no_grad():
@@ -286,7 +286,7 @@ def test_a_parameter_written_between_forward_and_backward_raises() -> None:
         y.sum().backward()
 
 
-def test_an_exception_in_backward_has_the_towers_name() -> None:
+def test_exceptions_in_backward_name_the_tower() -> None:
     @jax.custom_vjp
     def bad(x: Any) -> Any:
         return x * 2

@@ -1,4 +1,4 @@
-"""Export of towers to servers with JAX alone."""
+"""Export of towers for servers with only JAX."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def normalised(params: Any, inputs: Any, ids: Any, *, state: Any, key: Any, trai
     return {"y": y.astype(jnp.float32), "ids": ids + 1}, state
 
 
-def test_jax_alone_serves_a_tower_at_any_batch_size(root: Path, tmp_path: Path) -> None:
+def test_a_tower_is_served_with_only_jax_at_any_batch_size(root: Path, tmp_path: Path) -> None:
     weights = {"layers": [{"w": torch.randn(3, 2, dtype=torch.bfloat16)}]}
     tower = JaxTower(normalised, weights, state={"mean": np.ones(3, np.float32)}, name="ranker")
     tower.export(tmp_path / "tower", {"x": torch.rand(5, 3)}, torch.zeros(5, dtype=torch.int32))
@@ -84,7 +84,7 @@ def test_a_failed_export_raises_and_leaves_nothing(tmp_path: Path) -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": np.ones(2, np.float32)}, name="ranker")
     with pytest.raises(ValueError, match=r"ranker.*export: input\[0\].*int64"):
         tower.export(tmp_path / "tower", torch.zeros(1, 2, dtype=torch.int64))
-    with pytest.raises(TypeError, match=r"ranker.*input\[0\]\['a'\].*takes tensors, got float"):
+    with pytest.raises(TypeError, match=r"ranker.*input\[0\]\['a'\].*expected tensors, got float"):
         tower.export(tmp_path / "tower", {"a": 1.0})
     with pytest.raises(ValueError, match="dims is for 2 inputs, got 1"):
         tower.export(tmp_path / "tower", torch.zeros(1, 2), dims=[None, None])

@@ -38,7 +38,7 @@ def test_keys_are_drawn_from_torchs_generator_in_train_mode_only() -> None:
     assert tower.compilations == 2
 
 
-def test_a_checkpoint_draws_the_same_key_again() -> None:
+def test_activation_checkpointing_draws_the_same_key_again() -> None:
     tower = JaxTower(dropped, {"w": ones(256)})
     x = torch.ones(256, requires_grad=True)
     y = checkpoint(tower, x, use_reentrant=False)
@@ -70,14 +70,14 @@ def test_state_is_stored_in_train_mode_only() -> None:
     ("returned", "message"),
     [(lambda x, s: x, r"must return \(outputs, state\)"), (lambda x, s: (x, s[:1]), "must keep its structure")],
 )
-def test_a_missing_or_different_new_state_is_refused(returned: Any, message: str) -> None:
+def test_a_missing_or_incompatible_new_state_is_refused(returned: Any, message: str) -> None:
     tower = JaxTower(lambda params, x, *, state: returned(x, state), {}, state=ones(3), name="ranker")
     with pytest.raises(TypeError, match=message) as caught:
         tower(torch.ones(2))
     assert any("ranker" in note for note in caught.value.__notes__)
 
 
-def test_static_keywords_compile_anew_and_are_distinguished_by_type() -> None:
+def test_static_keywords_trigger_compilations_and_are_distinguished_by_type() -> None:
     tower = JaxTower(lambda params, x, *, power=1: x**power / power, {})
     x = torch.tensor([4.0])
     with torch.no_grad():
@@ -96,7 +96,7 @@ def deep(params: Any, x: Any) -> Any:
 
 
 @pytest.mark.parametrize("remat", [True, jax.checkpoint_policies.dots_with_no_batch_dims_saveable])
-def test_remat_saves_less_and_gives_the_same_gradients(remat: Any) -> None:
+def test_remat_saves_less_and_computes_the_same_gradients(remat: Any) -> None:
     weights = [np.random.default_rng(n).normal(size=(8, 8)).astype(np.float32) for n in range(4)]
     plain, tower = JaxTower(deep, weights), JaxTower(deep, weights, remat=remat)
     x = torch.randn(16, 8)

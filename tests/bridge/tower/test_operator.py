@@ -61,7 +61,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(_operator.tower_forward, (number, tensors))
 
 
-def test_an_exception_of_the_function_has_its_name_and_cause() -> None:
+def test_exceptions_of_the_function_name_the_tower_and_the_cause() -> None:
     tower = JaxTower(lambda params, x: x @ params["w"], {"w": np.ones((3, 3), np.float32)}, name="ranker")
     model = torch.nn.Sequential(torch.nn.Identity(), tower, torch.nn.Linear(3, 1))
     cause = r"dot_general requires contracting dimensions to have the same shape, got \(2,\) and \(3,\)"

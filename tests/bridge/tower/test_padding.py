@@ -85,15 +85,15 @@ def joined(params: Any, x: Any, y: Any) -> Any:
     [
         (lambda params, x, y: jnp.concatenate([x, x]), r"axis 0 of output has size 16, and 18 where 'batch' is 9 "),
         (lambda params, x, y: (x, x.reshape(-1)), r"axis 0 of output\[1\] has size 16, and 18 where 'batch' is 9 "),
-        # A prepended token, a window: these grow by one as the batch does, but have another size.
+        # A prepended token, a window: these grow with the batch, but have another size.
         (lambda params, x, y: jnp.concatenate([x[:1], x]), r"axis 0 of output has size 9, and 10 where 'batch' is 9 "),
         (lambda params, x, y: x[2:] + x[:-2], r"axis 0 of output has size 6, and 7 where 'batch' is 9 "),
         (joined, r"axis 0 of output\['rows'\]\[1\] has .* 13 where 'batch' is 9 .* and 13 where 'length' is 5 "),
-        # It depends on two dimensions, though it has the size of one of them.
+        # This depends on two dimensions, but has the size of one of them.
         (lambda params, x, y: jnp.concatenate([x, y])[4:], r"has size 8, and 9 where 'batch' .* and 9 where 'length'"),
     ],
 )
-def test_an_output_that_cannot_be_cut_back_is_refused(function: Any, message: str) -> None:
+def test_outputs_that_cannot_be_trimmed_are_refused(function: Any, message: str) -> None:
     dims: Any = [("batch",), ("length",)]
     module = JaxTower(function, {}, dims=dims, classes={"batch": None, "length": (4,)}, name="ranker")
     for sizes in ((5, 3), (8, 4)):  # with padding and without
@@ -115,7 +115,7 @@ def test_dimensions_with_equal_padded_sizes_are_distinguished() -> None:
     assert constant.shape == (8, 3)  # this 8 is a constant of the function
 
 
-def test_the_error_of_a_function_that_refuses_a_size_names_the_size() -> None:
+def test_errors_of_a_function_that_refuses_a_size_name_the_size() -> None:
     module = JaxTower(
         lambda params, x: x.reshape(-1, 4, 2).sum((1, 2)), {}, dims=[("batch",)], classes={"batch": (8,)}, name="ranker"
     )
@@ -127,7 +127,7 @@ def test_the_error_of_a_function_that_refuses_a_size_names_the_size() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"dims": DIMS, "classes": {"batch": None}}, "give each name its sizes"),
+        ({"dims": DIMS, "classes": {"batch": None}}, "set sizes for each name"),
         ({"dims": [("batch",)], "classes": {"batch": (0,)}}, "must be positive integers"),
         ({}, "the function takes masks"),
     ],

@@ -35,7 +35,7 @@ def test_names_are_paths_and_keys_with_dots_nest() -> None:
         ({"a.b": ones(2), "a": {"b": ones(2)}}, "two leaves of params are named 'a.b'"),
         ({"a": ones(2), "a.b": ones(2)}, "'a.b' is nested below 'a'"),
         ({"": ones(2)}, "must not have empty parts"),
-        ({"a": 1.0}, r"params\['a'\]: takes arrays of JAX, numpy or torch, got float"),
+        ({"a": 1.0}, r"params\['a'\]: expected a JAX, numpy or torch array, got float"),
         ({"a": np.array(["x"])}, r"params\['a'\]: torch lacks the dtype"),
         ({"a": np.ones(2)}, r"params\['a'\]: has dtype float64, which JAX supports only with x64 on"),
     ],
@@ -72,7 +72,7 @@ def test_arrays_of_all_libraries_become_aligned_copies() -> None:
     assert [name for name, _ in tower.named_buffers()] == ["count"]
 
 
-def test_exchanged_parameters_are_used() -> None:
+def test_replaced_parameters_are_used() -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": ones(4)})
     x = torch.rand(4)
     assert torch.equal(torch.func.functional_call(tower, {"w": torch.full((4,), 3.0)}, (x,)), x * 3)

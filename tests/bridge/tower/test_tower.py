@@ -1,4 +1,4 @@
-"""JaxTower beside the same function in torch."""
+"""JaxTower, compared with the same function in torch."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ def test_a_shape_compiles_once() -> None:
     assert tower.compilations == 5
 
 
-def test_an_exception_of_the_function_is_raised_with_a_note() -> None:
+def test_exceptions_of_the_function_are_raised_with_a_note() -> None:
     def f(params: Any, x: Any) -> Any:
         raise ZeroDivisionError("inside")
 
