@@ -1,11 +1,11 @@
-"""The bridge beside fused JAX and torch, and DLPack beside the public functions.
+"""The bridge, compared with fused JAX, torch, and the public DLPack functions.
 
     python -m benchmarks.bridge [--quick] [--threads 2] [--cases mlp]
 
-- ``mlp/B1024``, ``mlp/B4096``: forward and backward of an MLP 1024 → 1024 → 512 → 1 through ``JaxTower``, beside one
-  jitted ``jax.value_and_grad``, torch, and torch-jax-interop where ``make bench-peers`` has installed it.
+- ``mlp/B1024``, ``mlp/B4096``: forward and backward of an MLP 1024 → 1024 → 512 → 1 in a ``JaxTower``; peers: one
+  jitted ``jax.value_and_grad``, torch, and torch-jax-interop if ``make bench-peers`` has installed it.
 - ``leaves100``: the same with 100 small parameters, without torch.
-- ``import``, ``export``: one tensor to JAX and one array to torch, beside the public functions.
+- ``import``, ``export``: one tensor to JAX and one array to torch; peers: the public functions.
 """
 
 from __future__ import annotations
@@ -57,19 +57,19 @@ def fused(f: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def report(case: str, metric: str, rate: dict[str, float], peers: dict[str, str]) -> None:
-    """Print a line for each peer, in milliseconds a step or microseconds a tensor."""
+    """Print a line for each peer, in milliseconds per step or microseconds per tensor."""
     unit, factor = ("us", 1e6) if metric == "tensor" else ("ms", 1e3)
     for name, peer in peers.items():
-        there = rate.get(name)
+        peer_rate = rate.get(name)
         harness.Result(
             "bridge",
             case,
             metric,
             unit,
             round(factor / rate["ours"], 3),
-            there and round(factor / there, 3),
+            peer_rate and round(factor / peer_rate, 3),
             peer,
-            there and round(rate["ours"] / there, 3),
+            peer_rate and round(rate["ours"] / peer_rate, 3),
         ).print()
 
 
@@ -98,7 +98,7 @@ def mlp_case(batch: int, rounds: int) -> None:
         "torch": lambda: train(lambda x: mlp_in_torch(own, x), list(own.values()), x),
         **interop(mlp, params, x),
     }
-    # Bursts, because torch's threads spin for a while and slow the step after torch's.
+    # Bursts, because torch's threads keep spinning for a while and slow the step that follows.
     rate = harness.rates(steps, 1, rounds, CPU, burst=3)
     peers = {"jax": "fused jax.value_and_grad", "torch": "torch", "interop": "torch-jax-interop"}
     report(f"mlp/B{batch}", "forward + backward", rate, peers)
@@ -122,7 +122,7 @@ def leaves_case(rounds: int) -> None:
     report("leaves100", "forward + backward", rate, peers)
 
 
-def border_case(case: str, rounds: int) -> None:
+def conversion_case(case: str, rounds: int) -> None:
     tensor = torch.zeros(64, 64)
     array = to_jax(tensor)
     count = 1000
@@ -154,15 +154,15 @@ def main() -> None:
     parser.set_defaults(threads=2)
     args = parser.parse_args()
     if args.device != "cpu":
-        parser.error("these cases run on the CPU only; leave out --device cuda")
+        parser.error("these cases run on the CPU only; omit --device cuda")
     torch.set_num_threads(args.threads)
     rounds = 7 if args.quick else 25
     cases: dict[str, Callable[[], None]] = {
         "mlp/B1024": lambda: mlp_case(1024, rounds),
         "mlp/B4096": lambda: mlp_case(4096, rounds),
         "leaves100": lambda: leaves_case(rounds),
-        "import": lambda: border_case("import", rounds),
-        "export": lambda: border_case("export", rounds),
+        "import": lambda: conversion_case("import", rounds),
+        "export": lambda: conversion_case("export", rounds),
     }
     for name, run in cases.items():
         if args.cases in name:

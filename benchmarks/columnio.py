@@ -1,16 +1,16 @@
-"""ColumnDataset beside a bare pyarrow scan, a DataLoader over pandas frames, and pandas' hashing.
+"""ColumnDataset, compared with a bare pyarrow scan, a DataLoader over pandas frames, and pandas' hashing.
 
     python -m benchmarks.columnio [--quick] [--threads 2] [--cases scan]
 
-- ``scan``: Parquet files of 26 int64 columns, 13 of float32 and a label, to tensors, beside pyarrow's own scan to
+- ``scan``: Parquet files of 26 int64 columns, 13 float32 columns and a label to tensors; peer: pyarrow's own scan to
   RecordBatches, the upper limit.
-- ``dataloader``: the same beside ``torch.utils.data.DataLoader`` with 2 workers, which read files by pandas and slice
+- ``dataloader``: the same; peer: ``torch.utils.data.DataLoader`` with 2 workers, which read files with pandas and slice
   batches from the frames.
-- ``ragged_strings``: lists of ids, lists of strings (20 a row on average) and two columns of strings, all hashed while
-  reading, beside a pyarrow scan and pandas' hash of the values.
-- ``memory``: the peak of Arrow's memory under a slow consumer, in batches, beyond that of as many of pyarrow's decoders
-  alone (a row group's encoded columns, pages and dictionaries), beside prefetch + threads. ``memory/total`` is the
-  whole peak. The ratios are of bound to use.
+- ``ragged_strings``: lists of ids, lists of strings (20 per row on average) and two string columns, all hashed while
+  reading; peer: a pyarrow scan and pandas' hash of the values.
+- ``memory``: the peak of Arrow's memory under a slow consumer, in batches, minus the peak of the same number of pyarrow
+  decoders alone (encoded columns, pages and dictionaries of a row group); peer: the bound, prefetch + threads.
+  ``memory/total`` is the whole peak. Ratios are bound to usage.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ LENGTH = 20
 def write(folder: Path, rows: int, make: Callable[[int, np.random.Generator], dict[str, Any]]) -> None:
     generator = np.random.default_rng(0)
     for number in range(FILES):
-        made = pa.table(make(rows // FILES, generator))
-        pq.write_table(made, folder / f"part-{number}.parquet", row_group_size=GROUP)
+        table = pa.table(make(rows // FILES, generator))
+        pq.write_table(table, folder / f"part-{number}.parquet", row_group_size=GROUP)
 
 
 def numbers(rows: int, generator: np.random.Generator) -> dict[str, Any]:
-    """Draw ids as skewed as those of a click log, over all 64 bits."""
+    """Draw ids with the skew of a click log, spread over all 64 bits."""
     columns: dict[str, Any] = {
         name: (generator.zipf(1.2, rows) % 1_000_003) * np.int64(0x1F83D9ABFB41BD6B) for name in IDS
     }
@@ -118,11 +118,11 @@ def pandas_hashes(folder: Path) -> int:
 
 
 def checked(step: Callable[[], int], rows: int) -> Callable[[], None]:
-    """Return the step with a check that all rows arrive, since only equal work may be compared."""
+    """Wrap a step with a check that it yields all rows, so that only equal work is compared."""
 
     def run() -> None:
         if (got := step()) != rows:
-            raise AssertionError(f"columnio: {got} of {rows} rows arrived")
+            raise AssertionError(f"columnio: expected {rows} rows, got {got}")
 
     return run
 
@@ -160,14 +160,14 @@ def number_cases(folder: Path, args: Any, rounds: int) -> None:
 
 
 def memory_case(folder: Path, threads: int) -> None:
-    """Compare the peak of Arrow's memory with that of as many of pyarrow's decoders alone."""
+    """Compare the peak of Arrow's memory with that of the same number of pyarrow decoders alone."""
     ours = ColumnDataset(
         folder, NUMBERS, BATCH, read=ReadOptions(num_threads=threads, prefetch=PREFETCH, decoded_rows=BATCH)
     )
     before, most, size = pa.total_allocated_bytes(), 0, 0
     for number, batch in enumerate(ours):
         if number % 5 == 0:
-            # Let the threads read as far ahead as they may.
+            # Let the threads read ahead up to their limit.
             time.sleep(0.02)
         most = max(most, pa.total_allocated_bytes() - before)
         size = max(size, sum(c.nbytes for c in batch.values() if isinstance(c, torch.Tensor)))
@@ -175,15 +175,15 @@ def memory_case(folder: Path, threads: int) -> None:
     bound, ahead = PREFETCH + threads, (most - decoders) / size
     for case, used, peer, name in (
         ("memory", ahead, bound, "bound: prefetch + threads"),
-        ("memory/total", most / size, decoders / size, f"{threads} decoders of pyarrow alone"),
+        ("memory/total", most / size, decoders / size, f"{threads} pyarrow decoders alone"),
     ):
         harness.Result(
-            "columnio", case, "held at most", "batches", round(used, 1), round(peer, 1), name, round(peer / used, 2)
+            "columnio", case, "peak memory", "batches", round(used, 1), round(peer, 1), name, round(peer / used, 2)
         ).print()
 
 
 def held_by_decoders(files: list[Path]) -> int:
-    """Return the peak of Arrow's memory while decoders read one row group each at the same time."""
+    """Return the peak of Arrow's memory while decoders read one row group each, concurrently."""
     before, most = pa.total_allocated_bytes(), 0
     readers = [pq.ParquetFile(file).iter_batches(BATCH, row_groups=[0], columns=NUMBERS) for file in files]
     for _ in zip(*readers, strict=True):
@@ -222,7 +222,7 @@ def main() -> None:
     parser.set_defaults(threads=2)
     args = parser.parse_args()
     if args.device != "cpu":
-        parser.error("reading runs on the CPU only; leave out --device cuda")
+        parser.error("reading runs on the CPU only; omit --device cuda")
     torch.set_num_threads(args.threads)
     rounds = 3 if args.quick else 15
     with tempfile.TemporaryDirectory() as folder:

@@ -1,15 +1,15 @@
-"""One warm training step of tables that two ranks share: two processes on this machine, joined by Gloo.
+"""One warm training step of tables that two ranks share: two processes on this machine, connected by Gloo.
 
     python -m benchmarks.distributed [--quick] [--cases 2ranks] [--threads 1]
 
-Each rank has the workload of ``benchmarks.embedding`` (width 64, row-wise Adagrad) with batches of its own. Ours and
-the peer step in turn.
+Each rank has the workload of ``benchmarks.embedding`` (width 64, row-wise Adagrad) with its own batches. Steps of ours
+and the peer alternate.
 
-- ``2ranks/...``: million ids a second of both ranks together, beside TorchRec's DistributedModelParallel with tables
-  sharded by row, like ours, or by table. TorchRec takes ready row numbers of tables of fixed size.
-- ``wire/...``: bytes sent to the other rank for each distinct id, beside 8 + 2 · 4 · width; and the speed of a step
+- ``2ranks/...``: million ids per second of both ranks together; peer: TorchRec's DistributedModelParallel with row-wise
+  sharding, like ours, or table-wise sharding. TorchRec is given row indices into tables of fixed size.
+- ``wire/...``: bytes sent to the other rank per distinct id, compared with 8 + 2 · 4 · width; and the speed of a step
   relative to float32.
-- ``overlap/...``: the exchange of ids (``rows``: of rows, too) is delayed by 20 ms, with and without prefetching, in a
+- ``overlap/...``: the exchange of ids (``rows``: also of rows) is delayed by 20 ms, with and without prefetching, in a
   step with a tower. ``share_hidden`` is the share of the delay that prefetching hides.
 """
 
@@ -108,15 +108,15 @@ class Rank:
 
 
 def delayed(exchange: Any, delays: dict[str, float]) -> None:
-    """Delay the start of an exchange, by kind."""
+    """Delay the start of exchanges by kind."""
     start = exchange.start
 
-    def later(what: str, *args: Any) -> Any:
-        time.sleep(delays.get(what, 0.0))
-        return start(what, *args)
+    def delayed_start(kind: str, *args: Any) -> Any:
+        time.sleep(delays.get(kind, 0.0))
+        return start(kind, *args)
 
     if delays:
-        exchange.start = later
+        exchange.start = delayed_start
 
 
 def serve(rank: int, store: str, size: str, threads: int, connection: Connection) -> None:
@@ -132,7 +132,7 @@ def serve(rank: int, store: str, size: str, threads: int, connection: Connection
 
 
 class Ours:
-    """The benchmark's handle of both ranks."""
+    """Handle to the processes of both ranks."""
 
     def __init__(self, size: str, threads: int) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="recis-bench-")

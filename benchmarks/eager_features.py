@@ -1,4 +1,4 @@
-"""Features in eager torch, bitwise equal to ours: the peer of ``benchmarks/features.py``."""
+"""Feature operations in eager torch, bitwise equal to ours: the peer of ``benchmarks/features.py``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def cross(x: Tensor, y: Tensor) -> Tensor:
 
 
 def mod(ids: Tensor, n: int) -> Tensor:
-    """Return the remainders of ids read as unsigned numbers."""
+    """Return the remainders of ids interpreted as unsigned."""
     rest = torch.remainder(ids, n)
     return torch.where(ids < 0, (rest + 2**64 % n) % n, rest)
 

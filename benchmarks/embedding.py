@@ -1,12 +1,12 @@
-"""One warm training step of tables, lookup, backward from a fixed gradient and update, beside static and dynamic peers.
+"""One warm training step of embedding tables: lookup, backward from a fixed gradient, and update.
 
     python -m benchmarks.embedding [--quick] [--threads 1] [--cases 65k/d64] [--clock wall]
 
-Ours looks up random 64-bit ids in a growing hash table. Static peers take ready row numbers of tables of fixed size:
+Ours looks up random 64-bit ids in growing hash tables. Static peers are given row indices into tables of fixed size:
 ``fbgemm`` (SplitTableBatchedEmbeddingBagsCodegen) and ``nn.EmbeddingBag`` (26 of them, sparse gradients, torch.optim).
 Dynamic peers take the same ids as ours: ``tfra`` (cuckoo tables) and ``dict``, a Python dict from id to row with
-vectorised torch operations on the rows. Ours and one peer step in turn. The case ``threads`` compares two threads of
-ours with one.
+vectorized torch operations on the rows. Steps of ours and one peer alternate. The case ``threads`` compares ours with
+two threads and one.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ QUICK = ["65k/d64/rowwise_adagrad", "4k/d64/rowwise_adagrad", "65k/d64/adagrad",
 
 
 class FixedGradient(torch.autograd.Function):
-    """A loss with fixed gradients: one root for all outputs, like a model's loss."""
+    """A loss with fixed gradients: a single root for all outputs, like a model's loss."""
 
     @staticmethod
     def forward(ctx: Any, gradients: list[Tensor], *outputs: Tensor) -> Tensor:
@@ -95,7 +95,7 @@ def with_threads(step: Callable[[], None], threads: int) -> Callable[[], None]:
 
 
 def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
-    """Time ours and a peer in turn; the peer of a case of threads is ours with one thread."""
+    """Time alternating steps of ours and a peer; for a ``threads`` case, the peer is ours with one thread."""
     size, width, rule, *threads = case.split("/")
     dim, device = int(width.removeprefix("d")), torch.device(args.device)
     one_core = args.threads == 1 and not threads and device.type == "cpu"
@@ -116,9 +116,9 @@ def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
         # CPU time would count both threads.
         rate = rates({"ours": with_threads(step, 2), peer: with_threads(step, 1)}, "wall")
     elif present(peer, device):
-        where = set(cores[1:2] if one_core and len(cores) > 1 else cores)
+        peer_cores = set(cores[1:2] if one_core and len(cores) > 1 else cores)
         with Worker(
-            peer, work, rule, lr=LR, device=device, threads=args.threads, clock=args.clock, cores=where
+            peer, work, rule, lr=LR, device=device, threads=args.threads, clock=args.clock, cores=peer_cores
         ) as other:
             other.wait()
             rate = rates({"ours": step, peer: other.step}, args.clock)
@@ -138,18 +138,18 @@ def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
 
 
 def present(peer: str, device: torch.device) -> bool:
-    """Return whether a peer can run on a device; on a GPU only nn.EmbeddingBag can, the others are CPU builds."""
+    """Return whether a peer can run on a device. Only nn.EmbeddingBag runs on a GPU; the others are CPU builds."""
     return installed(peer) and (peer == "nn.EmbeddingBag" or device.type == "cpu")
 
 
 def main() -> None:
     parser = harness.parser(__doc__ or "")
     parser.add_argument(
-        "--clock", default="wall", choices=list(harness.CLOCKS), help="cpu: CPU time, for a shared machine"
+        "--clock", default="wall", choices=list(harness.CLOCKS), help="cpu: CPU time, for shared machines"
     )
     args = parser.parse_args()
     if args.clock == "cpu" and (args.threads != 1 or args.device != "cpu"):
-        parser.error("--clock cpu is for one thread on the CPU")
+        parser.error("--clock cpu requires one thread on the CPU")
     rules = [rule for rule in OURS if rule != "lookup"]
     cases = [f"{size}/d{dim}/{rule}" for size in workload.SIZES for dim in (16, 64, 128) for rule in rules]
     cases = QUICK if args.quick else [*cases, "65k/d64/lookup", "65k/d16/adam/threads"]

@@ -1,13 +1,13 @@
-"""The Feature Engine beside pandas, eager torch, and its own operators one by one.
+"""The feature engine, compared with pandas, eager torch, and its own operators called one by one.
 
     python -m benchmarks.features [--quick] [--threads 2] [--cases eager]
 
-- ``hash``: FarmHash of a million strings of 4 to 16 bytes, beside ``pandas.util.hash_array`` and the copy bandwidth of
+- ``hash``: FarmHash of a million strings of 4 to 16 bytes; peers: ``pandas.util.hash_array`` and the copy bandwidth of
   one core.
 - ``eager``: 40 features of a batch of 8,192 rows (ten each of hash → mod, bucketize, cross → mod of dense columns, and
-  truncate → hash → mod of rows of 0 to 10 ids) beside the same values in eager torch, feature by feature.
-- ``unfused``: the same beside our own operators, one call an operation.
-- ``kind``: the same beside one call for each kind of element-wise operation, the other way to fuse.
+  truncate → hash → mod of rows of 0 to 10 ids); peer: the same values in eager torch, feature by feature.
+- ``unfused``: the same; peer: our own operators, one call per operation.
+- ``kind``: the same; peer: one call for each kind of element-wise operation, the alternative way to fuse.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def strings(count: int) -> list[str]:
 
 
 def copy_rate(rounds: int) -> float:
-    """Return the bytes that one thread reads and writes a second."""
+    """Return the bytes per second that one thread reads and writes."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     source = torch.ones(2**25, dtype=torch.int64)
@@ -111,19 +111,19 @@ def workload() -> tuple[list[Feature], Batch]:
 
 
 def in_eager_torch(batch: Batch) -> Batch:
-    made: Batch = {}
+    result: Batch = {}
     boundaries = torch.tensor(BOUNDARIES)
     for k in range(EACH):
         clicks = eager.truncate(batch[f"clicks{k}"], KEPT)  # type: ignore[arg-type]
-        made[f"user{k}"] = eager.mod(eager.murmur(batch[f"user{k}"]), MODULUS)  # type: ignore[arg-type]
-        made[f"price{k}"] = torch.bucketize(batch[f"price{k}"], boundaries, right=True)  # type: ignore[arg-type]
-        made[f"pair{k}"] = eager.mod(eager.cross(batch[f"x{k}"], batch[f"y{k}"]), MODULUS)  # type: ignore[arg-type]
-        made[f"clicks{k}"] = RaggedTensor(eager.mod(eager.murmur(clicks.values), MODULUS), clicks.offsets)
-    return made
+        result[f"user{k}"] = eager.mod(eager.murmur(batch[f"user{k}"]), MODULUS)  # type: ignore[arg-type]
+        result[f"price{k}"] = torch.bucketize(batch[f"price{k}"], boundaries, right=True)  # type: ignore[arg-type]
+        result[f"pair{k}"] = eager.mod(eager.cross(batch[f"x{k}"], batch[f"y{k}"]), MODULUS)  # type: ignore[arg-type]
+        result[f"clicks{k}"] = RaggedTensor(eager.mod(eager.murmur(clicks.values), MODULUS), clicks.offsets)
+    return result
 
 
 def check_equal(ours: Batch, theirs: Batch, peer: str) -> None:
-    """Raise unless a peer gives the same values, since only equal work may be compared."""
+    """Raise unless a peer computes the same values, so that only equal work is compared."""
     for name in theirs:
         a, b = ours[name], theirs[name]
         if isinstance(a, RaggedTensor) and isinstance(b, RaggedTensor):
@@ -131,7 +131,7 @@ def check_equal(ours: Batch, theirs: Batch, peer: str) -> None:
         else:
             same = torch.equal(a, b)  # type: ignore[arg-type]
         if not same:
-            raise AssertionError(f"features: {peer} gives other values of {name}")
+            raise AssertionError(f"features: {peer} computes different values for {name}")
 
 
 def engine_cases(wanted: list[str], rounds: int) -> None:
@@ -168,7 +168,7 @@ def main() -> None:
     parser.set_defaults(threads=2)
     args = parser.parse_args()
     if args.device != "cpu":
-        parser.error("the peers run on the CPU only; leave out --device cuda")
+        parser.error("the peers run on the CPU only; omit --device cuda")
     torch.set_num_threads(args.threads)
     rounds = 9 if args.quick else 25
     if args.cases in "hash":

@@ -1,4 +1,4 @@
-"""Helpers of all benchmarks: interleaved timing, and one JSON line a case."""
+"""Helpers of all benchmarks: interleaved timing, and one JSON line per case."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass(frozen=True)
 class Result:
-    """One line of output; ``ratio`` > 1 means that ours is better, and None that the peer is absent."""
+    """One line of output. ``ratio`` > 1 means that ours is better; None means that the peer is not installed."""
 
     bench: str
     case: str
@@ -41,18 +41,18 @@ def rates(
     burst: int = 1,
     clock: str = "wall",
 ) -> dict[str, float]:
-    """Run the steps in turn, A B A B …, so that drift of the machine's speed affects all alike.
+    """Run the steps alternately, A B A B …, so that drift of the machine's speed affects all equally.
 
     Args:
-        steps: Functions by name, each running one step. A step that runs in another process returns its own seconds.
-        items: Number of items that a step handles.
-        rounds: Number of timed turns, after three turns of warm-up.
-        device: Device to synchronise at the end of each step.
-        burst: Number of timed steps in one turn, so that the median step has warm caches.
+        steps: Functions by name, each running one step. A step that runs in another process returns its seconds.
+        items: Number of items that a step processes.
+        rounds: Number of timed rounds, after three warm-up rounds.
+        device: Device to synchronize at the end of each step.
+        burst: Number of timed steps per round, so that the median step has warm caches.
         clock: A name in ``CLOCKS``.
 
     Returns:
-        Items a second at the median time, by name.
+        Items per second at the median time, by name.
     """
     now = CLOCKS[clock]
     times: dict[str, list[float]] = {name: [] for name in steps}
@@ -79,7 +79,7 @@ def parser(description: str) -> argparse.ArgumentParser:
 
 
 def table(results: Iterable[Result]) -> str:
-    """Return the results as a table to read."""
+    """Return the results as a text table."""
     lines = [f"{'case':28} {'ours':>8}  {'peer':>8}  {'ratio':>6}  unit      peer's name"]
     for r in results:
         peer, ratio = ("absent", "") if r.peer is None or r.ratio is None else (f"{r.peer:.2f}", f"{r.ratio:.2f}")

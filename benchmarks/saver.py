@@ -1,14 +1,14 @@
-"""Checkpoints beside the safetensors library and the disk with the same bytes.
+"""Checkpoints, compared with the safetensors library and plain reads of the same bytes.
 
     python -m benchmarks.saver [--quick] [--rows 5000000] [--threads 2] [--folder /data] [--cases save]
 
 The table has 5 million rows (200,000 with --quick) of width 64 with Adam's moments.
 
-- ``save``: write, checksum and sync to disk, beside ``safetensors.torch.save_file`` of the same columns with fsync.
-- ``async_stall``: the time until a background save returns to its caller, beside the whole save.
-- ``delta``: a save of 1 % of the rows, just trained, beside the whole save.
-- ``load``: files of two ranks are read, verified and inserted into tables by three (threads of this process, joined by
-  Gloo), beside three threads that ``read()`` the same bytes into fresh memory.
+- ``save``: write, checksum and sync to disk; peer: ``safetensors.torch.save_file`` of the same columns with fsync.
+- ``async_stall``: the time until a background save returns to its caller; peer: a whole save.
+- ``delta``: a save after training 1 % of the rows; peer: a whole save.
+- ``load``: three ranks (threads of this process, connected by Gloo) read and verify the files of two ranks and insert
+  the rows into tables; peer: three threads that ``read()`` the same bytes into fresh memory.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def filled(rows: int, rank: int = 0, world_size: int = 1) -> EmbeddingEngine:
 
 
 def together(size: int, work: Callable[[int, dist.ProcessGroup], object]) -> None:
-    """Call ``work(rank, group)`` in a thread a rank."""
+    """Call ``work(rank, group)`` in one thread per rank."""
     store, failures = dist.HashStore(), []
 
     def run(rank: int) -> None:
@@ -94,7 +94,7 @@ class Cases:
         ours, other = found["ours"] / 1e6, found[peer] / 1e6
         self.results.append(
             harness.Result(
-                "saver", case, "bytes a second", "MB/s", round(ours, 1), round(other, 1), peer, round(ours / other, 2)
+                "saver", case, "throughput", "MB/s", round(ours, 1), round(other, 1), peer, round(ours / other, 2)
             )
         )
         self.results[-1].print()
@@ -128,7 +128,7 @@ class Cases:
             path.unlink()
             del columns
         if self.wanted in "async_stall":
-            self.measure("async_stall", size, "the whole save", stall, save)
+            self.measure("async_stall", size, "whole save", stall, save)
         if self.wanted in "delta":
             del background
             changing, generator = Saver(self.folder / "delta", keep=1), torch.Generator().manual_seed(1)
@@ -138,13 +138,13 @@ class Cases:
                 touched = ids[torch.randint(ids.numel(), (ids.numel() // 100,), generator=generator)]
                 engine({"id": touched})["id"].sum().backward()
                 optimizer.step()
-                saver.wait()  # until the previous whole checkpoint is deleted
+                saver.wait()  # waits until the previous whole checkpoint is deleted
                 begin = time.perf_counter()
                 changing.save(next(steps), {"engine": engine}, delta=True)
                 return time.perf_counter() - begin
 
             delta()  # the first is a whole checkpoint
-            self.measure("delta", size, "the whole save", delta, save)
+            self.measure("delta", size, "whole save", delta, save)
 
     def load(self) -> None:
         if self.wanted not in "load":
@@ -191,7 +191,7 @@ class Cases:
 def main() -> None:
     parser = harness.parser(__doc__ or "")
     parser.add_argument("--rows", type=int, help="rows of the table (5,000,000; 200,000 with --quick)")
-    parser.add_argument("--folder", help="folder to write to (the folder of temporary files)")
+    parser.add_argument("--folder", help="folder to write to (the system's temporary folder)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     rows = args.rows or (200_000 if args.quick else 5_000_000)

@@ -1,18 +1,18 @@
-"""A cost model of one training step on 1 to 1,024 ranks, beside measured and published figures.
+"""A cost model of one training step on 1 to 1,024 ranks, compared with measured and published figures.
 
     python -m benchmarks.scaling [--points FILE] [--table NAME]
 
-Nothing is run: the model computes from the constants in this file and from the measurements of
+Nothing is executed: the model uses the constants in this file and the measurements of
 ``python -m benchmarks.scaling_points`` on one machine (``benchmarks/scaling_points.json``). docs/scaling.md explains
-the model and holds this output.
+the model and contains this output.
 
 The step of a rank has ``samples`` samples with ``ids`` ids each, n = samples · ids, of which u are distinct:
 
-- ids, rows, gradients: three all-to-alls of (W - 1) / W · u · (9 | v | v) bytes, with v bytes of a vector on the wire;
-- memory: reads and writes of ids, slots, records and vectors, at the memory's speed for random rows;
-- tower: three times the operations of its forward pass; the all-reduce of its gradients overlaps with backward;
-- launches: some microseconds of the host for each kernel;
-- host: bytes of input at the speed of a rank's share of the host, in parallel with the rest.
+- ids, rows, gradients: three all-to-alls of (W - 1) / W · u · (9 | v | v) bytes, with v bytes per vector on the wire;
+- memory: reads and writes of ids, slots, records and vectors, at the memory's bandwidth for random rows;
+- tower: three times the FLOPs of its forward pass; the all-reduce of its gradients overlaps with backward;
+- launches: a few microseconds of host time per kernel;
+- host: bytes of input at the bandwidth of a rank's share of the host, in parallel with the rest.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ RANKS = (8, 16, 32, 64, 128, 256, 512, 1024)
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Resources of a rank; speeds are those that programs reach, in one direction."""
+    """Resources of a rank. Bandwidths are the achieved ones, in one direction."""
 
     ranks_per_host: int
     memory: float
-    """Bytes a second for random rows of some hundred bytes."""
+    """Bytes per second for random rows of a few hundred bytes."""
     flops: float
-    """Operations a second of a tower's matrix products."""
+    """FLOPs per second in a tower's matrix products."""
     in_host: float
-    """Bytes a second that a rank sends to others on its host."""
+    """Bytes per second that a rank sends to others on its host."""
     between: float
-    """Bytes a second that a rank sends to other hosts."""
+    """Bytes per second that a rank sends to other hosts."""
     collective_s: float
     """Fixed seconds of a collective."""
     peer_s: float
@@ -51,7 +51,7 @@ class Machine:
     launch_s: float
     """Seconds of a kernel launch."""
     ingest: float
-    """Bytes of input a second that a rank's share of the host reads and decodes."""
+    """Bytes of input per second that a rank's share of the host reads and decodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,23 +61,23 @@ class Workload:
     samples: int
     features: int
     ids: float
-    """Ids of a sample."""
+    """Ids per sample."""
     distinct: float
     """Share of a rank's ids that are distinct."""
     dim: int
     state_bytes: int
-    """Bytes of optimizer state of a row."""
+    """Bytes of optimizer state per row."""
     parameters: float
     """Parameters of the tower."""
     flops: float
-    """Operations of the tower's forward pass for a sample."""
+    """FLOPs of the tower's forward pass per sample."""
     kernels: int
     input_bytes: float
-    """Bytes of input of a sample."""
+    """Bytes of input per sample."""
     wire_bytes: int = 2
-    """Bytes of an element on the wire."""
+    """Bytes per element on the wire."""
     pooled: bool = False
-    """True if owners pool bags and send the sums, as TorchRec and HugeCTR do; False if rows are sent once, as here."""
+    """True if owners pool bags and send the sums, as in TorchRec and HugeCTR; False if rows are sent once, as here."""
 
 
 H100 = Machine(
@@ -91,8 +91,8 @@ H100 = Machine(
     launch_s=2e-6,
     ingest=1.5e9,
 )
-"""A DGX H100: HBM3 3.35 TB/s, 990 TFLOPS in bfloat16, NVLink 450 GB/s, a 400 Gb/s adapter a GPU. The shares of these
-peaks, the latencies and the ingest are assumptions, not measurements."""
+"""A DGX H100: HBM3 3.35 TB/s, 990 TFLOPS in bfloat16, NVLink 450 GB/s, a 400 Gb/s adapter per GPU. The fractions of
+these peaks, the latencies and the ingest are assumptions, not measurements."""
 
 DCNV2 = Workload(
     samples=1056,
@@ -122,7 +122,7 @@ CLICKS = Workload(
     kernels=150,
     input_bytes=300 * 8 + 400,
 )
-"""A click model of 100 features, three ids each, exchanged as this package does."""
+"""A click model of 100 features with three ids each, exchanged as in this package."""
 
 
 @dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Step:
 
     @property
     def communication(self) -> float:
-        """Share of the embedding exchanges in a step without prefetching."""
+        """Share of embedding exchanges in a step without prefetching."""
         return (self.ids + self.rows + self.gradients) / self.serial
 
 
@@ -169,11 +169,11 @@ def step(work: Workload, machine: Machine, ranks: int) -> Step:
     record = vector + work.state_bytes
     if work.pooled:
         sent_ids, sent_vectors = 8 * n, outputs * element
-        # Owners read a slot and a row for each id and write pooled vectors; then read gradients and update rows.
+        # Owners read a slot and a row for each id and write pooled vectors, then read gradients and update rows.
         moved = n * (8 + SLOT_BYTES + vector) + outputs * 2 * element + n * element + u * 2 * record
     else:
         sent_ids, sent_vectors = 9 * u, u * element
-        # Find the distinct ids; look them up, read rows and send them; pool; and the same backwards.
+        # Find the distinct ids, look them up, read and send rows, pool, and the same in backward.
         moved = n * (8 + SLOT_BYTES) + u * (8 + SLOT_BYTES + vector + element) + n * vector + outputs * vector
         moved += outputs * vector + n * vector + u * (vector + element) + u * (element + 2 * record)
     return Step(
@@ -189,7 +189,7 @@ def step(work: Workload, machine: Machine, ranks: int) -> Step:
 
 
 def all_to_all(sent: float, machine: Machine, ranks: int) -> float:
-    """Return the seconds of an all-to-all in which each rank sends ``sent`` bytes, evenly to all others."""
+    """Return the seconds of an all-to-all in which each rank sends ``sent`` bytes, divided evenly over all others."""
     if ranks == 1:
         return 0.0
     near = min(machine.ranks_per_host, ranks) - 1
@@ -201,7 +201,7 @@ def all_to_all(sent: float, machine: Machine, ranks: int) -> float:
 
 
 def all_reduce(size: float, machine: Machine, ranks: int) -> float:
-    """Return the seconds of an all-reduce of ``size`` bytes, in rings within hosts and then between them."""
+    """Return the seconds of a ring all-reduce of ``size`` bytes within hosts and then between them."""
     if ranks == 1:
         return 0.0
     near = min(machine.ranks_per_host, ranks)
@@ -214,7 +214,7 @@ def all_reduce(size: float, machine: Machine, ranks: int) -> float:
 def this_machine(constants: dict[str, float], ranks: int) -> Machine:
     """Return the resources of a rank on the measured machine, whose cores and loopback the ranks share.
 
-    The speeds of exchanges were measured with two ranks.
+    Exchanges were measured with two ranks.
     """
     share = min(1.0, constants["cores"] / ranks)
     return Machine(
@@ -233,23 +233,23 @@ def this_machine(constants: dict[str, float], ranks: int) -> Machine:
 def measured_work(point: dict[str, Any]) -> Workload:
     """Return the workload of a measured point."""
     names = ("samples", "features", "distinct", "dim", "parameters", "flops")
-    some = {name: point[name] for name in names}
-    return Workload(**some, ids=point["features"], state_bytes=4, kernels=1, input_bytes=0, wire_bytes=4)
+    measured = {name: point[name] for name in names}
+    return Workload(**measured, ids=point["features"], state_bytes=4, kernels=1, input_bytes=0, wire_bytes=4)
 
 
 def check_measured(points: dict[str, Any]) -> list[str]:
-    """Return the lines that compare measured steps of 1, 2 and 4 ranks with the model."""
+    """Return the table that compares measured steps of 1, 2 and 4 ranks with the model."""
     cores = points["constants"]["cores"]
     lines = [
-        f"Measured on {points['machine']}; a rank is a process with one thread, joined by Gloo.",
+        f"Measured on {points['machine']}; a rank is a process with one thread, connected by Gloo.",
         "",
-        "| ids | ranks | measured, ms | model, ms | ratio | of it: memory | exchange | tower | calls | clock, ms |",
+        "| ids | ranks | measured, ms | model, ms | ratio | memory | exchange | tower | calls | wall time, ms |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for point in points["points"]:
         ranks = point["ranks"]
         found = step(measured_work(point), this_machine(points["constants"], ranks), ranks)
-        # Here the all-reduce follows backward, so nothing hides it.
+        # Here the all-reduce runs after backward, so nothing hides it.
         total = (
             found.ids + found.rows + found.gradients + found.memory + found.tower + found.all_reduce + found.launches
         )
@@ -264,31 +264,31 @@ def check_measured(points: dict[str, Any]) -> list[str]:
 
 
 def check_published() -> list[str]:
-    """Return the lines that compare published figures with the model."""
+    """Return the table that compares published figures with the model."""
     lines = ["| figure | published | model |", "|---|---|---|"]
     record = step(DCNV2, H100, 128)
-    lines.append(f"| DLRM-DCNv2, 128 H100, 135,168 samples a step | 2.08 ms | {1e3 * record.serial:.2f} ms |")
+    lines.append(f"| DLRM-DCNv2, 128 H100, 135,168 samples per step | 2.08 ms | {1e3 * record.serial:.2f} ms |")
     parts = ", ".join(
         f"{name} {1e3 * getattr(record, name):.2f}"
         for name in ("ids", "rows", "gradients", "memory", "tower", "all_reduce", "launches")
     )
-    lines.append(f"| of it, ms | | {parts} (the all-reduce partly hidden) |")
+    lines.append(f"| its parts, ms | | {parts} (the all-reduce is partly hidden) |")
     for gpus, published in ((8, 25), (128, 51)):
         for each in (512, 1056, 8192):
             share = step(replace(DCNV2, samples=each), H100, gpus).communication
             lines.append(
-                f"| embedding communication, {gpus} GPUs, if {each:,} samples a GPU | {published} % | {share:.0%} |"
+                f"| embedding communication, {gpus} GPUs, if {each:,} samples per GPU | {published} % | {share:.0%} |"
             )
     return lines
 
 
 def predictions(name: str, work: Workload, ranks: Sequence[int]) -> list[str]:
-    """Return the lines with the predicted step on each number of GPUs, with equal work a GPU."""
+    """Return the table of the predicted step on each number of GPUs, with equal work per GPU."""
     lines = [
-        f"{name}: {work.samples:,} samples a GPU, {work.ids:g} ids of {work.dim} elements a sample; ms",
+        f"{name}: {work.samples:,} samples per GPU, {work.ids:g} ids of {work.dim} elements per sample; times in ms",
         "",
-        "| GPUs | ids | rows | gradients | memory | tower | all-reduce | launches | (host) | step | with ids ahead "
-        "| M samples/s | GPUs' efficiency |",
+        "| GPUs | ids | rows | gradients | memory | tower | all-reduce | launches | (host) | step | with prefetching "
+        "| M samples/s | efficiency |",
         "|" + "---|" * 13,
     ]
     base = None
@@ -316,8 +316,8 @@ def predictions(name: str, work: Workload, ranks: Sequence[int]) -> list[str]:
 
 
 def sensitivity() -> list[str]:
-    """Return the lines with the click model's step on 128 GPUs for half and twice each constant."""
-    lines = ["| constant | half | as assumed | twice |", "|---|---|---|---|"]
+    """Return the table of the click model's step on 128 GPUs with each constant halved and doubled."""
+    lines = ["| constant | halved | as assumed | doubled |", "|---|---|---|---|"]
     now = step(CLICKS, H100, 128).ahead
     for name in ("memory", "flops", "in_host", "between", "collective_s", "peer_s", "launch_s"):
         steps = [step(CLICKS, replace(H100, **{name: factor * getattr(H100, name)}), 128).ahead for factor in (0.5, 2)]

@@ -1,12 +1,12 @@
-"""Measure the constants of the cost model in ``benchmarks/scaling.py``, and steps to check it against.
+"""Measure the constants of the cost model in ``benchmarks/scaling.py``, and steps to validate it.
 
     python -m benchmarks.scaling_points [--quick] > benchmarks/scaling_points.json
 
-Constants, measured with one process of one thread, or two joined by Gloo: operations a second of the tower, bytes a
-second of the rest of a step (as the model counts them), bytes a second and latency of an all-to-all, and the seconds of
-a step with almost no ids. Points: steps of 1, 2 and 4 ranks with tables, tower and the all-reduce of its gradients.
-Seconds are medians of a rank's CPU time, which other work on the machine does not change; the least wall time is
-written too.
+Constants, measured with one single-threaded process, or two connected by Gloo: FLOPs per second of the tower, bytes per
+second of the rest of a step (as counted by the model), bandwidth and latency of an all-to-all, and the seconds of a
+step with almost no ids. Points: steps of 1, 2 and 4 ranks with tables, tower and the all-reduce of its gradients.
+Seconds are medians of a rank's CPU time, which other work on the machine does not affect. The minimum wall time is also
+written.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ RANKS = (1, 2, 4)
 
 
 def seconds_of(step: Callable[[], object], times: int) -> tuple[float, float]:
-    """Return the least wall time of a step, and its median CPU time on this rank."""
+    """Return the minimum wall time of a step, and its median CPU time on this rank."""
     wall, cpu = [], []
     for number in range(times + 2):
         if dist.get_world_size() > 1:
@@ -53,7 +53,7 @@ def seconds_of(step: Callable[[], object], times: int) -> tuple[float, float]:
 
 
 def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
-    """Measure one rank's share of all steps; the first rank writes the result."""
+    """Measure all steps on one rank; the first rank writes the result."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
     work = workload.make(size, DIM, torch.device("cpu"))
@@ -98,7 +98,7 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
         return lambda: dist.all_to_all_single(received, sent)  # type: ignore[return-value]
 
     distinct = [work.ids[f][work.rows[number][f]].unique().numel() for number in range(8) for f in range(len(names))]
-    found = {
+    result = {
         "ranks": ranks,
         "samples": samples,
         "features": len(names),
@@ -117,17 +117,17 @@ def measure(rank: int, ranks: int, folder: str, size: str, times: int) -> None:
         steps |= {"small": (exchange(ranks * 16), 100), "large": (exchange(BYTES // 4), times)}
     for name, (step, count) in steps.items():
         wall, cpu = seconds_of(step, count)
-        of_all = torch.tensor(cpu)
-        dist.all_reduce(of_all)
-        found |= {f"{name}_wall_s": wall, f"{name}_s": float(of_all) / ranks}
+        total = torch.tensor(cpu)
+        dist.all_reduce(total)
+        result |= {f"{name}_wall_s": wall, f"{name}_s": float(total) / ranks}
     dist.barrier()
     if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(found))
+        Path(folder, "point.json").write_text(json.dumps(result))
     dist.destroy_process_group()
 
 
 def constants_of(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
-    """Return the constants, derived from a point of one rank and one of two."""
+    """Derive the constants from the points of one rank and of two."""
     work = scaling.measured_work(one)
     unit = scaling.Machine(
         ranks_per_host=1,
@@ -144,7 +144,7 @@ def constants_of(one: dict[str, Any], two: dict[str, Any]) -> dict[str, float]:
     small = two["small_s"]
     return {
         "cores": len(os.sched_getaffinity(0)),
-        # From a whole step: beside a tower, tables miss the caches more often than alone.
+        # From a whole step, because tables miss the caches more often with a tower than without.
         "memory": alone.memory / (one["step_s"] - one["tower_s"] - one["tiny_s"]),
         "flops": alone.tower / one["tower_s"],
         "in_host": BYTES / 2 / (two["large_s"] - small),
@@ -164,7 +164,7 @@ def main() -> None:
             progress(f"scaling_points: {size}, {ranks} ranks")
             with tempfile.TemporaryDirectory(prefix="recis-bench-") as folder:
                 mp.spawn(measure, (ranks, folder, size, 10 if args.quick else 60), nprocs=ranks)  # type: ignore[no-untyped-call]
-                points.append(json.loads(Path(folder, "found.json").read_text()))
+                points.append(json.loads(Path(folder, "point.json").read_text()))
     constants = constants_of(points[0], points[1])
     machine = f"{platform.machine()}, {constants['cores']:g} cores, {datetime.date.today()}"
     print(json.dumps({"machine": machine, "constants": constants, "points": points}, indent=1))

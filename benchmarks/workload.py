@@ -1,7 +1,7 @@
-"""Workload W: the lookups and gradients of one training step of a click model.
+"""Workload of the benchmarks: lookups and gradients of one training step of a click model.
 
-26 features of 100,000 ids each, spread over the 64-bit space and drawn by Zipf's law with exponent 1.05. A sample has
-one id a feature: 2,520 samples make 65,520 ids a step, 157 make 4,082.
+26 features of 100,000 ids each, spread over the 64-bit space and drawn from a Zipf distribution with exponent 1.05. A
+sample has one id per feature: 2,520 samples have 65,520 ids per step, and 157 have 4,082.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ SIZES = {"65k": 2520, "4k": 157}
 
 @dataclass(frozen=True)
 class Workload:
-    """Batches, as ids and as row numbers."""
+    """Batches, as ids and as row indices."""
 
     ids: list[Tensor]
-    """All ids of each feature, int64 ``[IDS]``; an id's index here is its row number."""
+    """All ids of each feature, int64 ``[IDS]``; the position of an id is its row index."""
     rows: list[list[Tensor]]
-    """Row numbers by batch and feature, int64 ``[samples]``."""
+    """Row indices by batch and feature, int64 ``[samples]``."""
     gradients: list[Tensor]
     """A fixed gradient for each feature, float32 ``[samples, dim]``."""
 
@@ -47,19 +47,19 @@ def name(feature: int) -> str:
 
 
 def make(size: str, dim: int, device: torch.device, seed: int = 0) -> Workload:
-    """Draw the workload; the same arguments give the same one."""
+    """Sample the workload, deterministically for given arguments."""
     random = np.random.default_rng(seed)
     weights = 1 / np.arange(1, IDS + 1) ** EXPONENT
     weights /= weights.sum()
     samples = SIZES[size]
 
     def draw() -> Tensor:
-        # Hot ids are spread at random, so that they are not adjacent in a static table.
+        # Frequent ids have random rows, so that they are not adjacent in a static table.
         return torch.from_numpy(random.choice(IDS, size=samples, p=weights)).to(device)
 
     ids = [torch.from_numpy(random.integers(-(2**63), 2**63 - 1, IDS)).to(device) for _ in range(FEATURES)]
-    deals = [torch.from_numpy(random.permutation(IDS)).to(device) for _ in range(FEATURES)]
-    rows = [[deals[f][draw()] for f in range(FEATURES)] for _ in range(BATCHES)]
+    permutations = [torch.from_numpy(random.permutation(IDS)).to(device) for _ in range(FEATURES)]
+    rows = [[permutations[f][draw()] for f in range(FEATURES)] for _ in range(BATCHES)]
     generator = torch.Generator().manual_seed(seed)
     gradients = [torch.randn(samples, dim, generator=generator).to(device) for _ in range(FEATURES)]
     return Workload(ids, rows, gradients)

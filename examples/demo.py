@@ -1,9 +1,9 @@
-"""The whole path in one program: write a click log, train a model with a torch and a JAX tower, save it, load it.
+"""End-to-end demo: write a click log, train a model with a torch and a JAX tower, save it, load it.
 
     python examples/demo.py
 
-The log is drawn from known probabilities, so the best AUC that any model can reach is known and printed beside the
-model's. It takes about a minute on two cores; the last line is JSON.
+The log is sampled from known probabilities, so the best AUC that any model can reach is known and printed with the
+model's. The demo takes about a minute on two cores. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ NUMBERS = ["price", "age_hours", "similarity"]
 FACTORS = 8
 HIDDEN = 400
 
-# Strings are hashed and numbers put into buckets; ids need nothing, whatever their 64 bits are.
+# Strings are hashed and numbers bucketized. Ids may be any 64-bit values.
 FEATURES = [
     *[rh.Feature(name) for name in [*IDS, "history", *NUMBERS]],
     rh.Feature("site", ops=[rh.features.Hash("farm")]),
@@ -44,18 +44,18 @@ FIELDS = [*IDS, "site", "price_level", "age_level", "history"]
 
 
 def make_clicks(rows: int, seed: int) -> pa.Table:
-    """Draw a click log.
+    """Sample a click log.
 
-    The logit of ``p_click``, the true probability of a click, adds an effect of each id, the user's liking for the
-    item's kind, the share of that kind in the user's history, an effect of slot and device together, and smooth
-    functions of the numbers. Common ids make up most of the rows.
+    The logit of ``p_click``, the true click probability, is the sum of an effect of each id, the user's taste for the
+    item's kind, the share of that kind in the user's history, an interaction of slot and device, and smooth functions
+    of the numbers. A few frequent ids make up most of the rows.
     """
     rng = np.random.default_rng(seed)
     sizes = IDS | {"site": len(SITES)}
     effects = {name: rng.normal(0, 0.45, size) for name, size in sizes.items()}
     taste, pairs = rng.integers(0, 8, IDS["user"]), rng.normal(0, 0.35, (IDS["slot"], IDS["device"]))
     ids = {name: rng.integers(-(2**63), 2**63 - 1, size, endpoint=True) for name, size in IDS.items()}
-    ids["device"][:4] = 0, -1, -(2**63), 2**63 - 1  # values that other tables reserve
+    ids["device"][:4] = 0, -1, -(2**63), 2**63 - 1  # values that other hash tables reserve
 
     def draw(name: str, count: int) -> Any:
         return (sizes[name] * rng.random(count) ** 3).astype(np.int64)
@@ -85,7 +85,7 @@ def make_clicks(rows: int, seed: int) -> pa.Table:
 
 
 def write_clicks(folder: Path, rows: int, seed: int) -> dict[str, float]:
-    """Write ``train`` (90 % of the rows) and ``test`` in Parquet; return the best figures possible on ``test``."""
+    """Write ``train`` (90 % of the rows) and ``test`` as Parquet; return the best possible metrics on ``test``."""
     table = make_clicks(rows, seed)
     test = table.slice(rows * 9 // 10)
     for split, part in (("train", table.slice(0, rows * 9 // 10)), ("test", test)):
@@ -95,7 +95,7 @@ def write_clicks(folder: Path, rows: int, seed: int) -> dict[str, float]:
 
 
 def jax_tower(width: int, seed: int) -> nn.Module:
-    """Return a JAX MLP as a module: its parameters belong to torch, and embeddings reach it in the same memory."""
+    """Return a JAX MLP as a module. Its parameters belong to torch, and embeddings are passed in shared memory."""
     import jax
     import jax.numpy as jnp
 
@@ -157,8 +157,8 @@ def main() -> None:
     parser.add_argument("--tower", choices=("torch", "jax", "both"), default="both", help="the towers (both)")
     parser.add_argument("--rows", type=int, default=300_000, help="rows of the log (300000)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training rows (1)")
-    parser.add_argument("--batch-size", type=int, default=2048, help="samples a step (2048)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+    parser.add_argument("--batch-size", type=int, default=2048, help="samples per step (2048)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     args = parser.parse_args()
     towers = ("torch", "jax") if args.tower == "both" else (args.tower,)
     loss = nn.functional.binary_cross_entropy_with_logits
@@ -187,15 +187,15 @@ def main() -> None:
         print(model.engine.describe())
         figures = dict(trainer.fit([rh.Evaluate(), rh.SaveCheckpoint()])["eval"])
 
-        again = DeepFM(towers, args.seed + 1)
-        saver.load({"engine": again.engine, "model": again})
-        reloaded = rh.pipelines.evaluate(rh.TorchStep(again, loss, []), test, metrics)
+        loaded = DeepFM(towers, args.seed + 1)
+        saver.load({"engine": loaded.engine, "model": loaded})
+        reloaded = rh.pipelines.evaluate(rh.TorchStep(loaded, loss, []), test, metrics)
 
     seconds = time.perf_counter() - begin
     print(f"\n{'':<28}{'AUC':>9}{'logloss':>9}")
-    for title, result in (("this model, test rows", figures), ("saved and loaded", reloaded), ("best possible", best)):
+    for title, result in (("model, on test rows", figures), ("saved and loaded", reloaded), ("best possible", best)):
         print(f"{title:<28}{result['auc']:>9.4f}{result['logloss']:>9.4f}")
-    print(f"{rate:,.0f} samples/s with tower {args.tower}, {seconds:.0f} s in all\n")
+    print(f"{rate:,.0f} samples/s with tower {args.tower}, {seconds:.0f} s in total\n")
     last = {"auc": figures["auc"], "logloss": figures["logloss"], "bayes_auc": best["auc"]}
     last |= {"reload_exact": reloaded == figures, "samples_per_s": rate, "seconds": seconds, "tower": args.tower}
     print(json.dumps(last))

@@ -1,11 +1,11 @@
-"""Train DeepFM on Frappe (a public CTR benchmark) through hash tables, with a torch tower, a JAX tower, or both.
+"""Train DeepFM on Frappe (a public CTR benchmark) with hash tables, and with a torch tower, a JAX tower, or both.
 
     python examples/frappe.py --data FOLDER --tower both [--baseline] [--run RUN]
 
-FOLDER holds train/, valid/ and test/ with Parquet files: ten categorical columns, of int64 ids or of strings (which are
-hashed while reading), and ``label``. ``--baseline`` then trains the same model with nn.Embedding, times the steps of
-both in turns, and prints them side by side. ``--run`` keeps checkpoints and a log there; with ``--resume`` an
-interrupted run continues (``recis-hybrid report RUN`` shows the log). The last line is JSON.
+FOLDER contains train/, valid/ and test/ with Parquet files: ten categorical columns of int64 ids or of strings (which
+are hashed while reading), and ``label``. ``--baseline`` then trains the same model with nn.Embedding, times alternating
+steps of both, and compares them. ``--run`` is the folder for checkpoints and a log; with ``--resume`` an interrupted
+run continues (``recis-hybrid report RUN`` plots the log). The last line is JSON.
 
 References:
     Guo, Tang, Ye, Li, He: DeepFM: a factorization-machine based neural network for CTR prediction. IJCAI 2017.
@@ -39,7 +39,7 @@ from recis_hybrid.pipelines import (
     Stage,
 )
 
-# The published recipe (BARS, DeepFM on Frappe x1). Its L2 penalty covers whole tables at every step.
+# The published recipe (BARS, DeepFM on Frappe x1). Its L2 penalty covers whole tables in every step.
 FIELDS = ["user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"]
 FACTORS = 10
 HIDDEN = (400, 400, 400)
@@ -51,7 +51,7 @@ CLIP = 10.0
 
 
 class TorchTower(nn.Module):
-    """Three times linear, batch norm, ReLU and dropout, then one number a sample."""
+    """Three blocks of linear, batch norm, ReLU and dropout, and a linear output layer."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class TorchTower(nn.Module):
 
 
 def jax_tower(width: int, seed: int) -> nn.Module:
-    """Return the same tower in Flax nnx: its parameters and running statistics are torch's."""
+    """Return the same tower in Flax nnx. Its parameters and running statistics belong to torch."""
     import jax
     from flax import nnx
 
@@ -82,7 +82,7 @@ def jax_tower(width: int, seed: int) -> nn.Module:
 
 
 def make_towers(choice: str, width: int, seed: int) -> nn.ModuleList:
-    """Return the towers of a choice; "both" are two, of which the model takes the mean."""
+    """Return the selected towers; with "both", the model averages two."""
     towers = nn.ModuleList()
     if choice in ("torch", "both"):
         towers.append(TorchTower(width))
@@ -97,7 +97,7 @@ class DeepFM(nn.Module):
     The first element of an embedding is its first-order weight, the others are its factors.
 
     Args:
-        lookup: Maps a batch to ``[B, 1 + FACTORS]`` by field, in training also to the rows of whole tables.
+        lookup: Maps a batch to ``[B, 1 + FACTORS]`` by field, and in training also to the rows of whole tables.
         towers: Modules from ``[B, W]`` to ``[B, 1]``.
     """
 
@@ -141,7 +141,7 @@ class Figures:
 
 @dataclass(frozen=True)
 class Trained:
-    """A finished run with the objects that time more of its steps."""
+    """A finished run, with the objects that are needed to time further steps."""
 
     figures: Figures
     step: rh.TorchStep
@@ -150,13 +150,13 @@ class Trained:
 
 
 class Stopwatch(Callback):
-    """Measures the seconds of training stages, and records the number of samples before a resumption."""
+    """Measures the seconds of training stages, and records the number of samples before the run was resumed."""
 
     def __init__(self) -> None:
-        self.seconds, self.already = 0.0, 0
+        self.seconds, self.resumed_samples = 0.0, 0
 
     def before_fit(self, trainer: rh.Trainer) -> None:
-        self.already = trainer.samples
+        self.resumed_samples = trainer.samples
 
     def before_stage(self, trainer: rh.Trainer, stage: Stage) -> None:
         self.begin = time.perf_counter()
@@ -167,33 +167,33 @@ class Stopwatch(Callback):
 
 
 def whole(field: str) -> str:
-    """Return the name of the output that holds all rows of a field's table."""
+    """Return the name of the output with all rows of a field's table."""
     return f"{field}, whole"
 
 
 class GrowingTables(nn.Module):
-    """An engine that in training also looks up all known ids, for the L2 penalty of whole tables."""
+    """An engine that in training also looks up all known ids, for the L2 penalty on whole tables."""
 
     def __init__(self, vocabularies: dict[str, Tensor], dim: int, seed: int) -> None:
         super().__init__()
         self.vocabularies = vocabularies
-        first_values = rh.embedding.Normal(0.0, STD)
-        configs = {field: rh.EmbeddingConfig(dim=dim, initializer=first_values) for field in vocabularies}
+        initializer = rh.embedding.Normal(0.0, STD)
+        configs = {field: rh.EmbeddingConfig(dim=dim, initializer=initializer) for field in vocabularies}
         configs |= {
-            whole(field): rh.EmbeddingConfig(dim=dim, initializer=first_values, table=field, combiner=None)
+            whole(field): rh.EmbeddingConfig(dim=dim, initializer=initializer, table=field, combiner=None)
             for field in vocabularies
         }
         self.engine = rh.EmbeddingEngine(configs, optimizer=rh.optim.Adam, seed=seed)
 
     def forward(self, batch: rh.Batch) -> dict[str, Tensor]:
         """Return ``[B, dim]`` by field and, in training, ``[n, dim]`` of the known ids by ``whole(field)``."""
-        none = torch.empty(0, dtype=torch.int64)
-        lists = {whole(field): ids if self.training else none for field, ids in self.vocabularies.items()}
+        no_ids = torch.empty(0, dtype=torch.int64)
+        lists = {whole(field): ids if self.training else no_ids for field, ids in self.vocabularies.items()}
         return self.engine({**batch, **lists})  # type: ignore[no-any-return]
 
 
 class StaticTables(nn.Module):
-    """The same with nn.Embedding: ids become row numbers by a search in the sorted training ids."""
+    """The same with nn.Embedding: ids are mapped to row indices by binary search in the sorted training ids."""
 
     def __init__(self, vocabularies: dict[str, Tensor], dim: int) -> None:
         super().__init__()
@@ -215,7 +215,7 @@ class StaticTables(nn.Module):
 
 
 def datasets(args: argparse.Namespace) -> dict[str, rh.ColumnDataset]:
-    """Return the three splits; columns of strings are hashed in the reader's thread."""
+    """Return the three splits. String columns are hashed in the reader's thread."""
     first = next(iter(rh.ColumnDataset(f"{args.data}/valid", FIELDS, 1)))
     strings = [field for field in FIELDS if isinstance(first[field], rh.RaggedTensor)]
     features = (
@@ -235,7 +235,7 @@ def datasets(args: argparse.Namespace) -> dict[str, rh.ColumnDataset]:
 
 
 def stages(trainer: rh.Trainer, args: argparse.Namespace) -> Iterator[Stage]:
-    """Yield epochs, each followed by an evaluation; test the model whenever its validation AUC is the best so far."""
+    """Yield epochs, each followed by validation, and by a test if the validation AUC is the best so far."""
     best = 0.0
     for number in range(args.epochs):
         yield rh.Train(epochs=1, name=f"epoch {number + 1}")
@@ -248,26 +248,26 @@ def stages(trainer: rh.Trainer, args: argparse.Namespace) -> Iterator[Stage]:
 
 
 def run(args: argparse.Namespace, data: dict[str, rh.ColumnDataset], *, baseline: bool) -> Trained:
-    """Train a model, with nn.Embedding in place of the engine if ``baseline``."""
+    """Train a model, with nn.Embedding instead of the engine if ``baseline``."""
     begin = time.perf_counter()
     dim = 1 + FACTORS
     torch.manual_seed(args.seed)
-    # Reading a shuffled dataset advances its order, so the ids come from a dataset of their own.
-    ids: list[rh.Batch] = list(datasets(args)["train"])
-    seen = {field: torch.cat([batch[field] for batch in ids]).unique() for field in FIELDS}  # type: ignore[misc]
+    # Reading a shuffled dataset advances its order, so read the ids from a separate dataset.
+    batches: list[rh.Batch] = list(datasets(args)["train"])
+    known = {field: torch.cat([batch[field] for batch in batches]).unique() for field in FIELDS}  # type: ignore[misc]
     if baseline:
-        lookup: nn.Module = StaticTables(seen, dim)
+        lookup: nn.Module = StaticTables(known, dim)
         sparse: torch.optim.Optimizer = torch.optim.Adam(lookup.parameters(), lr=LR)
     else:
-        lookup = GrowingTables(seen, dim, args.seed)
+        lookup = GrowingTables(known, dim, args.seed)
         sparse = rh.optim.Adam(lookup.parameters(), lr=LR)
     torch.manual_seed(args.seed)
     model = DeepFM(lookup, make_towers(args.tower, len(FIELDS) * dim, args.seed))
-    inside = {id(parameter) for parameter in lookup.parameters()}
-    dense = torch.optim.Adam([p for p in rh.dense_parameters(model) if id(p) not in inside], lr=LR)
+    in_lookup = {id(parameter) for parameter in lookup.parameters()}
+    dense = torch.optim.Adam([p for p in rh.dense_parameters(model) if id(p) not in in_lookup], lr=LR)
     step = rh.TorchStep(model, model.loss, {"dense": dense, "sparse": sparse}, clip_grad_norm=CLIP)
 
-    # Divide the learning rate by ten after each epoch without a gain, and stop after two.
+    # Divide the learning rate by ten after each epoch without an improvement, and stop after two.
     plateaus = [ReduceLROnPlateau(o, "max", factor=0.1, patience=0, threshold=0.0, eps=0.0) for o in (dense, sparse)]
     stopwatch = Stopwatch()
     callbacks = [stopwatch, PlateauSchedule("valid/auc", plateaus), EarlyStop("valid/auc", patience=2)]
@@ -288,7 +288,7 @@ def run(args: argparse.Namespace, data: dict[str, rh.ColumnDataset], *, baseline
         seed=args.seed,
     )
     figures = trainer.fit(stages(trainer, args), resume="latest" if args.resume and saver is not None else None)
-    rate = (trainer.samples - stopwatch.already) / max(stopwatch.seconds, 1e-9)
+    rate = (trainer.samples - stopwatch.resumed_samples) / max(stopwatch.seconds, 1e-9)
     epochs = trainer.samples // data["train"].num_rows
     test = figures["test"]
     return Trained(
@@ -297,7 +297,7 @@ def run(args: argparse.Namespace, data: dict[str, rh.ColumnDataset], *, baseline
 
 
 def compare(ours: Trained, theirs: Trained, batches: list[rh.Batch]) -> dict[str, float]:
-    """Time steps of both in turns: whole steps, and the sparse half alone (lookup, backward with L2, update)."""
+    """Time alternating steps: whole steps, and the sparse half alone (lookup, backward with L2, update)."""
     gradients = [torch.randn(len(batches[0]["label"]), 1 + FACTORS) for _ in FIELDS]
 
     def sparse(trained: Trained, batch: rh.Batch) -> None:
@@ -310,19 +310,19 @@ def compare(ours: Trained, theirs: Trained, batches: list[rh.Batch]) -> dict[str
 
     pair = {"ours": ours, "theirs": theirs}
     times: dict[str, list[float]] = defaultdict(list)
-    for what, function in (("whole", lambda trained, batch: trained.step(batch)), ("sparse", sparse)):
+    for part, function in (("whole", lambda trained, batch: trained.step(batch)), ("sparse", sparse)):
         for number, batch in enumerate(batches):
-            for name in sorted(pair, reverse=number % 2 == 1):  # each is first as often as second
+            for name in sorted(pair, reverse=number % 2 == 1):  # alternate which runs first
                 begin = time.perf_counter()
                 function(pair[name], batch)
                 if number > 0:
-                    times[f"{what}, {name}"].append(time.perf_counter() - begin)
-    middle = {name: statistics.median(values) for name, values in times.items()}
+                    times[f"{part}, {name}"].append(time.perf_counter() - begin)
+    median = {name: statistics.median(values) for name, values in times.items()}
     return {
-        "steps_ratio": middle["whole, theirs"] / middle["whole, ours"],
-        "sparse_ratio": middle["sparse, theirs"] / middle["sparse, ours"],
-        "sparse_share": middle["sparse, ours"] / middle["whole, ours"],
-        "baseline_sparse_share": middle["sparse, theirs"] / middle["whole, theirs"],
+        "steps_ratio": median["whole, theirs"] / median["whole, ours"],
+        "sparse_ratio": median["sparse, theirs"] / median["sparse, ours"],
+        "sparse_share": median["sparse, ours"] / median["whole, ours"],
+        "baseline_sparse_share": median["sparse, theirs"] / median["whole, theirs"],
     }
 
 
@@ -331,9 +331,9 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with train/, valid/ and test/")
     parser.add_argument("--tower", choices=("torch", "jax", "both"), default="torch", help="the towers (torch)")
     parser.add_argument("--baseline", action="store_true", help="also train the same model with nn.Embedding")
-    parser.add_argument("--epochs", type=int, default=100, help="upper bound; training stops by itself (100)")
-    parser.add_argument("--batch-size", type=int, default=4096, help="samples a step (4096)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+    parser.add_argument("--epochs", type=int, default=100, help="maximum number of epochs, with early stopping (100)")
+    parser.add_argument("--batch-size", type=int, default=4096, help="samples per step (4096)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     parser.add_argument("--run", default="", help="folder for checkpoints and log.jsonl")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -354,8 +354,8 @@ def main() -> None:
         print(f"{name:<22}{r.auc:>9.5f}{r.logloss:>9.4f}{r.samples_per_s:>11,.0f}{r.epochs:>8}{r.seconds:>9.0f}")
     if args.baseline:
         print(
-            f"in turns: {last['steps_ratio']:.2f} times the samples/s of nn.Embedding; the sparse half "
-            f"({last['sparse_share']:.1%} of a step) {last['sparse_ratio']:.1f} times as fast"
+            f"alternating steps: {last['steps_ratio']:.2f} times the samples/s of nn.Embedding; sparse half "
+            f"({last['sparse_share']:.1%} of a step): {last['sparse_ratio']:.1f} times as fast"
         )
     print(json.dumps(last))
 

@@ -1,8 +1,8 @@
-"""Training led by JAX: a jitted step with optax beside the engine's tables, in the same stages as a torch step.
+"""JAX-led training: a jitted step with optax and the engine's tables, in the same stages as a torch step.
 
     python examples/jax_led.py [--run RUN [--resume]]
 
-The step is a class with the methods of ``recis_hybrid.pipelines.Step``; stages, metrics and checkpoints are those of a
+The step is a class with the methods of ``recis_hybrid.pipelines.Step``. Stages, metrics and checkpoints work as for a
 torch step. The last line is JSON.
 """
 
@@ -40,7 +40,7 @@ HIDDEN = 128
 
 
 def write_clicks(folder: Path, rows: int, seed: int) -> float:
-    """Write ``train`` (90 % of the rows) and ``test`` in Parquet; return the best AUC possible on ``test``.
+    """Write ``train`` (90 % of the rows) and ``test`` as Parquet; return the best possible AUC on ``test``.
 
     A click depends on the user, the item, whether the user likes the item's kind, and the price.
     """
@@ -78,7 +78,7 @@ def tower(params: dict[str, Any], embeddings: list[Any]) -> Any:
 
 
 class JaxStep:
-    """One step: a jitted call for the loss and its gradients, another for optax's update, and the tables' update.
+    """A training step: a jitted call for the loss and its gradients, another for optax's update, and the table update.
 
     Args:
         engine: The tables.
@@ -123,7 +123,7 @@ class JaxStep:
             self.state.tree = self._all_reduce.broadcast(params), opt_state
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
-        """Do nothing: the engine counts the samples of all ranks itself."""
+        """Do nothing, because the engine counts the samples of all ranks itself."""
 
     def __call__(self, *batches: rh.Batch) -> dict[str, Tensor]:
         (batch,) = batches
@@ -132,16 +132,16 @@ class JaxStep:
         with self.observer.phase("lookup"):
             values, context = engine.lookup(batch)
         with self.observer.phase("towers"):
-            embeddings = [to_jax(value) for value in values.values()]  # in the same memory
-            labels = to_jax(batch["label"], copy=True)  # a slice of the reader's buffer, which JAX may find misaligned
+            embeddings = [to_jax(value) for value in values.values()]  # shares memory
+            labels = to_jax(batch["label"], copy=True)  # may be a misaligned slice of the reader's buffer
             params, opt_state = self.state.tree
-            loss, (of_params, of_embeddings) = self._differentiate(params, embeddings, labels)
-            by_field = {field: to_torch(gradient) for field, gradient in zip(values, of_embeddings, strict=True)}
+            loss, (param_grads, embedding_grads) = self._differentiate(params, embeddings, labels)
+            by_field = {field: to_torch(gradient) for field, gradient in zip(values, embedding_grads, strict=True)}
         if self._all_reduce is not None:
             with self.observer.phase("exchange"):
-                of_params = self._all_reduce(of_params, engine.share)
+                param_grads = self._all_reduce(param_grads, engine.share)
         with self.observer.phase("update"):
-            self.state.tree = self._update(params, opt_state, of_params)
+            self.state.tree = self._update(params, opt_state, param_grads)
             engine.apply_gradients(context, by_field, self.sparse)  # type: ignore[arg-type]
         return {"loss": to_torch(loss)}
 
@@ -160,7 +160,7 @@ class JaxStep:
 
 
 def make_step(seed: int, steps: int) -> JaxStep:
-    """Return a step over one table a field, with a learning rate that falls along a cosine."""
+    """Return a step with one table per field and a cosine learning rate schedule."""
     configs = {field: rh.EmbeddingConfig(dim=DIM) for field in FIELDS}
     engine = rh.EmbeddingEngine(configs, optimizer=rh.optim.Adam, seed=seed)
     optimizer = optax.adam(optax.cosine_decay_schedule(2e-3, steps))
@@ -172,8 +172,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=200_000, help="rows of the log (200000)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training rows (1)")
-    parser.add_argument("--batch-size", type=int, default=2048, help="samples a step (2048)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+    parser.add_argument("--batch-size", type=int, default=2048, help="samples per step (2048)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     parser.add_argument("--run", default="", help="folder for checkpoints and log.jsonl")
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -189,7 +189,7 @@ def main() -> None:
                 args.batch_size,
                 shuffle=split == "train",
                 seed=args.seed,
-                drop_remainder=split == "train",  # jit compiles once for each size of batch
+                drop_remainder=split == "train",  # jit compiles once for each batch size
                 transforms=rh.FeatureEngine(FEATURES),
             )
             for split in ("train", "test")

@@ -1,9 +1,9 @@
-"""One model whose tower is written in torch, in Flax nnx or in Equinox; nothing else of the program changes.
+"""One model whose tower is written in torch, Flax nnx or Equinox. The rest of the program does not change.
 
     python examples/jax_tower.py --tower equinox
 
-All three towers start from the same weights, so they learn the same up to rounding. Embeddings reach the JAX towers
-without a copy; the towers' parameters belong to torch, and one torch optimizer trains them. The last line is JSON.
+All three towers start from the same weights, so their results agree up to rounding. Embeddings are passed to the JAX
+towers without a copy. The towers' parameters belong to torch, and a torch optimizer trains them. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Weights = Sequence[tuple[Tensor, Tensor]]  # (inner, outer) and (outer,) of each
 
 
 def write_clicks(folder: Path, rows: int, seed: int) -> float:
-    """Write ``train`` (90 % of the rows) and ``test`` in Parquet; return the best AUC possible on ``test``.
+    """Write ``train`` (90 % of the rows) and ``test`` as Parquet; return the best possible AUC on ``test``.
 
     A click depends on the user, the item, whether the user likes the item's kind, and the price.
     """
@@ -59,7 +59,7 @@ def write_clicks(folder: Path, rows: int, seed: int) -> float:
 
 
 def draw_weights(width: int) -> Weights:
-    """Draw initial weights by torch's generator."""
+    """Draw initial weights with torch's generator."""
     sizes = (width, *HIDDEN, 1)
     return [(nn.init.xavier_normal_(torch.empty(inner, outer)), torch.zeros(outer)) for inner, outer in pairwise(sizes)]
 
@@ -111,7 +111,7 @@ def equinox_tower(weights: Weights) -> nn.Module:
                 for w, b in weights
             ]
 
-        def __call__(self, x: Any) -> Any:  # one sample; from_equinox maps it over the batch
+        def __call__(self, x: Any) -> Any:  # one sample; from_equinox vmaps it over the batch
             for layer in self.layers[:-1]:
                 x = jax.nn.relu(layer(x))
             return self.layers[-1](x)
@@ -144,11 +144,11 @@ class Model(nn.Module):
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tower", choices=TOWERS, default="nnx", help="the framework of the tower (nnx)")
+    parser.add_argument("--tower", choices=TOWERS, default="nnx", help="framework of the tower (nnx)")
     parser.add_argument("--rows", type=int, default=200_000, help="rows of the log (200000)")
     parser.add_argument("--epochs", type=int, default=1, help="passes over the training rows (1)")
-    parser.add_argument("--batch-size", type=int, default=2048, help="samples a step (2048)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything random (0)")
+    parser.add_argument("--batch-size", type=int, default=2048, help="samples per step (2048)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
 

@@ -1,4 +1,4 @@
-"""Tables of a Python dict: from ids to rows of tensors of fixed size, updated by torch operations."""
+"""Tables with a Python dict from ids to rows of fixed-size tensors, updated with torch operations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""torch's own modules: one ``nn.EmbeddingBag`` a feature with sparse gradients, row numbers, and ``torch.optim``."""
+"""torch's own modules: one ``nn.EmbeddingBag`` per feature with sparse gradients, row indices, and ``torch.optim``."""
 
 from __future__ import annotations
 

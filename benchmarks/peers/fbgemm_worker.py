@@ -1,4 +1,4 @@
-"""FBGEMM's table-batched embedding bags on the CPU: static tables, row numbers, update fused into backward."""
+"""FBGEMM's table-batched embedding bags on the CPU: static tables, row indices, update fused into backward."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Protocol between a benchmark and a worker in the peer's own interpreter; imports neither torch nor tensorflow.
 
-The parent writes the workload as .npy files. The worker answers ``ready`` once its tables are warm, and then every line
-``step`` with the seconds of a step; it ends with its input.
+The parent writes the workload as .npy files. The worker prints ``ready`` once its tables are warm, and answers every
+line ``step`` with the seconds of a step. It exits at the end of its input.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ class Task:
     """The task of a worker, from its command line: ids ``[features, n]``, rows ``[batches, features, samples]``."""
 
     def __init__(self) -> None:
-        # Libraries may print to stdout, so answers have a stream of their own.
+        # Libraries may print to stdout, so answers use a separate stream.
         self._answers = os.fdopen(os.dup(1), "w", buffering=1)
         os.dup2(2, 1)
         parser = argparse.ArgumentParser()
@@ -43,7 +43,7 @@ class Task:
         self._now = CLOCKS[args.clock]
 
     def serve(self, step: Callable[[int], object]) -> None:
-        """Run ``step(batch)`` on request, with one batch after another."""
+        """Run ``step(batch)`` on each request, cycling through the batches."""
         print("ready", file=self._answers)
         for number, _ in enumerate(sys.stdin):
             begin = self._now()

@@ -37,7 +37,7 @@ def main() -> None:
     )
     apply_optimizer_in_backward(torchrec.optim.RowWiseAdagrad, collection.parameters(), {"lr": task.lr})
     sharder = EmbeddingBagCollectionSharder()
-    # The planner does not support row-wise tables on CPUs, so the plan is written by hand.
+    # The planner does not support row-wise tables on CPUs, so write the plan manually.
     rules = {
         f"table_{name}": table_wise(rank=f % ranks, compute_kernel="fused")
         if sharding == "table_wise"

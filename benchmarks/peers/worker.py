@@ -1,4 +1,4 @@
-"""The benchmark's handle of a peer that runs in its own interpreter."""
+"""Handle to a peer that runs in its own interpreter."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from benchmarks.workload import Workload
 HERE = Path(__file__).parent
 ENVIRONMENTS = HERE.parents[1] / "build" / "peers"
 OWN = {"nn.EmbeddingBag": "embedding_bag", "dict": "dict"}
-"""Peers that only need torch, and so run in this environment."""
+"""Peers that only need torch and therefore run in this environment."""
 
 
 def installed(peer: str) -> bool:
@@ -30,7 +30,7 @@ class Worker:
     """A process that fills its tables in the background and then waits for requests on stdin.
 
     Args:
-        cores: Cores that it may use, so that threads still busy after a step do not slow the other side.
+        cores: Cores that it may use, so that threads that are still busy after a step do not slow the other side.
         home: Name of its environment, if it differs from the peer's.
         variables: Further environment variables.
     """
@@ -77,7 +77,7 @@ class Worker:
         line = self._process.stdout.readline().strip()
         if not line:
             raise RuntimeError(
-                f"the worker of {self.peer} ended with status {self._process.wait()}; its messages are above"
+                f"the worker of {self.peer} exited with status {self._process.wait()}; its messages are above"
             )
         return line
 
