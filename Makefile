@@ -1,4 +1,4 @@
-# The two main commands are `make demo` and `make test`. Both set up the environment first.
+# The two main targets are `make demo` and `make test`. Both set up the environment first.
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DEFAULT_GOAL := help
@@ -19,15 +19,15 @@ export RECIS_CUDA CXX
 
 PY := $(VENV)/bin/python
 PIP_INSTALL = $(PY) -m pip --disable-pip-version-check install $(PIP_OPTIONS)
-# Cut pip's output to one line a package; errors and warnings pass on stderr.
+# Reduce pip's output to one line per package; errors and warnings go to stderr.
 PIP_SHORT = sed -un -e 's/ (from .*//' -e 's/^ *\(Downloading\|Using cached\|Processing\) \(.*\/\)\?/  /p' \
-  -e 's/^Installing collected packages.*/  unpacking all of them/p'
+  -e 's/^Installing collected packages.*/  installing all packages/p'
 STAMPS := $(VENV)/stamps
 DEPENDENCIES := $(STAMPS)/dependencies
 EDITABLE := $(STAMPS)/editable
 NATIVE := build/native.stamp
 NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
-# TFRA has wheels for Python 3.11 and older only; without such a Python the benchmarks report it as absent.
+# TFRA has wheels only for Python 3.11 and older; without such a Python the benchmarks report it as absent.
 PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
@@ -37,35 +37,35 @@ CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -
 help:  ## List the targets and settings
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
 	@printf '%s\n' '' 'Settings, as in `make test PYTHON=python3.12`, with defaults in parentheses:' \
-	  '  PYTHON           the Python of the environment, 3.11 to 3.14 (python3)' \
-	  '  VENV             the folder of the environment (.venv)' \
-	  '  TORCH            the requirement for torch, e.g. torch==2.11.0 (-r requirements/torch.txt)' \
-	  '  TORCH_INDEX_URL  the package index for torch; https://download.pytorch.org/whl/cpu has small' \
-	  '                   builds without CUDA, which the default on Linux includes' \
+	  '  PYTHON           Python of the environment, 3.11 to 3.14 (python3)' \
+	  '  VENV             folder of the environment (.venv)' \
+	  '  TORCH            requirement for torch, e.g. torch==2.11.0 (-r requirements/torch.txt)' \
+	  '  TORCH_INDEX_URL  package index for torch; https://download.pytorch.org/whl/cpu has small builds' \
+	  '                   without CUDA, which the default build on Linux includes' \
 	  '  PIP_OPTIONS      further options of every `pip install`, e.g. --no-index --find-links=wheels' \
-	  '  RECIS_CUDA       whether to build the CUDA library: 0, 1 or auto, where torch is a CUDA build (auto)' \
-	  '  TFRA_PYTHON      the Python for TFRA, one of the peers of bench-peers, 3.11 or older (python3.11)' \
-	  '  CXX, NVCC        the compilers (g++, nvcc)' \
+	  '  RECIS_CUDA       build the CUDA library: 0, 1 or auto, if torch is a CUDA build (auto)' \
+	  '  TFRA_PYTHON      Python for TFRA, one of the peers of bench-peers, 3.11 or older (python3.11)' \
+	  '  CXX, NVCC        compilers (g++, nvcc)' \
 	  '  DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS (--quick)   arguments of the programs'
 
-demo: setup  ## Train a model with a torch and a JAX tower on a click log it writes
+demo: setup  ## Train a model with a torch and a JAX tower on a generated click log
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
 test: setup  ## Run the tests: 8 to 14 minutes on two cores
-	@$(if $(PYTEST_ARGS),,echo 'all tests: 8 to 14 minutes on two cores; `make test-quick` runs a cross-section of them')
+	@$(if $(PYTEST_ARGS),,echo 'all tests: 8 to 14 minutes on two cores; `make test-quick` runs a sample of them')
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-quick: setup  ## Run a cross-section of the tests, in at most a fifth of their time
+test-quick: setup  ## Run a sample of the tests, in at most a fifth of the time
 	$(PY) -m pytest --quick $(PYTEST_ARGS)
 
-faults: setup  ## Kill saves, loads and ranks, fill disks, damage checkpoints, 20 times each; count the survivals
+faults: setup  ## Kill saves, loads and ranks, fill disks, damage checkpoints, 20 times each; count the recoveries
 	$(PY) -m tests.saver.faults
 	$(PY) -m tests.embedding.faults
 
 agreement: setup  ## Train on 2 and 4 ranks in every mode, and print how well they agree with one process
 	$(PY) -m tests.embedding.agreement
 
-rehearsal: setup  ## Cut off one of two hosts in mid-run, in network namespaces; needs root and iproute2
+rehearsal: setup  ## Disconnect one of two hosts during training, in network namespaces; needs root and iproute2
 	$(PY) scripts/two_hosts.py --ranks 2
 
 lint: $(DEPENDENCIES)  ## Check format, lint rules and types; change nothing
@@ -74,7 +74,7 @@ lint: $(DEPENDENCIES)  ## Check format, lint rules and types; change nothing
 	$(PY) -m mypy
 	$(VENV)/bin/clang-format --dry-run -Werror $(CXX_FILES)
 
-docs: setup $(STAMPS)/docs  ## Build the documentation into build/docs; a warning is an error
+docs: setup $(STAMPS)/docs  ## Build the documentation into build/docs; warnings are errors
 	$(PY) -m sphinx -W --keep-going -q -d build/doctrees docs build/docs
 	@echo "build/docs/index.html"
 
@@ -83,22 +83,22 @@ format: $(DEPENDENCIES)  ## Format Python, C++ and CUDA
 	$(PY) -m ruff format .
 	$(VENV)/bin/clang-format -i $(CXX_FILES)
 
-cuda-build: $(DEPENDENCIES)  ## Compile and link the CUDA library, where nvcc is found
+cuda-build: $(DEPENDENCIES)  ## Compile and link the CUDA library, if nvcc is found
 	@if nvcc=$$(scripts/find_nvcc.sh); then \
 	  echo "with $$nvcc:"; RECIS_CUDA=1 NVCC="$$nvcc" $(PY) setup.py --quiet build_ext --inplace; \
 	  ls -l recis_hybrid/lib/librecis_cuda.so; \
 	else \
-	  echo "left out: the CUDA library, because nvcc is neither in NVCC nor on PATH nor in /usr/local/cuda/bin"; \
+	  echo "skipped the CUDA library: nvcc is neither in NVCC nor on PATH nor in /usr/local/cuda/bin"; \
 	fi
 
-sanitize:  ## Run the native tests under the thread, address and undefined-behaviour sanitizers
+sanitize:  ## Run the native tests under the thread, address and undefined-behavior sanitizers
 	scripts/sanitize.sh
 
-bench: setup  ## Run the benchmarks (BENCH_ARGS= for the full ones)
+bench: setup  ## Run the benchmarks (BENCH_ARGS= for all cases)
 	@for program in $$(grep -l '__main__' benchmarks/*.py); do \
 	  echo "$$program $(BENCH_ARGS)"; PYTHONPATH=. $(PY) "$$program" $(BENCH_ARGS); done
 
-bench-peers: setup $(PEERS)  ## Install the peers, each in an environment of its own, then run the benchmarks
+bench-peers: setup $(PEERS)  ## Install the peers in separate environments, then run the benchmarks
 	@$(MAKE) --no-print-directory bench
 
 # FBGEMM uses our torch and numpy through a .pth file.
@@ -118,7 +118,7 @@ build/peers/tfra/ready: requirements/peers-tfra.txt
 	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
 	@touch $@
 
-# A folder, not an environment: it runs in our interpreter, beside our torch and jax.
+# A folder, not an environment: it runs in our interpreter, with our torch and jax.
 build/peers/interop/ready: requirements/peers-interop.txt | $(DEPENDENCIES)
 	$(PIP_INSTALL) --quiet --no-deps --upgrade --target $(@D)/site -r $<
 	@touch $@
@@ -132,15 +132,15 @@ clean:  ## Remove build outputs and caches, but not the environment
 
 setup: $(EDITABLE) $(NATIVE)
 
-# torch is installed first and alone, because it may come from an index of its own.
+# torch is installed first and alone, because it may come from a separate index.
 $(DEPENDENCIES): requirements/torch.txt requirements/dev.txt requirements/constraints.txt $(STAMPS)/torch-setting
 	@command -v $(PYTHON) >/dev/null || { echo "recis_hybrid: $(PYTHON) was not found; install Python 3.11 to 3.14" \
 	  "or name one, e.g. make demo PYTHON=python3.11" >&2; exit 1; }
 	@$(PYTHON) scripts/setup_env.py host
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	@echo '[1/4] installing torch into $(VENV): 190 MB for the CPU, 530 MB with CUDA; half a minute and the download'
+	@echo '[1/4] installing torch into $(VENV): 190 MB for the CPU, 530 MB with CUDA; half a minute plus the download'
 	$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	@echo '[2/4] installing 110 more pinned packages: 350 MB, and 2.5 GB more with CUDA; one minute and the downloads'
+	@echo '[2/4] installing 110 more pinned packages: 350 MB, plus 2.5 GB with CUDA; one minute plus the downloads'
 	@$(PIP_INSTALL) $(TORCH) -r requirements/dev.txt -c requirements/constraints.txt | $(PIP_SHORT)
 	@$(PY) scripts/setup_env.py torch
 	@touch $@
@@ -149,14 +149,14 @@ $(STAMPS)/docs: requirements/docs.txt requirements/constraints.txt $(DEPENDENCIE
 	$(PIP_INSTALL) --quiet -r $< -c requirements/constraints.txt
 	@touch $@
 
-# The editable install would build the library too, but wrap a compiler error in pip's trace; so build it first.
+# The editable install would also build the library, but wrap compiler errors in pip's trace, so build it first.
 $(NATIVE): $(NATIVE_SOURCES) $(STAMPS)/cuda-setting | $(DEPENDENCIES)
 	@echo '[3/4] building the native library; up to 2 minutes on two cores, more with CUDA'
 	$(PY) setup.py --quiet build_ext --inplace
 	@mkdir -p $(@D) && touch $@
 
 $(EDITABLE): pyproject.toml setup.py $(DEPENDENCIES) | $(NATIVE)
-	@echo '[4/4] installing recis_hybrid itself, as editable; some seconds'
+	@echo '[4/4] installing recis_hybrid itself, in editable mode; a few seconds'
 	$(PIP_INSTALL) --quiet --no-build-isolation --no-deps -e .
 	@touch $@
 

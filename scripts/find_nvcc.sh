@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Print the path of nvcc, searched for in the places of setup.py; exit status 1 if there is none.
+# Print the path of nvcc, with the search order of setup.py; exit status 1 if there is none.
 set -u
 if [ -n "${NVCC:-}" ]; then
   command -v "$NVCC"

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Run everything that requires a GPU: build, tests, compute-sanitizer, benchmark; then print a table of the results.
+# Run everything that requires a GPU (build, tests, compute-sanitizer, benchmark), then print a table of the results.
 #
 #     scripts/gpu_check.sh [LOG_DIR]
 #
 # The machine must have a GPU, a torch that can use it, nvcc, pytest and hypothesis. The script needs no network, installs
-# nothing, and writes to build/, recis_hybrid/lib/ and LOG_DIR (build/gpu_check) only. PYTHON names the Python (python3).
-# Exit status 0 only if every line of the table says "passed": a step that could not run counts as failed.
+# nothing, and writes only to build/, recis_hybrid/lib/ and LOG_DIR (build/gpu_check). PYTHON is the interpreter (python3).
+# The exit status is 0 only if every line of the table says "passed". A step that could not run counts as failed.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
 
@@ -13,7 +13,7 @@ python=${PYTHON:-python3}
 logs=${1:-build/gpu_check}
 mkdir -p "$logs"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 RECIS_REQUIRE_GPU=1
-# torch and JAX share the GPU in these tests, and by default JAX allocates three quarters of its memory at its start.
+# torch and JAX share the GPU in these tests, and by default JAX preallocates three quarters of its memory.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
 table=()
 all_passed=1
@@ -89,7 +89,7 @@ tests tests "$python" -m pytest -m gpu -q
 
 sanitizer=$(command -v compute-sanitizer || command -v /usr/local/cuda/bin/compute-sanitizer)
 if [ -n "$sanitizer" ]; then
-  # torch's allocator returns pieces of large blocks, within which an access out of bounds would look legal.
+  # torch's caching allocator returns pieces of large blocks, in which out-of-bounds accesses would go undetected.
   PYTORCH_NO_CUDA_MEMORY_CACHING=1 tests sanitizer "$sanitizer" --tool memcheck --target-processes all \
     --error-exitcode 86 "$python" -m pytest tests/ops -m gpu -q
 else

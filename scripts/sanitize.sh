@@ -13,7 +13,7 @@ if [ ${#programs[@]} -eq 0 ]; then
   echo "scripts/sanitize.sh: no programs found in csrc/test/*.cpp" >&2
   exit 1
 fi
-# GCC's thread sanitizer cannot start if addresses are randomised by more bits than it reserves.
+# GCC's thread sanitizer cannot start if addresses are randomized by more bits than it reserves.
 fixed=()
 if command -v setarch >/dev/null && setarch -R true 2>/dev/null; then fixed=(setarch -R); fi
 

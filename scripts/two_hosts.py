@@ -4,11 +4,11 @@
 
 Each "host" is a namespace with a loopback interface, its own address, and one end of a virtual cable, the only
 connection between the two. A torchrun on each joins a c10d rendezvous, and their ranks train shared tables. Then the
-second host's end of the cable is taken down, which closes no connection, as when a switch fails. The ranks of the first
-host must end with an ExchangeError within the timeout of their process group, and their torchrun must fail.
+second host's end of the cable is taken down without closing connections, as when a switch fails. The ranks of the first
+host must raise ExchangeError within the timeout of their process group, and their torchrun must fail.
 
 The last line is JSON: steps before the cut, seconds from the cut to the error and to the end of torchrun, the error
-message. Exit status 0 if everything happened as required, 1 if not, 77 if the machine cannot create namespaces.
+message. Exit status 0 if everything happened as expected, 1 if not, 77 if the machine cannot create namespaces.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ PORT = 29577
 SKIPPED = 77
 STEPS_BEFORE = 20
 SLACK_S = 5.0
-"""Time beyond the timeout for processes to notice the loss and for Python to end."""
+"""Time after the timeout for processes to notice the loss and for Python to exit."""
 
 
 class Unsupported(Exception):
@@ -45,9 +45,9 @@ def ip(*arguments: str) -> None:
     Raises:
         Unsupported: If it fails.
     """
-    done = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
-    if done.returncode != 0:
-        raise Unsupported(f"`ip {' '.join(arguments)}` failed: {done.stderr.strip()}")
+    result = subprocess.run(["ip", *arguments], capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        raise Unsupported(f"`ip {' '.join(arguments)}` failed: {result.stderr.strip()}")
 
 
 class Hosts:
@@ -58,7 +58,7 @@ class Hosts:
 
     def __enter__(self) -> Hosts:
         if os.geteuid() != 0:
-            raise Unsupported("network namespaces require root; run it by sudo")
+            raise Unsupported("network namespaces require root; run it with sudo")
         if shutil.which("ip") is None:
             raise Unsupported("the command `ip` is required; install iproute2")
         try:
@@ -87,10 +87,10 @@ class Hosts:
         """Start torchrun on a host.
 
         Args:
-            number: The host, 0 or 1.
-            ranks: The number of ranks on it.
-            timeout_s: The timeout of the process group in seconds.
-            log: The file for its output.
+            number: Index of the host, 0 or 1.
+            ranks: Number of ranks on the host.
+            timeout_s: Timeout of the process group in seconds.
+            log: File for the output.
         """
         torchrun = [
             sys.executable,
@@ -127,7 +127,7 @@ class Hosts:
 
 
 def train(timeout_s: float) -> None:
-    """Train in one rank until that fails."""
+    """Train on one rank until an exchange fails."""
     import torch
     import torch.distributed as dist
 
@@ -173,7 +173,7 @@ def simulate(ranks: int, timeout_s: float) -> int:
                 if run.poll() is None:
                     os.killpg(run.pid, signal.SIGKILL)
                     run.wait()
-    good = status != 0 and seconds <= timeout_s + SLACK_S and "another rank has died" in message
+    passed = status != 0 and seconds <= timeout_s + SLACK_S and "another rank has died" in message
     print(
         json.dumps(
             {
@@ -184,11 +184,11 @@ def simulate(ranks: int, timeout_s: float) -> int:
                 "error_after_s": round(seconds, 1),
                 "torchrun_ended_after_s": round(ended, 1),
                 "message": message,
-                "passed": good,
+                "passed": passed,
             }
         )
     )
-    return 0 if good else 1
+    return 0 if passed else 1
 
 
 def wait_for(
@@ -198,19 +198,19 @@ def wait_for(
 
     Args:
         condition: The condition.
-        runs: Processes that must not end before it holds.
+        runs: Processes that must not exit before it holds.
         logs: Logs to print if it does not hold in time.
-        seconds: The maximal time to wait.
+        seconds: Maximum time to wait.
 
     Raises:
-        SystemExit: If the time is over, or a process ends.
+        SystemExit: If the time is over, or a process exits.
     """
     begin = time.monotonic()
     while not condition():
         late = time.monotonic() - begin > seconds
         if late or (any(run.poll() is not None for run in runs) and not condition()):
             ends = "\n".join(f"{log.name}:\n{log.read_text()[-3000:]}" for log in logs)
-            sys.exit(f"two_hosts: {f'no result within {seconds:.0f} s' if late else 'torchrun ended early'}\n{ends}")
+            sys.exit(f"two_hosts: {f'no result within {seconds:.0f} s' if late else 'torchrun exited early'}\n{ends}")
         time.sleep(0.05)
 
 

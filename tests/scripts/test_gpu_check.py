@@ -1,4 +1,4 @@
-"""scripts/gpu_check.sh on a fake machine: its table must report what happened."""
+"""scripts/gpu_check.sh on a fake machine: its table must report the actual results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ CASE = '{"bench": "embedding", "case": "65k/d64/adam"}'
 
 
 class Machine:
-    """A folder with the scripts, a PATH of fake commands, and a fake Python that runs a given script for each step."""
+    """A folder with the scripts, a PATH of fake commands, and a fake Python that runs a script for each step."""
 
     def __init__(self, root: Path, folder: Path) -> None:
         self.folder = folder
@@ -74,7 +74,7 @@ def machine(root: Path, tmp_path: Path) -> Machine:
     return Machine(root, tmp_path)
 
 
-def test_a_check_that_passes(machine: Machine) -> None:
+def test_a_passing_check(machine: Machine) -> None:
     status, table = machine.check()
     assert status == 0
     assert {result for result, _ in table.values()} == {"passed"}
@@ -105,7 +105,9 @@ def test_a_missing_gpu_fails(machine: Machine) -> None:
         ("benchmark", f"echo '{CASE}'; exit 1", "1 cases (exit status 1)"),
     ],
 )
-def test_a_failed_step_is_reported_and_the_others_run(machine: Machine, step: str, script: str, detail: str) -> None:
+def test_a_failed_step_is_reported_and_the_other_steps_run(
+    machine: Machine, step: str, script: str, detail: str
+) -> None:
     machine.steps[step] = script
     status, table = machine.check()
     assert status == 1
@@ -113,7 +115,7 @@ def test_a_failed_step_is_reported_and_the_others_run(machine: Machine, step: st
     assert {result for result, _ in table.values()} == {"passed"}
 
 
-def test_after_a_failed_build_the_other_steps_do_not_run(machine: Machine) -> None:
+def test_a_failed_build_stops_the_other_steps(machine: Machine) -> None:
     machine.steps["build"] = "echo 'blocks.cu(12): error: expected a declaration'; exit 1"
     status, table = machine.check()
     assert status == 1
@@ -125,7 +127,7 @@ def test_after_a_failed_build_the_other_steps_do_not_run(machine: Machine) -> No
     shutil.which("compute-sanitizer", path="/usr/bin:/bin:/usr/local/cuda/bin") is not None,
     reason="the fake PATH cannot hide a real compute-sanitizer",
 )
-def test_a_missing_sanitizer_is_not_a_pass(machine: Machine) -> None:
+def test_a_missing_sanitizer_fails(machine: Machine) -> None:
     (machine.bin / "compute-sanitizer").unlink()
     status, table = machine.check()
     assert status == 1

@@ -1,4 +1,4 @@
-"""Output of ``make``: one line for each package, and the duration of the tests."""
+"""Output of ``make``: one line per package, and the duration of the tests."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def make(root: Path, *arguments: str, stdin: str = "") -> str:
-    # The tests may run under a make whose settings are passed on by these variables.
+    # The tests may run under a make, which passes its settings in these variables.
     environment = {name: value for name, value in os.environ.items() if name not in ("MAKEFLAGS", "PYTEST_ARGS")}
     done = subprocess.run(
         ["make", "--no-print-directory", *arguments],
@@ -23,7 +23,7 @@ def make(root: Path, *arguments: str, stdin: str = "") -> str:
     return done.stdout
 
 
-def test_the_output_of_pip_is_cut_to_one_line_for_each_package(root: Path, tmp_path: Path) -> None:
+def test_pip_output_is_reduced_to_one_line_per_package(root: Path, tmp_path: Path) -> None:
     (tmp_path / "short.mk").write_text("include Makefile\nshort:\n\t@$(PIP_SHORT)\n")
     output = """\
 Looking in links: /wheels
@@ -40,13 +40,13 @@ Successfully installed idna-3.20 jaxlib-0.10.2 six-1.17.0
         "  jaxlib-0.10.2-cp311-cp311-manylinux_2_27_x86_64.whl (85.4 MB)",
         "  idna-3.20-py3-none-any.whl (70 kB)",
         "  six-1.17.0-py2.py3-none-any.whl",
-        "  unpacking all of them",
+        "  installing all packages",
     ]
 
 
 def test_a_run_of_all_tests_prints_its_duration_first(root: Path) -> None:
-    whole, some = make(root, "--dry-run", "test"), make(root, "--dry-run", "test", "PYTEST_ARGS=tests/ops")
-    assert "all tests: 8 to 14 minutes on two cores; `make test-quick` runs a cross-section" in whole
-    assert "14 minutes" not in some
-    assert "pytest tests/ops" in some
+    full, partial = make(root, "--dry-run", "test"), make(root, "--dry-run", "test", "PYTEST_ARGS=tests/ops")
+    assert "all tests: 8 to 14 minutes on two cores; `make test-quick` runs a sample" in full
+    assert "14 minutes" not in partial
+    assert "pytest tests/ops" in partial
     assert "pytest --quick" in make(root, "--dry-run", "test-quick")

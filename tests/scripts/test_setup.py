@@ -11,7 +11,7 @@ import pytest
 
 
 def build(root: Path, torch: Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Run the build up to its first fault, with a fake torch."""
+    """Run the build up to its first error, with a fake torch."""
     command = [sys.executable, "setup.py", "--quiet", "build_ext"]
     environment = {**os.environ, "PYTHONPATH": str(torch), "CXX": "g++", "RECIS_CUDA": "auto", **environment}
     return subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)

@@ -1,4 +1,4 @@
-"""Faults of a machine: one sentence with the remedy for each, never a traceback."""
+"""Problems of a machine: one sentence with the remedy for each, never a traceback."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_supported_torches(setup_env: ModuleType, version: str) -> None:
         ("2.10.0", "torch 2.10.0 in {prefix} is too old"),
         ("1.13.1+cu117", "torch 1.13.1+cu117 in {prefix} is too old"),
         ("2.16.0", "torch 2.16.0 in {prefix} is newer than the supported versions"),
-        ("nightly", "torch in {prefix} has the version 'nightly', which cannot be read"),
+        ("nightly", "torch in {prefix} has the version 'nightly', which cannot be parsed"),
         (None, "torch is not installed in {prefix}"),
     ],
 )
@@ -77,7 +77,7 @@ def test_unsupported_torches(setup_env: ModuleType, version: str | None, message
     assert 'pip install "torch>=2.11,<2.16"' in fault
 
 
-def test_all_files_name_the_same_versions(setup_env: ModuleType, root: Path) -> None:
+def test_all_files_state_the_same_versions(setup_env: ModuleType, root: Path) -> None:
     (low, high), (oldest, newest) = setup_env.PYTHONS, setup_env.TORCHES
     metadata = tomllib.loads((root / "pyproject.toml").read_text())
     project, torch = metadata["project"], f"torch>={oldest[0]}.{oldest[1]},<{newest[0]}.{newest[1] + 1}"
@@ -107,7 +107,7 @@ def test_no_compiler(root: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.splitlines() == [
         "recis_hybrid: The C++ compiler 'no-such-compiler' was not found; install g++ 10 or newer "
-        "(Debian: `apt-get install g++`) or name another one by the environment variable CXX."
+        "(Debian: `apt-get install g++`) or name another one in the environment variable CXX."
     ]
 
 
@@ -120,8 +120,8 @@ def test_a_compiler_that_is_too_old(root: Path, tmp_path: Path) -> None:
     assert "install g++ 10 or newer" in done.stderr
 
 
-def test_a_machine_without_faults_prints_nothing(root: Path, tmp_path: Path) -> None:
-    # The probe is passed on standard input, which the fake compiler reads to its end.
+def test_a_machine_without_problems_prints_nothing(root: Path, tmp_path: Path) -> None:
+    # The probe is passed on standard input, which the fake compiler must consume.
     done = run(root, "host", CXX=executable(tmp_path / "c++", "cat >/dev/null"))
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     done = run(root, "torch")

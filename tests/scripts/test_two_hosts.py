@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.slow
-def test_the_loss_of_a_host_ends_the_other_with_an_error(root: Path) -> None:
+def test_the_loss_of_a_host_raises_on_the_other(root: Path) -> None:
     command = [sys.executable, str(root / "scripts" / "two_hosts.py"), "--timeout", "3"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, timeout=240)
     if done.returncode == 77:

@@ -125,7 +125,7 @@ def test_missing_arguments_of_a_linen_module_are_named() -> None:
         TypeError, match=r"from_linen: .*Other.__call__\(self, x: .*: missing a required argument: 'heads'"
     ) as e:
         tower(x)
-    assert "pass other arguments by keyword, as tower(x, name=value)" in str(e.value)
+    assert "pass other arguments by keyword, as in tower(x, name=value)" in str(e.value)
     assert tower(x, heads=4, evaluation=True).shape == (len(X), 4)
 
     class Silent(linen.Module):  # type: ignore[name-defined, misc]
@@ -159,7 +159,7 @@ def test_other_adapters_pass_the_mode_by_name() -> None:
     plain = JaxTower(f, {"w": np.ones(1, np.float32)})
     with pytest.raises(TypeError, match="training") as caught:
         plain(x)
-    assert any("to the call, as tower(x, training=True)" in note for note in caught.value.__notes__)
+    assert any("to the call, as in tower(x, training=True)" in note for note in caught.value.__notes__)
     assert torch.equal(plain(x, training=True), x)
 
 

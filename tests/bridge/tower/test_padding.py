@@ -83,14 +83,14 @@ def joined(params: Any, x: Any, y: Any) -> Any:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda params, x, y: jnp.concatenate([x, x]), r"axis 0 of output has size 16, and 18 where 'batch' is 9 "),
-        (lambda params, x, y: (x, x.reshape(-1)), r"axis 0 of output\[1\] has size 16, and 18 where 'batch' is 9 "),
+        (lambda params, x, y: jnp.concatenate([x, x]), r"axis 0 of output has size 16, and 18 if 'batch' is 9 "),
+        (lambda params, x, y: (x, x.reshape(-1)), r"axis 0 of output\[1\] has size 16, and 18 if 'batch' is 9 "),
         # A prepended token, a window: these grow with the batch, but have another size.
-        (lambda params, x, y: jnp.concatenate([x[:1], x]), r"axis 0 of output has size 9, and 10 where 'batch' is 9 "),
-        (lambda params, x, y: x[2:] + x[:-2], r"axis 0 of output has size 6, and 7 where 'batch' is 9 "),
-        (joined, r"axis 0 of output\['rows'\]\[1\] has .* 13 where 'batch' is 9 .* and 13 where 'length' is 5 "),
+        (lambda params, x, y: jnp.concatenate([x[:1], x]), r"axis 0 of output has size 9, and 10 if 'batch' is 9 "),
+        (lambda params, x, y: x[2:] + x[:-2], r"axis 0 of output has size 6, and 7 if 'batch' is 9 "),
+        (joined, r"axis 0 of output\['rows'\]\[1\] has .* 13 if 'batch' is 9 .* and 13 if 'length' is 5 "),
         # This depends on two dimensions, but has the size of one of them.
-        (lambda params, x, y: jnp.concatenate([x, y])[4:], r"has size 8, and 9 where 'batch' .* and 9 where 'length'"),
+        (lambda params, x, y: jnp.concatenate([x, y])[4:], r"has size 8, and 9 if 'batch' .* and 9 if 'length'"),
     ],
 )
 def test_outputs_that_cannot_be_trimmed_are_refused(function: Any, message: str) -> None:
