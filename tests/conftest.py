@@ -1,4 +1,4 @@
-"""Shared set-up: markers, the cross-section of ``make test-quick``, the data folder, hypothesis profiles."""
+"""Shared setup: markers, the sample of ``make test-quick``, the data folder, hypothesis profiles."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tests.support.quick import cross_section
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = pytest.StashKey[set[str]]()
 
-# No deadline, because a shared machine is slow at times; benchmarks measure speed.
+# No deadline, because a shared machine may be slow; benchmarks measure speed.
 hypothesis.settings.register_profile("default", deadline=None)
 hypothesis.settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "default")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--quick", action="store_true", help="run a cross-section, in a fifth of the time at most")
+    parser.addoption("--quick", action="store_true", help="run a sample of the tests, in at most a fifth of the time")
 
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Store the names of the cross-section, and deselect all other tests with --quick."""
+    """Store the names of the sample, and deselect all other tests with --quick."""
     kept = cross_section(items, lambda item: item.nodeid, lambda item: {mark.name for mark in item.iter_markers()})
     config.stash[QUICK] = names = {item.nodeid for item in kept}
     if config.getoption("quick"):
@@ -36,18 +36,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Report, after a whole run, the share of its time that ``make test-quick`` would take."""
+    """Report, after a full run, the share of its time that ``make test-quick`` would take."""
     reports = [each for kind in terminalreporter.stats.values() for each in kind if isinstance(each, pytest.TestReport)]
-    of_all = sum(report.duration for report in reports)
-    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("quick") or not of_all:
+    total = sum(report.duration for report in reports)
+    if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("quick") or not total:
         return
     names = config.stash[QUICK]
-    share = sum(report.duration for report in reports if report.nodeid in names) / of_all
-    terminalreporter.write_line(f"{len(names)} of these tests, {share:.0%} of this time, are `make test-quick`")
+    share = sum(report.duration for report in reports if report.nodeid in names) / total
+    terminalreporter.write_line(f"`make test-quick` would run {len(names)} of these tests in {share:.0%} of this time")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests that this machine cannot run, and fail those that it should be able to run."""
+    """Skip tests that this machine cannot run, and fail those that it should but cannot run."""
     needed = 2 if item.get_closest_marker("multi_gpu") else 1 if item.get_closest_marker("gpu") else 0
     if needed:
         verdict = gpu.verdict(needed, gpu.this_machine())
@@ -67,8 +67,8 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def data_dir() -> Path:
-    """The folder of real data sets, shared/data beside the repository."""
+    """The folder of real datasets, shared/data next to the repository."""
     path = ROOT.parent / "shared" / "data"
     if not path.is_dir():
-        pytest.skip(f"the real data sets are not at {path}")
+        pytest.skip(f"there are no real datasets in {path}")
     return path

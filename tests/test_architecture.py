@@ -1,4 +1,4 @@
-"""The import graph, the public names and the effects of imports; the checkers are tested on faulty sources."""
+"""The import graph, public names and side effects of imports. The checkers are tested on faulty sources."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def test_the_whole_package_is_read(package: list[Source], root: Path) -> None:
     assert (root / "recis_hybrid" / "bridge").resolve() == root / "bridge"
 
 
-def test_imports_go_one_way(package: list[Source]) -> None:
+def test_imports_between_rooms_are_allowed(package: list[Source]) -> None:
     assert [fault for source in package for fault in rules.import_violations(source)] == []
 
 
-def test_no_circles(package: list[Source]) -> None:
-    assert list(rules.circles(package)) == []
+def test_there_are_no_import_cycles(package: list[Source]) -> None:
+    assert list(rules.import_cycles(package)) == []
 
 
-def test_sub_packages_are_in_order(package: list[Source]) -> None:
+def test_imports_between_sub_packages_are_allowed(package: list[Source]) -> None:
     assert list(rules.package_violations(package)) == []
 
 
@@ -84,7 +84,7 @@ def test_no_room_imports_jax(package: list[Source], root: Path) -> None:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
-def test_every_way_to_import_is_seen() -> None:
+def test_every_kind_of_import_is_found() -> None:
     text = """
 import torch as t
 from . import a
@@ -154,7 +154,7 @@ def test_an_allowed_import_passes(path: str, text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("texts", "circles"),
+    ("texts", "cycles"),
     [
         ({"a": "from recis_hybrid.ops.b import x", "b": "from recis_hybrid.ops import a"}, [["a", "b"]]),
         ({"a": "from .b import x", "b": "def later():\n  import recis_hybrid.ops.a"}, [["a", "b"]]),
@@ -172,10 +172,10 @@ def test_an_allowed_import_passes(path: str, text: str) -> None:
         ({"a": "from recis_hybrid.ops.a import x"}, []),
     ],
 )
-def test_a_circle_is_found(texts: dict[str, str], circles: list[list[str]]) -> None:
+def test_import_cycles_are_found(texts: dict[str, str], cycles: list[list[str]]) -> None:
     sources = [parse(text, f"recis_hybrid/ops/{name}.py") for name, text in texts.items()]
-    full = [[f"recis_hybrid.ops.{name}".rstrip(".") for name in circle] for circle in circles]
-    assert rules.circles(sources) == full
+    full = [[f"recis_hybrid.ops.{name}".rstrip(".") for name in cycle] for cycle in cycles]
+    assert rules.import_cycles(sources) == full
 
 
 @pytest.mark.parametrize(
@@ -192,19 +192,19 @@ def test_a_circle_is_found(texts: dict[str, str], circles: list[list[str]]) -> N
         ("metrics/attic/__init__.py", "", "metrics.attic is not in PACKAGES"),
     ],
 )
-def test_a_sub_package_out_of_order_is_found(path: str, text: str, fault: str) -> None:
+def test_forbidden_imports_between_sub_packages_are_found(path: str, text: str, fault: str) -> None:
     (found,) = rules.package_violations([parse(text, f"recis_hybrid/{path}")])
     assert fault in found
 
 
-def test_sub_packages_in_order_pass() -> None:
+def test_allowed_imports_between_sub_packages_pass() -> None:
     allowed = "from recis_hybrid.embedding.table.y import z\nfrom recis_hybrid.embedding import config, planner"
     inside = parse(allowed, "recis_hybrid/embedding/checkpoint/x.py")
     above = parse("from recis_hybrid.embedding.checkpoint import y", "recis_hybrid/embedding/engine.py")
     assert list(rules.package_violations([inside, above])) == []
 
 
-def test_a_full_folder_and_a_silent_package_are_found() -> None:
+def test_full_folders_and_undocumented_packages_are_found() -> None:
     modules = [parse("", f"recis_hybrid/ops/m{number}.py") for number in range(16)]
     room = parse('"""One sentence is enough for a room."""', "recis_hybrid/ops/__init__.py")
     good = parse('"""Files.\n\nThe reader may import it."""', "recis_hybrid/columnio/files/__init__.py")
@@ -227,13 +227,13 @@ def test_a_full_folder_and_a_silent_package_are_found() -> None:
         ("recis_hybrid/optim/x.py", "import recis_hybrid.embedding._blocks", "_blocks is private"),
     ],
 )
-def test_a_name_that_is_not_public_is_found(path: str, text: str, fault: str) -> None:
+def test_implicit_reexports_and_private_names_are_found(path: str, text: str, fault: str) -> None:
     found = list(rules.name_violations(parse(text, path)))
     assert found
     assert fault in found[0]
 
 
-def test_private_names_are_free_within_a_room() -> None:
+def test_private_names_are_allowed_within_a_room() -> None:
     inside = parse("from recis_hybrid.ops import _library\nfrom ._x import y as y", "recis_hybrid/ops/__init__.py")
     beside = parse("from ._x import y\nfrom recis_hybrid.ops._z import w", "recis_hybrid/ops/hash.py")
     assert [*rules.name_violations(inside), *rules.name_violations(beside)] == []

@@ -24,10 +24,10 @@ from tests.support.quick import SHARE, cross_section
         (2, Machine(usable=0, listed=4, required=False), "fail"),
     ],
 )
-def test_a_gpu_that_is_there_must_be_usable(needed: int, machine: Machine, action: str) -> None:
-    decided = verdict(needed, machine)
-    assert decided.action == action
-    assert bool(decided.reason) == (action != "run")
+def test_a_listed_gpu_must_be_usable(needed: int, machine: Machine, action: str) -> None:
+    decision = verdict(needed, machine)
+    assert decision.action == action
+    assert bool(decision.reason) == (action != "run")
 
 
 def test_gpus_are_counted_in_the_drivers_listing() -> None:
@@ -38,7 +38,7 @@ def test_gpus_are_counted_in_the_drivers_listing() -> None:
 
 @pytest.mark.parametrize(("required", "closing"), [("0", "1 skipped"), ("1", "1 error")])
 def test_a_required_gpu_fails_the_run(tmp_path: Path, root: Path, required: str, closing: str) -> None:
-    # CUDA_VISIBLE_DEVICES hides a GPU from torch, and an empty PATH hides the driver's tool: no GPU on any machine.
+    # CUDA_VISIBLE_DEVICES hides GPUs from torch, and the PATH hides the driver's tool.
     test = tmp_path / "test_kernel.py"
     test.write_text("import pytest\n\n@pytest.mark.gpu\ndef test_kernel():\n    pass\n")
     environment = os.environ | {"RECIS_REQUIRE_GPU": required, "CUDA_VISIBLE_DEVICES": "", "PATH": str(tmp_path)}
@@ -64,36 +64,36 @@ def functions(root: Path) -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sorted((root / "tests").rglob("test_*.py")):
         body = ast.parse(path.read_text()).body
-        of_file = set().union(
+        file_marks = set().union(
             *(marked(node) for node in body if isinstance(node, ast.Assign) and "pytestmark" in ast.unparse(node))
         )
         for node in body:
             if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
                 marks = set().union(*(marked(decorator) for decorator in node.decorator_list))
-                found[f"{path.relative_to(root)}::{node.name}"] = of_file | marks
+                found[f"{path.relative_to(root)}::{node.name}"] = file_marks | marks
     return found
 
 
-def test_the_cross_section_has_some_of_every_file_and_what_no_run_should_be_without(root: Path) -> None:
+def test_the_sample_covers_every_file_and_the_essential_mechanisms(root: Path) -> None:
     marks = functions(root)
     chosen = cross_section(marks, str, lambda name: marks[name])
-    files = {name.partition("::")[0] for name, of_it in marks.items() if "slow" not in of_it}
+    files = {name.partition("::")[0] for name, its_marks in marks.items() if "slow" not in its_marks}
     assert {name.partition("::")[0] for name in chosen} == files
     assert len(chosen) < (SHARE + 0.05) * len(marks) + len(files)
-    always = [name for name, of_it in marks.items() if "quick" in of_it]
+    always = [name for name, its_marks in marks.items() if "quick" in its_marks]
     assert set(always) <= set(chosen)
     # A killed and resumed run, ranks that share tables, a JAX tower over tables.
     for room in ("pipelines", "embedding", "examples"):
         assert any(f"tests/{room}/" in name for name in always), room
 
 
-def test_the_cross_section_takes_new_tests_up_and_one_set_of_parameters_of_each() -> None:
+def test_the_sample_includes_new_tests_and_one_set_of_parameters_each() -> None:
     names = [f"tests/a/test_{n % 20}.py::test_{n}[{case}]" for n in range(1000) for case in range(3)]
     chosen = cross_section(names, str, lambda name: set())
     assert 0.2 * 1000 < len(chosen) < 0.32 * 1000
     assert len({name.partition("[")[0] for name in chosen}) == len(chosen)
     assert chosen == [name for name in names if name in set(chosen)]
-    # Drawn tests stay drawn as others are added, except for the one that represents a file.
+    # Sampled tests stay in the sample as others are added, except for the one that represents a file.
     more = cross_section([*names, *(name + "x" for name in names[:300])], str, lambda name: set())
     assert len({*chosen} - {*more}) <= 20
     alone = cross_section(["f::slow", "f::new[1]", "f::new[2]"], str, lambda name: {"slow"} & {name[3:]})

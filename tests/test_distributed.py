@@ -1,4 +1,4 @@
-"""Programs written for one process, under a launcher: they train correctly, or are refused in the same terms."""
+"""Programs written for one process, under a launcher: they train correctly, or are refused consistently."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ WHO: dict[str, Callable[[Path], object]] = {
         ({"RANK": "0", "WORLD_SIZE": "two"}, True, ValueError, "WORLD_SIZE=two"),
     ],
 )
-def test_what_cannot_be_joined_is_refused_by_all_in_the_same_terms(
+def test_invalid_launcher_variables_are_refused_consistently(
     who: str,
     environment: dict[str, str],
     available: bool,
@@ -83,7 +83,7 @@ def test_what_cannot_be_joined_is_refused_by_all_in_the_same_terms(
 
 @pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("environment", [{}, {"RANK": "0", "WORLD_SIZE": "1"}])
-def test_one_process_joins_nobody(
+def test_a_single_process_initializes_nothing(
     who: str, environment: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("RANK", "WORLD_SIZE"):
@@ -100,7 +100,7 @@ def page(root: Path) -> str:
     return code  # type: ignore[no-any-return]
 
 
-# Appended to the page: each rank prints its figures and a digest of its weights.
+# Appended to the code: each rank prints its figures and a digest of its weights.
 REPORT = """
 from hashlib import sha256
 from recis_hybrid.distributed import rank
@@ -113,7 +113,7 @@ print("REPORT", rank(), trainer.steps_done, trainer.samples, rows, digest, auc, 
 
 
 @pytest.mark.jax
-def test_the_page_of_code_in_the_readme_runs_on_two_ranks_as_it_is(tmp_path: Path, root: Path) -> None:
+def test_the_code_in_the_readme_runs_on_two_ranks_unchanged(tmp_path: Path, root: Path) -> None:
     draw, batch = np.random.default_rng(0), 64
     written = {"train": 7 * batch + 1, "test": 3 * batch + 1}  # uneven: 8 batches and 4, the last ones of one row
     for split, rows in written.items():
@@ -147,7 +147,7 @@ def test_the_page_of_code_in_the_readme_runs_on_two_ranks_as_it_is(tmp_path: Pat
     ((_, steps, samples, rows_alone, _, _),) = reports(alone.stdout)
     assert (int(steps), int(samples)) == (2 * 8, 2 * written["train"])
     first, second = reports(together.stdout)
-    # Each row is trained on once a pass, tables hold each id once, and towers and figures are equal on both ranks.
+    # Each row is trained on once per epoch, tables hold each id once, and towers and figures are equal on both ranks.
     assert [int(each[1]) for each in (first, second)] == [2 * 4] * 2
     assert int(first[2]) + int(second[2]) == 2 * written["train"]
     assert int(first[3]) + int(second[3]) == int(rows_alone)
@@ -256,7 +256,7 @@ def test_ranks_exchange_values_and_fail_together(tmp_path: Path, root: Path) -> 
     ]
 
 
-def test_a_process_alone_is_all_ranks() -> None:
+def test_a_single_process_represents_all_ranks() -> None:
     assert distributed.exchange(float("inf")) == [float("inf")]
     assert distributed.all_succeed_or_raise(None, 3) == [3]
     with pytest.raises(OSError, match="disk is full"):

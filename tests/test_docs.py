@@ -1,4 +1,4 @@
-"""The documentation is complete: navigation, links, named files, rooms. ``make docs`` builds it."""
+"""Completeness of the documentation: navigation, links, file names, rooms. ``make docs`` builds it."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ def test_every_room_has_a_page_in_the_reference() -> None:
 
 
 @pytest.mark.parametrize("path", TEXTS, ids=lambda path: path.relative_to(ROOT).as_posix())
-def test_links_lead_somewhere(path: Path) -> None:
+def test_links_and_file_names_exist(path: Path) -> None:
     text = re.sub(r"^```.*?^```$", "", path.read_text(), flags=re.MULTILINE | re.DOTALL)
     for link in re.findall(r"\]\(([^)#\s]+)", text):
         if "://" not in link:
             assert (path.parent / link).exists(), link
-    # Files and folders of the repository that are named without a link.
+    # Files and folders of the repository that are mentioned without a link.
     for named in re.findall(r"`((?:docs|examples|benchmarks|scripts|requirements|csrc|tests)/[\w./]+)`", text):
         assert (ROOT / named).exists(), named

@@ -1,4 +1,4 @@
-"""The examples in the docstrings run, every public name has a docstring, and all docstrings keep to one form."""
+"""Docstrings: examples run, every public name has one, and all follow the same rules."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ PUBLIC = [pytest.param(*pair, marks=of_bridge(pair[0]), id=".".join(pair)) for p
 
 @pytest.mark.parametrize("module", MODULES)
 def test_examples_run(module: str) -> None:
-    # An example is read by someone who has imported torch and the public names of its room, and nothing else.
+    # Examples may use torch and the public names of their room without importing them.
     room = importlib.import_module(".".join(module.split(".")[:2]))
     known = {"torch": torch} | {name: getattr(room, name) for room_name, name in NAMES if room_name == room.__name__}
     flags = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
@@ -49,12 +49,12 @@ def test_public_names_are_documented(module: str, name: str) -> None:
         assert (inspect.getdoc(thing) or "").strip(), f"{module}.{name} has no docstring"
 
 
-def test_the_form_of_the_package() -> None:
+def test_docstrings_of_the_package_follow_the_rules() -> None:
     faults = [list(form_violations(source)) for source in SOURCES]
     assert [fault for found in faults for fault in found] == []
 
 
-def test_the_form_of_programs_and_tests() -> None:
+def test_docstrings_of_programs_and_tests_follow_the_rules() -> None:
     folders = ("benchmarks", "examples", "scripts", "tests")
     paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     faults = [list(form_violations(parse(path.read_text(), str(path.relative_to(ROOT))))) for path in paths]
@@ -73,10 +73,10 @@ def test_the_form_of_programs_and_tests() -> None:
         ('def f():\n    class C:\n        """Which rows."""', ":3: opens with 'Which'"),
         ('"""Read `path`."""', ":1: has code in single backticks"),
         ('"""Read ``path`` of `file`, not ``other``."""', ":1: has code in single backticks"),
-        ('def f():\n    """Read.\n\n    returns:\n        Rows.\n    """', ":2: capitalise the section 'returns'"),
+        ('def f():\n    """Read.\n\n    returns:\n        Rows.\n    """', ":2: capitalize the section 'returns'"),
     ],
 )
-def test_a_docstring_of_another_form_is_found(text: str, fault: str) -> None:
+def test_violations_are_found(text: str, fault: str) -> None:
     (found,) = form_violations(parse(text, "recis_hybrid/ops/x.py"))
     assert fault in found
 
@@ -91,5 +91,5 @@ def test_a_docstring_of_another_form_is_found(text: str, fault: str) -> None:
         '"""Read.\n\nExample:\n    >>> read(1)\n    ValueError: use `load`\n"""',
     ],
 )
-def test_docstrings_in_the_form_pass(text: str) -> None:
+def test_valid_docstrings_pass(text: str) -> None:
     assert list(form_violations(parse(text, "recis_hybrid/ops/x.py"))) == []

@@ -1,4 +1,4 @@
-"""Checkpoints, exports and configurations of earlier versions load with today's code, value for value."""
+"""Checkpoints, exports and configurations of earlier versions load exactly with the current code."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def expected() -> Any:
 
 
 class Run:
-    """The objects of ``golden/write_golden.py.txt``, built by today's code."""
+    """The objects of ``golden/write_golden.py.txt``, built by the current code."""
 
     def __init__(self, *, coalesce: bool = True) -> None:
         torch.manual_seed(99)
@@ -65,7 +65,7 @@ def loaded(step: int, **options: Any) -> Run:
 
 @pytest.mark.parametrize("coalesce", [True, False])
 @pytest.mark.parametrize("step", STEPS)
-def test_rows_and_admission_counts_are_as_they_were(expected: Any, step: int, coalesce: bool) -> None:
+def test_rows_and_admission_counts_are_restored(expected: Any, step: int, coalesce: bool) -> None:
     tables = loaded(step, coalesce=coalesce).engine.checkpoint_state().tables
     assert tables.keys() == expected[str(step)]["tables"].keys()
     for name, columns in expected[str(step)]["tables"].items():
@@ -74,7 +74,7 @@ def test_rows_and_admission_counts_are_as_they_were(expected: Any, step: int, co
 
 
 @pytest.mark.parametrize("step", STEPS)
-def test_towers_and_optimizers_are_as_they_were(expected: Any, step: int) -> None:
+def test_towers_and_optimizers_are_restored(expected: Any, step: int) -> None:
     run, was = loaded(step), expected[str(step)]
     assert {name: numbers(tensor) for name, tensor in run.tower.state_dict().items()} == was["tower"]
     state = run.dense.state_dict()
@@ -88,7 +88,7 @@ def test_towers_and_optimizers_are_as_they_were(expected: Any, step: int) -> Non
     assert Saver(GOLDEN / "checkpoint").read_json("note", step) == was["note"]
 
 
-def test_the_run_continues_as_it_did(expected: Any) -> None:
+def test_the_run_continues_unchanged(expected: Any) -> None:
     run, after = loaded(6), expected["after_6"]
     assert numbers(torch.rand(4, generator=run.generator)) == after["generator"]
     for batch, was in zip(run.reader, after["batches"], strict=False):
@@ -96,7 +96,7 @@ def test_the_run_continues_as_it_did(expected: Any) -> None:
     run.engine.eval()
     vectors = run.engine({name: torch.tensor(ids) for name, ids in after["ids"].items()})
     for name, was in after["vectors"].items():
-        # The first values of unknown ids are exact to 2 ulp on another machine.
+        # Initial values of unknown ids are exact to 2 ulp on another machine.
         torch.testing.assert_close(vectors[name].double(), torch.tensor(was, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
@@ -135,7 +135,7 @@ def test_the_configuration_loads(config: Path) -> None:
     assert (ran.train.epochs, ran.model.hidden, ran.data.batch_size) == (1, [8], 100)
 
 
-def test_the_trained_model_scores_as_it_did(config: Path) -> None:
+def test_the_trained_model_predicts_the_same(config: Path) -> None:
     run = load_run(config / "run")
     assert run.step == 5
     events = [json.loads(line) for line in (config / "run" / "log.jsonl").read_text().splitlines()]

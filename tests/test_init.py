@@ -1,4 +1,4 @@
-"""The names of ``import recis_hybrid as rh``: imported when first used, known to type checkers, listed by ``dir``."""
+"""Names of ``import recis_hybrid as rh``: imported on first use, visible to type checkers, listed by ``dir``."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PARAMETERS = [
 
 
 @pytest.mark.parametrize(("name", "target"), PARAMETERS)
-def test_a_name_is_the_one_that_type_checkers_see(name: str, target: str) -> None:
+def test_names_are_those_that_type_checkers_see(name: str, target: str) -> None:
     module = f"recis_hybrid.{name}"
     expected = importlib.import_module(module) if target == "recis_hybrid" else getattr(sys.modules[target], name)
     assert getattr(rh, name) is expected
@@ -40,7 +40,7 @@ def test_the_version() -> None:
     assert rh.__version__ == metadata.version("recis_hybrid")
 
 
-def test_an_unknown_name_is_an_attribute_error() -> None:
+def test_unknown_names_raise_an_attribute_error() -> None:
     with pytest.raises(AttributeError, match="module 'recis_hybrid' has no attribute 'ColumnDataSet'"):
         _ = rh.ColumnDataSet  # type: ignore[attr-defined]
 
@@ -54,7 +54,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
         ("rh.ColumnDataset; rh.Trainer; rh.Saver", ["jax"]),
     ],
 )
-def test_nothing_is_loaded_that_is_not_used(use: str, absent: list[str], root: Path) -> None:
+def test_unused_packages_are_not_loaded(use: str, absent: list[str], root: Path) -> None:
     code = f"import sys; import recis_hybrid as rh; {use}; print(*({set(absent)} & sys.modules.keys()))"
     command = [sys.executable, "-W", "error", "-c", code]
     done = subprocess.run(command, cwd=root, env=os.environ, capture_output=True, text=True, check=False)

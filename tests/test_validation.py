@@ -1,4 +1,4 @@
-"""The checks of arguments that all rooms share."""
+"""Argument checks that all rooms share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_check_integer_refuses_other_types(value: object) -> None:
         validation.check_integer("Window", "size", value)
 
 
-def test_check_integer_refuses_small_ones() -> None:
+def test_check_integer_refuses_numbers_below_the_bound() -> None:
     with pytest.raises(ValueError, match="Window: size must be at least 1, got 0"):
         validation.check_integer("Window", "size", np.int32(0), low=1)
     assert validation.check_integer("Window", "size", -5) == -5
@@ -35,7 +35,7 @@ def test_check_number_refuses_other_types(value: object) -> None:
         validation.check_number("Window", "share", value)
 
 
-def test_check_number_refuses_infinity_on_demand() -> None:
+def test_check_number_optionally_refuses_nonfinite_numbers() -> None:
     validation.check_number("Window", "share", math.inf)
     validation.check_number("Window", "share", np.float32(0.5), finite=True)
     for value in (math.inf, math.nan):

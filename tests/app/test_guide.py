@@ -1,4 +1,4 @@
-"""The code blocks of docs/training.md run, one after another."""
+"""The code blocks of docs/training.md run in order."""
 
 from __future__ import annotations
 

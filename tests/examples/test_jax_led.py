@@ -33,7 +33,7 @@ class Interrupt(Callback):
             raise KeyboardInterrupt
 
 
-def test_a_step_led_by_jax_runs_in_the_same_stages_and_is_resumed_bitwise(tmp_path: Path) -> None:
+def test_a_jax_led_step_runs_in_the_same_stages_and_resumes_bitwise(tmp_path: Path) -> None:
     batches = make_batches(program.FIELDS)
 
     def training(*more: Callback) -> tuple[Any, Trainer]:
@@ -45,28 +45,28 @@ def test_a_step_led_by_jax_runs_in_the_same_stages_and_is_resumed_bitwise(tmp_pa
         )
 
     stages = [Train(epochs=4), Evaluate()]
-    whole, trainer = training()
+    uninterrupted, trainer = training()
     assert trainer.fit(stages)["eval"]["auc"] > 0.95
     lines = [json.loads(line) for line in (tmp_path / "0.jsonl").read_text().splitlines()]
     assert lines[-3]["loss"] < 0.6 < lines[0]["loss"]
     assert {"time/lookup", "time/towers", "time/update"} <= lines[0].keys()
-    _, cut = training(PeriodicCheckpoint(steps=5), Interrupt())
+    _, interrupted_trainer = training(PeriodicCheckpoint(steps=5), Interrupt())
     with pytest.raises(KeyboardInterrupt):
-        cut.fit(stages)
-    cut.saver = None
-    resumed, again = training(PeriodicCheckpoint(steps=5))
-    again.fit(stages, resume="latest")
-    assert again.steps_done == 32
-    leaves = whole.state.state_dict()
-    assert any("count" in name for name in leaves)  # optax's state, too
+        interrupted_trainer.fit(stages)
+    interrupted_trainer.saver = None
+    resumed, resumed_trainer = training(PeriodicCheckpoint(steps=5))
+    resumed_trainer.fit(stages, resume="latest")
+    assert resumed_trainer.steps_done == 32
+    leaves = uninterrupted.state.state_dict()
+    assert any("count" in name for name in leaves)  # includes optax's state
     assert all(torch.equal(leaf, resumed.state.state_dict()[name]) for name, leaf in leaves.items())
-    for one, other in zip(whole.engines[0].tables, resumed.engines[0].tables, strict=True):
+    for one, other in zip(uninterrupted.engines[0].tables, resumed.engines[0].tables, strict=True):
         for member in range(len(one.members)):
             first, second = one.export(member), other.export(member)
             assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_it_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--rows", "20000", "--batch-size", "256", "--quiet"]
     monkeypatch.setattr(sys, "argv", ["jax_led.py", *arguments])
     program.main()

@@ -12,7 +12,7 @@ from tests.support.near import assert_near
 pytestmark = pytest.mark.jax
 
 
-def test_the_towers_are_the_same_function() -> None:
+def test_all_towers_compute_the_same_function() -> None:
     results = []
     inputs = torch.randn(8, 20)
     for choice in jax_tower.TOWERS:
@@ -27,11 +27,11 @@ def test_the_towers_are_the_same_function() -> None:
 
 
 @pytest.mark.quick
-def test_it_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_learns(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--tower", "nnx", "--rows", "20000", "--batch-size", "256", "--quiet"]
     monkeypatch.setattr(sys, "argv", ["jax_tower.py", *arguments])
     jax_tower.main()
     figures = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert 0.65 < figures["auc"] < figures["bayes_auc"]
-    assert figures["compilations"] == 6  # forward, backward and evaluation, of full batches and of the last one
+    assert figures["compilations"] == 6  # forward, backward and evaluation, for full batches and the last batch
     assert {"logloss", "samples_per_s", "seconds", "tower"} <= set(figures)

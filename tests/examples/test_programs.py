@@ -1,4 +1,4 @@
-"""Each example, copied to a folder of its own and run there: it needs nothing but the package."""
+"""Each example, copied to a separate folder and run there: it needs only the package."""
 
 from __future__ import annotations
 

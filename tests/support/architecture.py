@@ -1,4 +1,4 @@
-"""The rules of the architecture, as functions from sources to violations."""
+"""Architecture rules, as functions from sources to violations."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 
 from tests.support.imports import PACKAGE, Import, Source, aliases, dotted, imports, outside_functions, room_of
 
-# Imports allowed between the rooms of the package. "" is the package's own __init__, which imports a room when one of
-# its names is first used.
+# Imports allowed between the rooms of the package. "" is the package's own __init__, which imports a room on first use
+# of one of its names.
 ROOMS: dict[str, set[str]] = {
     "": {
         "bridge",
@@ -30,7 +30,7 @@ ROOMS: dict[str, set[str]] = {
     "ragged": {"ops", "validation"},
     "checkpointing": {"ops"},
     "distributed": {"validation"},
-    # Reads exports on machines without torch and the native library.
+    # Reads exports on machines that have neither torch nor the native library.
     "serving": {"validation"},
     "columnio": {"ops", "ragged", "checkpointing", "distributed", "validation"},
     "features": {"ops", "ragged", "validation"},
@@ -69,8 +69,8 @@ ROOMS: dict[str, set[str]] = {
         "pipelines",
     },
 }
-# Imports allowed between the sub-packages of a room. The modules of the room itself are not listed; the search for
-# circles covers them.
+# Imports allowed between the sub-packages of a room. The modules of the room itself are not listed, because the check
+# for cycles covers them.
 PACKAGES: dict[str, dict[str, set[str]]] = {
     "columnio": {
         "convert": set(),
@@ -97,9 +97,9 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
     "app": {"config": set()},
     "bridge": {"exchange": set(), "tower": {"exchange"}},
 }
-# A folder of more modules than this is cut into sub-packages.
+# A folder with more modules than this must be divided into sub-packages.
 MODULES_IN_A_FOLDER = 15
-# Third-party packages that a room may import, beside torch.
+# Third-party packages that a room may import in addition to torch.
 OUTSIDE: dict[str, set[str]] = {
     "ragged": {"numpy", "pyarrow", "torchrec"},
     "columnio": {"fsspec", "numpy", "pyarrow"},
@@ -137,10 +137,10 @@ def inner_room(item: Import) -> str | None:
 
 
 def import_violations(source: Source) -> Iterator[str]:
-    """Yield the imports that ROOMS and OUTSIDE do not allow."""
+    """Yield the imports that ROOMS and OUTSIDE disallow."""
     room = source.room
     if room not in ROOMS:
-        yield f"{source.path}: the room {room!r} is not in ROOMS; list its imports there"
+        yield f"{source.path}: the room {room!r} is not in ROOMS; add it with its imports"
         return
     for item in imports(source):
         where = f"{source.path}:{item.line}"
@@ -154,10 +154,10 @@ def import_violations(source: Source) -> Iterator[str]:
             yield f"{where}: {room or PACKAGE} may not import {PACKAGE}{'.' + reached if reached else ''}"
 
 
-def circles(sources: Iterable[Source]) -> list[list[str]]:
-    """Return the groups of modules that import each other, imports for type checkers included, each group sorted.
+def import_cycles(sources: Iterable[Source]) -> list[list[str]]:
+    """Return the groups of modules that import each other, including imports for type checkers, each group sorted.
 
-    A module that takes a name from a package depends on the package's ``__init__``, or on the sub-module of that name.
+    A module that imports a name from a package depends on the package's ``__init__``, or on the submodule of that name.
 
     References:
         R. Tarjan: Depth-first search and linear graph algorithms. SIAM Journal on Computing, 1972.
@@ -189,7 +189,7 @@ def circles(sources: Iterable[Source]) -> list[list[str]]:
 
 
 def _edges(sources: Iterable[Source]) -> dict[str, set[str]]:
-    """Map each module to the modules of the same sources that it imports."""
+    """Map each module to the modules that it imports, among the sources."""
     by_name = {source.module: source for source in sources}
     edges: dict[str, set[str]] = {}
     for module, source in by_name.items():
@@ -200,13 +200,13 @@ def _edges(sources: Iterable[Source]) -> dict[str, set[str]]:
 
 
 def package_violations(sources: Iterable[Source]) -> Iterator[str]:
-    """Yield the imports between sub-packages of a room that PACKAGES does not allow."""
+    """Yield the imports between sub-packages of a room that PACKAGES disallows."""
     for source in sources:
         room, package = source.room, _package_of(source.module, source.is_package)
         if package is None:
             continue
         if package not in PACKAGES.get(room, {}):
-            yield f"{source.path}: the sub-package {room}.{package} is not in PACKAGES; list its imports there"
+            yield f"{source.path}: the sub-package {room}.{package} is not in PACKAGES; add it with its imports"
             continue
         for item in imports(source):
             parts = item.target.split(".")
@@ -218,15 +218,15 @@ def package_violations(sources: Iterable[Source]) -> Iterator[str]:
 
 
 def _package_of(module: str, is_package: bool) -> str | None:
-    """Return the sub-package of its room that a module lies in, or None."""
+    """Return the sub-package of a module within its room, or None."""
     parts = module.split(".")
     return parts[2] if len(parts) > 3 or (len(parts) == 3 and is_package) else None
 
 
 def folder_violations(sources: Iterable[Source]) -> Iterator[str]:
-    """Yield the folders of too many modules, and the sub-packages whose docstring does not introduce them.
+    """Yield the folders with too many modules, and the sub-packages whose docstring does not introduce them.
 
-    The docstring of a sub-package's ``__init__`` has two sentences: its purpose, and who may import it.
+    The docstring of a sub-package's ``__init__`` has two sentences: its purpose, and which packages may import it.
     """
     modules: Counter[str] = Counter()
     for source in sources:
@@ -234,7 +234,7 @@ def folder_violations(sources: Iterable[Source]) -> Iterator[str]:
         if not source.is_package:
             modules[folder] += 1
         elif source.module.count(".") >= 2 and not _has_two_sentences(ast.get_docstring(source.tree) or ""):
-            yield f"{source.path}: say in a docstring of two sentences what the package is for and who may import it"
+            yield f"{source.path}: state the package's purpose and who may import it in a docstring of two sentences"
     for folder, count in modules.items():
         if count > MODULES_IN_A_FOLDER:
             yield f"{folder}: has {count} modules, more than {MODULES_IN_A_FOLDER}; group them in sub-packages"
@@ -245,14 +245,14 @@ def _has_two_sentences(text: str) -> bool:
 
 
 def name_violations(source: Source) -> Iterator[str]:
-    """Yield the re-exports that are not explicit, and the uses of private names of other rooms."""
+    """Yield re-exports that are not explicit, and uses of private names of other rooms."""
     for item in imports(source):
         where = f"{source.path}:{item.line}"
         reached = inner_room(item)
         if reached is None:
             continue
         if item.name == "*":
-            yield f"{where}: a star import hides which names are public; name them"
+            yield f"{where}: a star import hides which names are public; import them by name"
         if reached != source.room:
             below = item.target.split(".")[1:] + ([item.name] if item.name else [])
             private = [part for part in below if part.startswith("_")]
@@ -263,7 +263,7 @@ def name_violations(source: Source) -> Iterator[str]:
 
 
 def unsafe_violations(source: Source) -> Iterator[str]:
-    """Yield the calls and imports that could execute the data they read."""
+    """Yield calls and imports that could execute the data they read."""
     known = aliases(source)
     for item in imports(source):
         if item.target.split(".")[0] in UNSAFE_MODULES or item.name in UNSAFE_MODULES:
@@ -279,18 +279,18 @@ def unsafe_violations(source: Source) -> Iterator[str]:
 
 
 def environment_violations(source: Source) -> Iterator[str]:
-    """Yield the environment variables that a module reads while it is imported."""
+    """Yield the reads of environment variables during import."""
     known = aliases(source)
     for node in outside_functions(source.tree):
         if isinstance(node, ast.Attribute | ast.Name) and dotted(node, known) in ("os.environ", "os.getenv"):
-            yield f"{source.path}:{node.lineno}: reads the environment at import; read it at its first use"
+            yield f"{source.path}:{node.lineno}: reads the environment at import; read it on first use"
 
 
 def include_violations(path: str, text: str) -> Iterator[str]:
     """Yield the forbidden includes of a file below csrc/."""
     folder = path.split("/")[1]
     if folder not in INCLUDES:
-        yield f"{path}: the folder csrc/{folder} is not in INCLUDES; list its forbidden includes there"
+        yield f"{path}: the folder csrc/{folder} is not in INCLUDES; add it with its forbidden includes"
         return
     forbidden, why = INCLUDES[folder]
     for number, line in enumerate(text.splitlines(), 1):

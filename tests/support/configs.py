@@ -1,4 +1,4 @@
-"""A small log and its configuration, for tests of the commands."""
+"""A small click log and its configuration, for tests of the commands."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COLUMNS: dict[str, Callable[[int], Any]] = {
 
 
 def write_csv(path: Path, columns: dict[str, Callable[[int], Any]] | None = None, rows: int = 64) -> None:
-    """Write a file whose cells are functions of the row's number."""
+    """Write a file whose cells are functions of the row index."""
     columns = columns or COLUMNS
     with open(path, "w", newline="") as file:
         writer = csv.writer(file)

@@ -1,4 +1,4 @@
-"""The form of docstrings, as functions from sources to violations."""
+"""Docstring rules, as functions from sources to violations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from tests.support.imports import Source
 
-# A first line says what a function does or what a thing is; a clause that opens with one of these words does neither.
+# A first line says what a function does or what a thing is. A clause that starts with one of these words does neither.
 OPENINGS = ("What", "Whose", "How", "Of", "Which", "Whether", "That", "Whoever", "Where", "When", "Who")
 SECTIONS = (
     "Args",
@@ -23,22 +23,21 @@ SECTIONS = (
     "Warns",
     "Yields",
 )
-# Backticks that are not Markdown's code: examples with their output, and literals, roles and links of
-# reStructuredText.
+# Valid backticks: examples with their output, and literals, roles and links of reStructuredText.
 _LITERALS = re.compile(r">>> .*?(?:\n\s*\n|$)|``.+?``|:\w+(?::\w+)*:`[^`]+`|`[^`]+`_", re.DOTALL)
 _HEADER = re.compile(r"^ *([A-Za-z]+):$", re.MULTILINE)
 
 
 @dataclass(frozen=True)
 class Docstring:
-    """A docstring of a module, a class, a function or an attribute, and the line where it begins."""
+    """A docstring of a module, a class, a function or an attribute, and its first line number."""
 
     line: int
     text: str
 
 
 def docstrings(source: Source) -> Iterator[Docstring]:
-    """Yield the docstrings of a file; a string below an assignment of a module or a class is an attribute's."""
+    """Yield the docstrings of a file, including those of attributes, below assignments in modules and classes."""
     for node in ast.walk(source.tree):
         if not isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             continue
@@ -53,7 +52,7 @@ def docstrings(source: Source) -> Iterator[Docstring]:
 
 
 def form_violations(source: Source) -> Iterator[str]:
-    """Yield the docstrings that break the form: their opening word, their section headers, their backticks."""
+    """Yield violations of the rules on opening words, section headers and backticks."""
     for docstring in docstrings(source):
         where = f"{source.path}:{docstring.line}"
         text = docstring.text.strip()
@@ -64,4 +63,4 @@ def form_violations(source: Source) -> Iterator[str]:
             yield f"{where}: has code in single backticks; use double ones"
         for header in _HEADER.findall(text):
             if header not in SECTIONS and header.capitalize() in SECTIONS:
-                yield f"{where}: capitalise the section {header!r}"
+                yield f"{where}: capitalize the section {header!r}"

@@ -1,4 +1,4 @@
-"""Features run through an engine, fused and not."""
+"""Features computed by an engine, fused and unfused."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from recis_hybrid.ragged import Batch, RaggedTensor
 fused_or_not = pytest.mark.parametrize("fuse", [True, False])
 
 
-def run(ops: list[Any], fuse: bool, *columns: Any, name: str = "made") -> Any:
+def run(ops: list[Any], fuse: bool, *columns: Any, name: str = "output") -> Any:
     """Return the result of a feature with the columns ``c0``, ``c1``, and so on as its sources."""
     names = [f"c{number}" for number in range(len(columns))]
     engine = FeatureEngine([Feature(name, ops=ops, source=names)], fuse=fuse)
@@ -21,12 +21,14 @@ def run(ops: list[Any], fuse: bool, *columns: Any, name: str = "made") -> Any:
 
 
 def apply(ops: Any, *columns: Any) -> Any:
-    """Return the result of one or several operations on columns; fused and unfused results must agree."""
+    """Return the result of one or several operations on columns; fused and unfused results must be equal."""
     chain = ops if isinstance(ops, list) else [ops]
-    made = [run(chain, fuse, *columns) for fuse in (True, False)]
-    shown = [(plain(one), plain(one.weights) if isinstance(one, RaggedTensor) else one.dtype) for one in made]
-    assert shown[0] == shown[1]
-    return made[0]
+    results = [run(chain, fuse, *columns) for fuse in (True, False)]
+    plain_results = [
+        (plain(one), plain(one.weights) if isinstance(one, RaggedTensor) else one.dtype) for one in results
+    ]
+    assert plain_results[0] == plain_results[1]
+    return results[0]
 
 
 def plain(column: torch.Tensor | RaggedTensor | None) -> Any:
@@ -37,7 +39,7 @@ def plain(column: torch.Tensor | RaggedTensor | None) -> Any:
 
 
 def assert_same(one: Batch, other: Batch) -> None:
-    """Assert that two batches hold the same columns in the same order, bit for bit."""
+    """Assert that two batches have bitwise equal columns in the same order."""
     assert list(one) == list(other)
     for name in one:
         a, b = Column.of(one[name]), Column.of(other[name])

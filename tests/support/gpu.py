@@ -1,4 +1,4 @@
-"""Decides whether a test that needs a GPU runs, is skipped, or fails because torch cannot use the machine's GPU."""
+"""Decision whether a test that needs a GPU runs, is skipped, or fails because torch cannot use the machine's GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Machine:
     Args:
         usable: Number of CUDA devices that torch can use.
         listed: Number of GPUs that the driver lists.
-        required: Whether RECIS_REQUIRE_GPU=1 demands one.
+        required: Whether RECIS_REQUIRE_GPU=1 is set.
     """
 
     usable: int
@@ -37,8 +37,8 @@ class Verdict:
 def verdict(needed: int, machine: Machine) -> Verdict:
     """Return the decision about a test that needs ``needed`` GPUs.
 
-    If a GPU that torch cannot use led to skipped tests, the machine would look healthy forever, so it is a failure. A
-    machine with fewer GPUs than the test needs only skips it.
+    A GPU that torch cannot use is a failure, because skipped tests would hide the problem forever. On a machine with
+    fewer GPUs than needed the test is skipped.
     """
     if machine.usable >= needed:
         return Verdict("run")
@@ -52,7 +52,7 @@ def verdict(needed: int, machine: Machine) -> Verdict:
 
 
 def count_listed(listing: str) -> int:
-    """Return the number of GPUs in the output of ``nvidia-smi -L``, one a line: "GPU 0: NAME (UUID: ...)"."""
+    """Return the number of GPUs in the output of ``nvidia-smi -L``, with lines "GPU 0: NAME (UUID: ...)"."""
     return sum(line.startswith("GPU ") for line in listing.splitlines())
 
 

@@ -1,4 +1,4 @@
-"""Imports and names of Python sources, read without running them."""
+"""Imports and names in Python sources, without executing them."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Source:
 
 
 def parse(text: str, path: str) -> Source:
-    """Return a Source of this text, as if it lay at this path below the root of the repository."""
+    """Return a Source with this text, as if it were at this path below the root of the repository."""
     parts = list(Path(path).with_suffix("").parts)
     if parts[-1] == "__init__":
         parts.pop()
@@ -78,7 +78,7 @@ def room_of(module: str) -> str:
 
 
 def imports(source: Source) -> Iterator[Import]:
-    """Yield all imports of a file: at its top, inside functions, for type checkers, and by importlib."""
+    """Yield all imports of a file: at the top, inside functions, for type checkers, and through importlib."""
     for node in ast.walk(source.tree):
         if isinstance(node, ast.Import):
             for item in node.names:
@@ -98,7 +98,7 @@ def imports(source: Source) -> Iterator[Import]:
 
 
 def dotted(node: ast.expr, aliases: dict[str, str]) -> str:
-    """Return "torch.load" for the expression ``t.load`` where ``t`` is an alias of torch; "" for other expressions."""
+    """Return "torch.load" for the expression ``t.load`` if ``t`` is an alias of torch; "" for other expressions."""
     if isinstance(node, ast.Name):
         return aliases.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
@@ -119,11 +119,11 @@ def aliases(source: Source) -> dict[str, str]:
 
 
 def outside_functions(tree: ast.AST) -> Iterator[ast.AST]:
-    """Yield the nodes that run when a module is imported: all except the bodies of functions."""
+    """Yield the nodes that are executed on import: all except the bodies of functions."""
     for child in ast.iter_child_nodes(tree):
         yield child
         if isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
-            # Decorators, defaults and annotations do run.
+            # Decorators, defaults and annotations are executed.
             for part in (*child.decorator_list, child.args):
                 yield part
                 yield from outside_functions(part)

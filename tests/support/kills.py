@@ -1,7 +1,7 @@
-"""Kill a program by SIGKILL at each call that changes the disk, one fork a call.
+"""Kill a program with SIGKILL at each call that changes the disk, with one fork per call.
 
-Forking imports torch only once. A child counts the calls that change the disk and kills itself at one of them: before
-it, or half-way through a call that writes a file.
+Forking avoids importing torch repeatedly. A child counts the calls that change the disk and kills itself at one of
+them: before the call, or halfway through a call that writes a file.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ def kill_at_every_moment(work: Callable[[], object], root: str, base: str, calls
         work: The function to kill.
         root: The folder that it works in.
         base: The initial contents of the folder.
-        calls: Functions to kill it at, as owner and name, beside those of the standard library; ``write_file`` leaves
-            half of the file.
+        calls: Functions at which to kill it, as owner and name, in addition to those of the standard library;
+            ``write_file`` leaves half of the file.
     """
     global _left
     for owner, name in [

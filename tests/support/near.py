@@ -1,8 +1,8 @@
-"""Comparison of sums up to rounding, with a tolerance that follows the scale of their terms.
+"""Comparison of sums up to rounding, with a tolerance that scales with their terms.
 
-A float sum in another order, on another processor or another number of ranks, is off by a few roundings of its terms,
-even where it is close to zero (N. J. Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). A tolerance
-that is fixed, or relative to the sum, holds on one processor and fails on another.
+A float sum in another order, on another processor or on another number of ranks, differs by a few roundings of its
+terms, even if it is close to zero (N. J. Higham, Accuracy and Stability of Numerical Algorithms, section 4.2). A
+tolerance that is absolute, or relative to the sum, holds on one processor and fails on another.
 """
 
 from __future__ import annotations
@@ -13,19 +13,19 @@ import torch
 from torch import Tensor
 
 ROUNDINGS = 64
-"""Default tolerance, for sums of up to some thousand terms, whose errors mostly cancel."""
+"""Default tolerance, for sums of up to a few thousand terms, whose errors mostly cancel."""
 OF_ADAM = 8 * ROUNDINGS
-"""Tolerance after steps of Adam, which divides a gradient by its size and so enlarges the rounding of small ones."""
+"""Tolerance after steps of Adam, which divides gradients by their size and so amplifies rounding in small ones."""
 
 
 def magnitude(values: Tensor) -> Tensor:
     """Return the scale of each row: its largest absolute value, at least the tensor's root mean square.
 
     Args:
-        values: ``[..., D]``, float; a tensor of one dimension is one row.
+        values: ``[..., D]``, float; a one-dimensional tensor is one row.
 
     Returns:
-        ``[..., 1]``, float64; without dimensions for a tensor without.
+        ``[..., 1]``, float64; zero-dimensional for a zero-dimensional tensor.
     """
     sizes = values.detach().double().abs()
     if sizes.numel() == 0:
@@ -44,7 +44,7 @@ def roundings(got: Any, expected: Any, terms: Any = None) -> Tensor:
     eps = max(torch.finfo(each.dtype).eps for each in (ours, theirs) if each.dtype.is_floating_point)
     ours, theirs = ours.double(), theirs.double()
     scale = magnitude(theirs.nan_to_num(0.0, 0.0, 0.0)) if terms is None else as_tensor(terms).double()
-    # Numbers that are not finite must be equal; the division is 0 / 0 where all numbers are 0.
+    # Nonfinite numbers must be equal. The division is 0 / 0 where all numbers are 0.
     same = (ours == theirs) | (ours.isnan() & theirs.isnan())
     return torch.where(same, 0.0, (ours - theirs).abs() / (eps * scale)).nan_to_num(torch.inf, torch.inf)
 
@@ -53,12 +53,12 @@ def assert_near(got: Any, expected: Any, allowed: float = ROUNDINGS, *, terms: A
     """Assert ``|got - expected| <= allowed * eps * terms`` for every element.
 
     Args:
-        got: A tensor, an array of numpy or jax, a float or a list of floats (taken as float32); or a dict, tuple or
-            list of them.
-        expected: The same shape. The ``eps`` (the spacing of numbers at 1) of the coarser dtype counts; integers must
-            be equal.
-        allowed: The tolerance in roundings. A sum of n terms is off by about ``sqrt(n)``, at most n; the errors of
-            successive sums add up.
+        got: A tensor, a numpy or jax array, a float or a list of floats (converted to float32); or a dict, tuple or
+            list of these.
+        expected: The same shape. The tolerance uses the ``eps`` (the spacing of numbers at 1) of the coarser dtype.
+            Integers must be equal.
+        allowed: The tolerance in roundings. A sum of n terms has an error of about ``sqrt(n)``, at most n; the errors
+            of successive sums add up.
         terms: The magnitude of the terms, broadcast against ``expected``; by default its ``magnitude``.
         where: Prefix of the message.
 
@@ -92,7 +92,7 @@ def assert_near(got: Any, expected: Any, allowed: float = ROUNDINGS, *, terms: A
 
 
 def as_tensor(values: Any) -> Tensor:
-    """Return the values as a tensor on the CPU; floats of Python become float32."""
+    """Return the values as a tensor on the CPU; Python floats become float32."""
     if isinstance(values, Tensor):
         return values.detach().cpu()
     if isinstance(values, (int, float, list, tuple)):

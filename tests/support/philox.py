@@ -1,4 +1,4 @@
-"""The random numbers of initial values, in numpy."""
+"""Reference implementation of the random initial values, in numpy."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def uniform(key: int, ids: NDArray[np.int64], dim: int, low: float, high: float)
 
 
 def normal(key: int, ids: NDArray[np.int64], dim: int, mean: float, std: float) -> NDArray[np.float64]:
-    """Return initial values of Normal(mean, std), float64, by the Box-Muller transform of adjacent words."""
+    """Return initial values of Normal(mean, std), float64, from the Box-Muller transform of adjacent words."""
     bits = philox4x32(key, ids, -(-dim // 4)).astype(np.float64)
     words = np.floor(bits / 256)
     u, v = (words[:, 0::2] + 1) * 2.0**-24, words[:, 1::2] * 2.0**-24

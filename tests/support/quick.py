@@ -1,4 +1,4 @@
-"""Selection of the tests of ``make test-quick``: a cross-section that new tests join automatically."""
+"""Selection of the tests of ``make test-quick``: a stable sample that includes new tests automatically."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import TypeVar
 from zlib import crc32
 
 SHARE = 0.25
-"""Share of a file's test functions that are drawn, slow ones excepted; at least one a file."""
+"""Share of the test functions of a file that are sampled, excluding slow ones; at least one per file."""
 
 T = TypeVar("T")
 
 
 def draw(name: str) -> float:
-    """Return a number in [0, 1) that depends only on the name, so that the draw is stable as tests are added."""
+    """Return a number in [0, 1) that depends only on the name, so that the sample is stable as tests are added."""
     return crc32(name.encode()) / 2**32
 
 
 def cross_section(tests: Iterable[T], name_of: Callable[[T], str], marks_of: Callable[[T], set[str]]) -> list[T]:
-    """Return the tests of the cross-section, in their order.
+    """Return a sample of the tests, in order.
 
-    It draws some functions of each file, and one set of parameters of each, by name. It leaves out tests marked
-    ``slow`` and always contains those marked ``quick``, which cover the essential mechanisms.
+    It contains some functions of each file, with one set of parameters each, selected by name. Tests marked ``slow``
+    are excluded, and those marked ``quick``, which cover the essential mechanisms, are always included.
 
     Args:
         tests: All tests.

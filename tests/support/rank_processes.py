@@ -19,18 +19,18 @@ TIMEOUT_S = 20.0
 
 
 class Ranks:
-    """Processes whose first one, two, three, four or eight work together.
+    """Processes of which the first one, two, three, four or eight can form a group.
 
     Args:
-        timeout_s: Seconds until a collective raises that not all ranks join.
+        timeout_s: Seconds until a collective raises if not all ranks join.
         ranks: Number of processes.
     """
 
     def __init__(self, timeout_s: float = TIMEOUT_S, ranks: int = RANKS) -> None:
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="recis-ranks-")
-        # Fork a process without threads that has already imported their modules, including the imports of the first
-        # optimizer: this takes a few seconds for all ranks.
+        # Fork the ranks from a single-threaded process that has already imported their modules, including those that
+        # the first optimizer imports, because the imports take a few seconds.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded", "tests.support.sharded_saves"])
         pipes = [context.Pipe() for _ in range(ranks)]
@@ -71,7 +71,7 @@ class Ranks:
         return results
 
     def close(self) -> None:
-        """End the processes."""
+        """Kill the processes."""
         for process in self.processes:
             process.kill()
         for process in self.processes:
@@ -86,7 +86,7 @@ SAVING: dict[int, dist.ProcessGroup] = {}
 
 
 def serve(rank: int, ranks: int, store: str, timeout_s: float, connection: Connection) -> None:
-    """Run the calls that a rank receives, one after another."""
+    """Run the calls that a rank receives, sequentially."""
     torch.set_num_threads(1)
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)

@@ -1,4 +1,4 @@
-"""Ranks of a job as threads of this process, joined by Gloo groups."""
+"""Ranks of a job as threads of this process, connected by Gloo groups."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ import torch.distributed as dist
 
 
 def in_ranks(size: int, work: Callable[[int, dist.ProcessGroup], Any], seconds: float = 60) -> list[Any]:
-    """Call ``work(rank, group)`` in one thread a rank and return the results or exceptions.
+    """Call ``work(rank, group)`` in one thread per rank and return the results or exceptions.
 
     Raises:
-        TimeoutError: A rank has not ended within ``seconds``.
+        TimeoutError: A rank has not finished within ``seconds``.
     """
     store = dist.HashStore()
     results: list[Any] = [TimeoutError(f"a rank of {size} hangs")] * size
 
     def run(rank: int) -> None:
         try:
-            # The ranks share an interpreter, so a rank that waits must not hold its lock.
+            # The ranks share an interpreter, so a waiting rank must not hold its lock.
             group = dist.ProcessGroupGloo(store, rank, size, datetime.timedelta(seconds=seconds))
             results[rank] = work(rank, group)
-        except BaseException as error:  # assertions, too, are reported to the caller
-            results[rank] = error.with_traceback(None)  # its frames would keep their objects alive
+        except BaseException as error:  # includes failed assertions
+            results[rank] = error.with_traceback(None)  # the frames would keep their objects alive
             error.__context__ = error.__cause__ = None
 
     threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in range(size)]

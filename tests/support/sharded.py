@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
-    """Return configs with all combiners, shared tables, several logical tables, an admission and a read-only table."""
+    """Return configs with all combiners, shared and several logical tables, an admission gate and a read-only table."""
     narrow = "row" if sharding == "column" else sharding
     normal: dict[str, Any] = {"initializer": Normal(0, 0.1), "sharding": sharding}
     return {
@@ -42,7 +42,7 @@ def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
 
 
 def global_batch(seed: int, samples: int = 24, ids: int = 30) -> Batch:
-    """Return a batch of all ranks together."""
+    """Return the global batch of all ranks."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> Tensor:
@@ -76,8 +76,8 @@ def part_of(batch: Batch, begin: int, end: int) -> Batch:
 
 
 def shares(samples: int, ranks: int, uneven: bool) -> list[int]:
-    """Return the bounds of the ranks' samples, one more than there are ranks."""
-    if uneven:  # the last rank but one has none
+    """Return the boundaries of the ranks' samples, one more than the number of ranks."""
+    if uneven:  # the second to last rank has none
         cuts = sorted(samples * k * k // (ranks * ranks) for k in range(ranks + 1))
         if ranks > 1:
             cuts[-2] = cuts[-1]
@@ -103,7 +103,7 @@ class Model(nn.Module):
 
 @dataclass
 class Job:
-    """Settings of a training."""
+    """Training settings."""
 
     rule: str = "SGD"
     steps: int = 1
@@ -158,7 +158,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
                 engine.prefetch_rows()
             total += loss.detach() * mine / job.samples
         for parameter in model.tower.parameters():
-            # The mean of DistributedDataParallel, weighted by samples, as one process would compute it.
+            # Like DistributedDataParallel, but weighted by samples, so that it equals the mean of one process.
             assert parameter.grad is not None
             gradient = parameter.grad * (cuts[rank + 1] - cuts[rank]) / job.samples
             dist.all_reduce(gradient, group=group)
@@ -184,7 +184,7 @@ def rows_of(engine: EmbeddingEngine) -> dict[str, dict[str, Tensor]]:
 
 @torch.no_grad()
 def predictions(model: Model, rank: int, ranks: int) -> Tensor:
-    """Return the predictions in evaluation for this rank's samples of a batch with unknown ids."""
+    """Return the predictions in eval mode for this rank's samples of a batch with unknown ids."""
     model.eval()
     before = sum(len(table) for table in model.engine.tables)
     cuts = shares(24, ranks, False)
@@ -194,7 +194,7 @@ def predictions(model: Model, rank: int, ranks: int) -> Tensor:
 
 
 def merged(results: list[dict[str, Any]], *, sharding: str = "row") -> dict[str, dict[str, Tensor]]:
-    """Return the rows of all ranks in order of ids, with columns of one row put together.
+    """Return the rows of all ranks in order of ids, with the columns of column-sharded rows concatenated.
 
     Replicated rows are compared and returned once.
     """
@@ -238,7 +238,7 @@ USES = [
 
 
 def train_parts(group: dist.ProcessGroup, sharding: str, rule: str, dim: int = 4) -> dict[str, Any]:
-    """Train on two parts of each batch with separate losses: on two ranks, or in turn in one process."""
+    """Train on two parts of each batch with separate losses: on two ranks, or sequentially in one process."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     named = {name: config for name, config in configs(sharding, dim).items() if name != "rare"}
     engine = EmbeddingEngine(named, optimizer=OPTIMIZERS[rule], seed=3, group=group, reduce="sum")
@@ -248,7 +248,7 @@ def train_parts(group: dist.ProcessGroup, sharding: str, rule: str, dim: int = 4
         outputs = []
         for part in [rank] if ranks == 2 else [0, 1]:
             outputs.append((uses[part], engine(part_of(global_batch(step), cuts[part], cuts[part + 1]))))
-        sparse.zero_grad()  # some programs do so between forward and backward
+        sparse.zero_grad()  # some programs call this between forward and backward
         for used, values in outputs:
             for times in range(2 if used and step == 0 else 1):
                 if used:

@@ -1,4 +1,4 @@
-"""Functions of ranks in tests of checkpoints of sharded tables."""
+"""Functions that ranks run in tests of checkpoints of sharded tables."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.devices import EDGE_IDS
 def engine_of(sharding: str, group: dist.ProcessGroup, seed: int = 3, dim: int = 4) -> EmbeddingEngine:
     configs = sharded.configs("row" if sharding == "mixed" else sharding, dim)
     if sharding == "mixed":
-        # Mix shardings within one logical table, too: "tiled" would be coalesced with "user".
+        # Also mix shardings within one logical table: "tiled" would be coalesced with "user".
         others = {"best": "table", "tiled": "table", "narrow": "replicated", "rare": "replicated"}
         configs |= {name: replace(configs[name], sharding=other) for name, other in others.items()}
         configs["each"] = replace(configs["each"], sharding="auto", expected_rows=40)
@@ -29,7 +29,7 @@ class Run:
     """An engine in training on this rank's share of the batches."""
 
     def __init__(self, sharding: str, group: dist.ProcessGroup, seed: int = 3, dim: int = 4) -> None:
-        table_plan.RANGE_BYTES = 1024  # several files a table, some written by several ranks
+        table_plan.RANGE_BYTES = 1024  # several files per table, some written by several ranks
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self.engine = engine_of(sharding, group, seed, dim)
         self.optimizer = optim.Adam(self.engine.parameters(), lr=0.1)
@@ -52,7 +52,7 @@ class Run:
 
 
 def saved(group: dist.ProcessGroup, sharding: str, root: str) -> None:
-    """Save a chain of three checkpoints with deltas, and the last state whole in another folder."""
+    """Save a chain of three checkpoints with deltas, and the last state as a whole checkpoint in another folder."""
     run = Run(sharding, group)
     saver = run.saver(f"{root}/run")
     for step in (1, 2, 3):
@@ -66,7 +66,7 @@ def saved(group: dist.ProcessGroup, sharding: str, root: str) -> None:
 
 
 def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, filled: bool) -> None:
-    """Load the last checkpoint of a chain, and save it whole."""
+    """Load the last checkpoint of a chain, and save it as a whole checkpoint."""
     run = Run(sharding, group, seed=9)
     if filled:
         run.train(range(1))
@@ -77,7 +77,7 @@ def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, fi
 def overtaken(group: dist.ProcessGroup, sharding: str, root: str) -> None:
     """Train while background saves write, both whole checkpoints and deltas."""
     run = Run(sharding, group)
-    # Two savers that work at the same time need separate groups.
+    # Savers that run concurrently need separate groups.
     first, background = Saver(f"{root}/first", group=group), run.saver(f"{root}/background", async_save=True)
     for step in (1, 2, 3):
         run.train(range(2 * step, 2 * step + 2))
@@ -89,7 +89,7 @@ def overtaken(group: dist.ProcessGroup, sharding: str, root: str) -> None:
 
 
 def resumed(group: dist.ProcessGroup, sharding: str, root: str) -> None:
-    """Resume from a delta and train on; save the state beside that of an uninterrupted run."""
+    """Resume from a delta and continue training; save the state, and that of an uninterrupted run."""
     run = Run(sharding, group)
     run.train(range(3))
     saver = run.saver(f"{root}/run")
@@ -105,7 +105,7 @@ def resumed(group: dist.ProcessGroup, sharding: str, root: str) -> None:
 
 
 def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
-    """Load a damaged checkpoint into filled tables and assert that they are unchanged; return the error's message."""
+    """Load a damaged checkpoint into filled tables, assert that they are unchanged, and return the error message."""
     run = Run(sharding, group)
     run.train(range(2))
     before = run.engine.checkpoint_state()

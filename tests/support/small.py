@@ -53,7 +53,7 @@ def make_step(
 
 
 def state_of(step: TorchStep) -> dict[str, Tensor]:
-    """Return all trained state: towers, and rows in order of ids."""
+    """Return all trained state: towers and rows, in order of ids."""
     assert isinstance(step.model, Model)
     rows = {f"table.{name}": values for name, values in step.model.engine.tables[0].export(0).items()}
     with tables_apart():
@@ -68,7 +68,7 @@ def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
 
 
 class Records(Callback):
-    """Records all lines of the log and all training batches."""
+    """Callback that records all log entries and training batches."""
 
     def __init__(self) -> None:
         self.records: list[Record] = []

@@ -1,4 +1,4 @@
-"""Shorthands for tests of tables."""
+"""Helpers for tests of tables."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs on two ranks, started by torchrun."""
+"""Programs on two ranks, launched with torchrun."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 
 def on_two_ranks(program: str, folder: Path, repository: Path) -> subprocess.CompletedProcess[str]:
-    """Write a program into a folder and run it; return the process, with the output of rank 0 before that of rank 1.
+    """Write a program to a folder and run it; return the process, with the output of rank 0 before that of rank 1.
 
-    Each rank writes to files of its own: in a pipe that they share, their lines would run into each other.
+    Each rank writes to separate files, because lines would interleave in a shared pipe.
     """
     path, logs = folder / "program.py", folder / "logs"
     path.write_text(program)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 FORKED = pytest.mark.filterwarnings(r"ignore:os\.fork\(\) was called:RuntimeWarning")
-"""JAX, if an earlier test has started it, warns about any fork; workers that read files do not use it."""
+"""If an earlier test has started JAX, it warns about any fork, but workers that read files do not use it."""
 
 FEW_CORES = pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning")
 """torch advises against two workers on one core; these tests do not measure speed."""

@@ -207,7 +207,7 @@ def test_bad_parameters(op: Any, message: str) -> None:
 
 def test_columns_without_times_are_refused() -> None:
     with pytest.raises(
-        TypeError, match="feature 'made', .*DatePart takes times as integers, got torch.float32; put Fill"
+        TypeError, match="feature 'output', .*DatePart takes times as integers, got torch.float32; put Fill"
     ):
         values_of(DatePart("hour"), torch.tensor([1.0]))
     with pytest.raises(TypeError, match="DatePart takes integers, not the bytes of strings"):
