@@ -119,7 +119,7 @@ class FeatureConfig:
     ops: list[dict[str, Any]] = field(default_factory=list)
     """Operations, each ``{name: {parameter: value}}``; ``features.registered_ops()`` lists the names."""
     dim: Count | None = None
-    """Dimension of the embedding; None: a number that goes to the tower unchanged."""
+    """Dimension of the embedding; None: a number that is passed to the tower unchanged."""
     table: str | None = None
     """Table of the embedding; features with the same table share it. None: a separate table."""
     combiner: Literal["sum", "mean", "sqrtn", "max"] = "sum"
