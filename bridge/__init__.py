@@ -2,7 +2,7 @@
 
 The bridge can be used on its own; ``recis_hybrid`` never imports it. :func:`to_jax` and :func:`to_torch` share memory
 or raise, unless a copy is requested, and :func:`copies` counts the copies. :class:`JaxTower` wraps a JAX function as a
-``torch.nn.Module`` with parameters that torch owns. README.md in this folder is the contract on lifetime and mutation.
+``torch.nn.Module`` with parameters that torch owns. ``bridge/README.md`` is the contract on lifetime and mutation.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """An optax transformation as a torch optimizer. State and arithmetic are JAX's, with one jitted call per step.
 
-The updated parameters stay in the memory that JAX allocated, and the ``nn.Parameter``s are pointed to it, so nothing is
+The updated parameters stay in the memory that JAX allocated, and torch's parameters are pointed to it, so nothing is
 copied. From the first step on JAX owns the parameters' memory, while everything that torch does with parameters
 (``state_dict``, DDP, clipping, gradient scaling) works as before.
 """

@@ -73,6 +73,7 @@ def test_docstrings_of_programs_and_tests_follow_the_rules() -> None:
         ('def f():\n    class C:\n        """Which rows."""', ":3: opens with 'Which'"),
         ('"""Read `path`."""', ":1: has code in single backticks"),
         ('"""Read ``path`` of `file`, not ``other``."""', ":1: has code in single backticks"),
+        ('"""Read all ``path``s."""', ":1: has a letter directly after a literal"),
         ('def f():\n    """Read.\n\n    returns:\n        Rows.\n    """', ":2: capitalize the section 'returns'"),
     ],
 )

@@ -69,7 +69,7 @@ class _Call:
 def from_nnx(model: Any, **options: Any) -> JaxTower:
     """Return a tower of a Flax nnx module.
 
-    Its ``Param``s become parameters, and all other variables (batch statistics, random counters) mutable state. The
+    ``Param`` variables become parameters, and all others (batch statistics, random counters) mutable state. The
     module follows the tower's mode through ``train()`` and ``eval()``, and through a parameter ``train``, ``training``,
     ``is_training``, ``deterministic`` or ``inference`` of its ``__call__``. Dropout uses the tower's key.
 

@@ -36,7 +36,7 @@ class JaxTower(torch.nn.Module):
 
     $$y = f(\theta, x_1, \dots, x_n)$$
 
-    The parameters are ordinary ``nn.Parameter``s, under the dotted names of the pytree's keys
+    The parameters are ordinary parameters of the module, under the dotted names of the pytree's keys
     (``{"layers": [{"w": …}]}`` becomes ``layers.0.w``), which torch optimizers, ``state_dict`` and ``.to`` treat like
     any others. Forward passes parameters and inputs to one jitted program, and backward passes residuals and gradients
     to another, all in shared memory. With gradients disabled, forward is the plain function. A parameter that ``f``

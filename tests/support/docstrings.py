@@ -61,6 +61,8 @@ def form_violations(source: Source) -> Iterator[str]:
             yield f"{where}: opens with {opening[0]!r}; say what the function does or what the thing is"
         if "`" in _LITERALS.sub("", text):
             yield f"{where}: has code in single backticks; use double ones"
+        if any(re.match(r"\w", after) for after in text.split("``")[2::2]):
+            yield f"{where}: has a letter directly after a literal, which does not end there; reword"
         for header in _HEADER.findall(text):
             if header not in SECTIONS and header.capitalize() in SECTIONS:
                 yield f"{where}: capitalize the section {header!r}"
