@@ -5,8 +5,8 @@
 The table has 5 million rows (200,000 with --quick) of width 64 with Adam's moments.
 
 - ``save``: write, checksum and sync to disk; peer: ``safetensors.torch.save_file`` of the same columns with fsync.
-- ``async_stall``: the time until a background save returns to its caller; peer: a whole save.
-- ``delta``: a save after training 1 % of the rows; peer: a whole save.
+- ``async_stall``: the time until a background save returns to its caller; peer: a full save.
+- ``delta``: a save after training 1 % of the rows; peer: a full save.
 - ``load``: three ranks (threads of this process, connected by Gloo) read and verify the files of two ranks and insert
   the rows into tables; peer: three threads that ``read()`` the same bytes into fresh memory.
 """
@@ -128,7 +128,7 @@ class Cases:
             path.unlink()
             del columns
         if self.wanted in "async_stall":
-            self.measure("async_stall", size, "whole save", stall, save)
+            self.measure("async_stall", size, "full save", stall, save)
         if self.wanted in "delta":
             del background
             changing, generator = Saver(self.folder / "delta", keep=1), torch.Generator().manual_seed(1)
@@ -138,13 +138,13 @@ class Cases:
                 touched = ids[torch.randint(ids.numel(), (ids.numel() // 100,), generator=generator)]
                 engine({"id": touched})["id"].sum().backward()
                 optimizer.step()
-                saver.wait()  # waits until the previous whole checkpoint is deleted
+                saver.wait()  # waits until the previous full checkpoint is deleted
                 begin = time.perf_counter()
                 changing.save(next(steps), {"engine": engine}, delta=True)
                 return time.perf_counter() - begin
 
-            delta()  # the first is a whole checkpoint
-            self.measure("delta", size, "whole save", delta, save)
+            delta()  # the first is a full checkpoint
+            self.measure("delta", size, "full save", delta, save)
 
     def load(self) -> None:
         if self.wanted not in "load":

@@ -72,7 +72,7 @@ train:
   precision: float32         # or bfloat16, float16
   device: cpu                # or cuda
   checkpoint_steps: 50       # steps between checkpoints within an epoch; null: only at its end
-  checkpoint_whole_every: 1  # every n-th is whole, the others hold only changed table rows
+  checkpoint_whole_every: 1  # every n-th is full, the others hold only changed table rows
   keep: 2                    # number of checkpoints to keep
   log_every: 10
   patience: 2                # evaluations without an improvement of the first metric before it stops; null: never

@@ -184,7 +184,7 @@ class TrainConfig:
     checkpoint_steps: Count | None = None
     """Steps between checkpoints within an epoch; None: only at its end."""
     checkpoint_whole_every: Count = 1
-    """Every n-th checkpoint within an epoch is whole, the others hold only changed table rows; 1: all are whole."""
+    """Every n-th checkpoint within an epoch is full, the others hold only changed table rows; 1: all are full."""
     keep: Count = 2
     """Number of checkpoints to keep."""
     log_every: Count = 50
