@@ -14,14 +14,14 @@ from tests.saver.fakes import entries
 from tests.support.devices import EDGE_IDS
 from tests.support.rank_processes import Ranks
 from tests.support.sharded_saves import (
-    damaged,
-    overtaken,
-    resumed,
-    saved,
-    saved_again,
-    saved_wide,
-    some_loaded,
-    whole_on_one,
+    load_and_save,
+    load_damaged,
+    load_some,
+    resume_from_delta,
+    save_after_losing_changes,
+    save_chain,
+    save_in_background,
+    save_wide,
 )
 
 SIZES = [1, 2, 3, 4, 8]
@@ -46,7 +46,7 @@ def runs(eight: Ranks, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tu
     found = {}
     for number, size in enumerate(SIZES):
         sharding, root = SHARDINGS[number % 4], tmp_path_factory.mktemp(f"of{size}")
-        eight.run(size, saved, sharding, str(root))
+        eight.run(size, save_chain, sharding, str(root))
         found[size] = sharding, root
     return found
 
@@ -76,7 +76,7 @@ def test_any_number_of_ranks_loads_any_checkpoint(
 ) -> None:
     root = runs[writers][1]
     sharding = SHARDINGS[(SIZES.index(writers) + SIZES.index(readers)) % 4]
-    eight.run(readers, saved_again, sharding, str(root / "run"), str(tmp_path), readers % 2 == 0)
+    eight.run(readers, load_and_save, sharding, str(root / "run"), str(tmp_path), readers % 2 == 0)
     ours, expected = tmp_path / "step_000003", root / "whole" / "step_000003"
     assert files(ours) == files(expected)
     documents = [json.loads((place / "manifest.json").read_bytes()) for place in (ours, expected)]
@@ -85,7 +85,7 @@ def test_any_number_of_ranks_loads_any_checkpoint(
 
 @pytest.mark.parametrize(("size", "sharding"), [(2, "mixed"), (3, "table"), (2, "replicated"), (4, "row")])
 def test_training_continues_during_a_background_save(eight: Ranks, tmp_path: Path, size: int, sharding: str) -> None:
-    eight.run(size, overtaken, sharding, str(tmp_path))
+    eight.run(size, save_in_background, sharding, str(tmp_path))
     for step in (1, 2, 3):
         whole, background = StoredCheckpoint(tmp_path / "first", step), StoredCheckpoint(tmp_path / "background", step)
         for name, table in whole.read("engine").tables.items():
@@ -96,8 +96,8 @@ def test_training_continues_during_a_background_save(eight: Ranks, tmp_path: Pat
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
 def test_a_resumed_run_is_bitwise_identical(eight: Ranks, tmp_path: Path, sharding: str) -> None:
-    eight.run(2, resumed, sharding, str(tmp_path))
-    assert files(tmp_path / "resumed") == files(tmp_path / "undisturbed")
+    eight.run(2, resume_from_delta, sharding, str(tmp_path))
+    assert files(tmp_path / "resumed") == files(tmp_path / "uninterrupted")
 
 
 @pytest.mark.parametrize("sharding", SHARDINGS)
@@ -115,18 +115,18 @@ def test_damage_changes_nothing_on_any_rank(
     data = bytearray(path.read_bytes())
     data[-1] ^= 1  # in the last bucket, which only one rank reads if tables are sharded
     path.write_bytes(data)
-    for answer in eight.run(2, damaged, sharding, str(root)):
+    for answer in eight.run(2, load_damaged, sharding, str(root)):
         assert len(answer) == 1
         assert path.name in answer[0]
 
 
 def test_a_table_is_whole_on_all_ranks_if_it_is_on_one(eight: Ranks, tmp_path: Path) -> None:
-    eight.run(3, whole_on_one, str(tmp_path))
+    eight.run(3, save_after_losing_changes, str(tmp_path))
     last = StoredCheckpoint(tmp_path / "run", 3)
     tables = last.manifest.parts["engine"].tables
     assert last.manifest.previous is not None
     assert {name for name, table in tables.items() if table.removed is None} == {"user"}
-    eight.run(2, saved_again, "row", str(tmp_path / "run"), str(tmp_path / "again"), False)
+    eight.run(2, load_and_save, "row", str(tmp_path / "run"), str(tmp_path / "again"), False)
     assert files(tmp_path / "again" / "step_000003") == files(tmp_path / "whole" / "step_000003")
 
 
@@ -135,7 +135,7 @@ def test_some_tables_load_into_another_sharding(
     eight: Ranks, runs: dict[int, tuple[str, Path]], tmp_path: Path, size: int
 ) -> None:
     source = runs[2][1] / "whole"
-    eight.run(size, some_loaded, "mixed", 4, str(source), str(tmp_path))
+    eight.run(size, load_some, "mixed", 4, str(source), str(tmp_path))
     check_some(source, tmp_path)
 
 
@@ -151,8 +151,8 @@ def test_some_tables_load_into_another_sharding(
 def test_some_tables_load_into_a_split_by_column(
     eight: Ranks, tmp_path: Path, writers: int, sharding: str, readers: int, others: str
 ) -> None:
-    eight.run(writers, saved_wide, sharding, str(tmp_path / "one"))
-    eight.run(readers, some_loaded, others, 16, str(tmp_path / "one"), str(tmp_path / "other"))
+    eight.run(writers, save_wide, sharding, str(tmp_path / "one"))
+    eight.run(readers, load_some, others, 16, str(tmp_path / "one"), str(tmp_path / "other"))
     check_some(tmp_path / "one", tmp_path / "other")
 
 

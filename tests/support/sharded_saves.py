@@ -51,8 +51,8 @@ class Run:
         return {"engine": self.engine, "sparse": self.optimizer}
 
 
-def saved(group: dist.ProcessGroup, sharding: str, root: str) -> None:
-    """Save a chain of three checkpoints with deltas, and the last state as a whole checkpoint in another folder."""
+def save_chain(group: dist.ProcessGroup, sharding: str, root: str) -> None:
+    """Save a chain of three checkpoints with deltas, and the last state as a full checkpoint in another folder."""
     run = Run(sharding, group)
     saver = run.saver(f"{root}/run")
     for step in (1, 2, 3):
@@ -65,8 +65,8 @@ def saved(group: dist.ProcessGroup, sharding: str, root: str) -> None:
     run.saver(f"{root}/whole").save(3, run.parts())
 
 
-def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, filled: bool) -> None:
-    """Load the last checkpoint of a chain, and save it as a whole checkpoint."""
+def load_and_save(group: dist.ProcessGroup, sharding: str, root: str, out: str, filled: bool) -> None:
+    """Load the last checkpoint of a chain, and save it as a full checkpoint."""
     run = Run(sharding, group, seed=9)
     if filled:
         run.train(range(1))
@@ -74,8 +74,8 @@ def saved_again(group: dist.ProcessGroup, sharding: str, root: str, out: str, fi
     run.saver(out).save(3, run.parts())
 
 
-def overtaken(group: dist.ProcessGroup, sharding: str, root: str) -> None:
-    """Train while background saves write, both whole checkpoints and deltas."""
+def save_in_background(group: dist.ProcessGroup, sharding: str, root: str) -> None:
+    """Train during background saves, both of full checkpoints and of deltas."""
     run = Run(sharding, group)
     # Savers that run concurrently need separate groups.
     first, background = Saver(f"{root}/first", group=group), run.saver(f"{root}/background", async_save=True)
@@ -88,7 +88,7 @@ def overtaken(group: dist.ProcessGroup, sharding: str, root: str) -> None:
     run.train(range(20, 22))
 
 
-def resumed(group: dist.ProcessGroup, sharding: str, root: str) -> None:
+def resume_from_delta(group: dist.ProcessGroup, sharding: str, root: str) -> None:
     """Resume from a delta and continue training; save the state, and that of an uninterrupted run."""
     run = Run(sharding, group)
     run.train(range(3))
@@ -97,14 +97,14 @@ def resumed(group: dist.ProcessGroup, sharding: str, root: str) -> None:
     run.train(range(3, 6))
     saver.save(2, run.parts(), delta=True)
     run.train(range(6, 9))
-    run.saver(f"{root}/undisturbed").save(3, run.parts())
+    run.saver(f"{root}/uninterrupted").save(3, run.parts())
     again = Run(sharding, group, seed=8)
     again.saver(f"{root}/run").load(again.parts())
     again.train(range(6, 9))
     again.saver(f"{root}/resumed").save(3, again.parts())
 
 
-def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
+def load_damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
     """Load a damaged checkpoint into filled tables, assert that they are unchanged, and return the error message."""
     run = Run(sharding, group)
     run.train(range(2))
@@ -119,7 +119,7 @@ def damaged(group: dist.ProcessGroup, sharding: str, root: str) -> list[str]:
     return []
 
 
-def whole_on_one(group: dist.ProcessGroup, root: str) -> None:
+def save_after_losing_changes(group: dist.ProcessGroup, root: str) -> None:
     """Save a delta after one rank has lost track of the changes of a member table."""
     run = Run("mixed", group)
     run.train(range(2))
@@ -134,14 +134,14 @@ def whole_on_one(group: dist.ProcessGroup, root: str) -> None:
     run.saver(f"{root}/whole").save(3, run.parts())
 
 
-def saved_wide(group: dist.ProcessGroup, sharding: str, root: str) -> None:
+def save_wide(group: dist.ProcessGroup, sharding: str, root: str) -> None:
     """Train and save tables whose rows are wide enough to be split among three ranks."""
     run = Run(sharding, group, dim=16)
     run.train(range(3))
     run.saver(root).save(3, run.parts())
 
 
-def some_loaded(group: dist.ProcessGroup, sharding: str, dim: int, root: str, out: str) -> None:
+def load_some(group: dist.ProcessGroup, sharding: str, dim: int, root: str, out: str) -> None:
     """Load tables of another run under other names and with another sharding."""
     run = Run(sharding, group, seed=9, dim=dim)
     run.train(range(1))
