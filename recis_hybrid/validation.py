@@ -1,7 +1,7 @@
-"""Checks of arguments, used by every room; imports nothing of the package.
+"""Argument checks shared by all rooms; imports nothing from the package.
 
-Each check names where the argument was given, the rule, and the value that broke it. A value of the wrong type raises
-TypeError, one out of range ValueError.
+Each message names the caller, the rule, and the value that violates it. A value of the wrong type raises TypeError, a
+value out of range ValueError.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ def describe_value(value: object) -> str:
 
     Example:
         >>> describe_value("16"), describe_value([1, 2]), describe_value(dict)
-        ("'16'", 'a list', 'the class dict (an instance is needed, as dict(...))')
+        ("'16'", 'a list', 'the class dict (an instance is needed, such as dict(...))')
     """
     if isinstance(value, type):
-        return f"the class {value.__name__} (an instance is needed, as {value.__name__}(...))"
+        return f"the class {value.__name__} (an instance is needed, such as {value.__name__}(...))"
     if value is None or isinstance(value, bool | int | float | str):
         return repr(value)
     kind = type(value).__name__
@@ -28,17 +28,17 @@ def describe_value(value: object) -> str:
 
 
 def check_integer(where: str, name: str, value: Any, low: int | None = None) -> int:
-    """Return an argument as an int; numpy's integers are accepted, bools are not.
+    """Return an argument as an int. NumPy integers are accepted, bools are not.
 
     Args:
         where: Function or class, for the message.
         name: Name of the argument.
         value: The argument.
-        low: Smallest value allowed; None for no limit.
+        low: Smallest allowed value; None for no limit.
 
     Raises:
-        TypeError: If it is not an integer.
-        ValueError: If it is below ``low``.
+        TypeError: If the value is not an integer.
+        ValueError: If the value is below ``low``.
 
     Example:
         >>> check_integer("Window", "size", 8, low=1)
@@ -53,17 +53,17 @@ def check_integer(where: str, name: str, value: Any, low: int | None = None) -> 
 
 
 def check_number(where: str, name: str, value: object, *, finite: bool = False) -> None:
-    """Check that an argument is a real number; bools are not.
+    """Check that an argument is a real number. Bools do not count as numbers.
 
     Args:
         where: Function or class, for the message.
         name: Name of the argument.
         value: The argument.
-        finite: Also refuse infinity and NaN.
+        finite: Also reject infinity and NaN.
 
     Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is not finite although it must be.
+        TypeError: If the value is not a number.
+        ValueError: If ``finite`` is True and the value is not finite.
     """
     if not isinstance(value, Real) or isinstance(value, bool):
         raise TypeError(f"{where}: {name} must be a number, got {describe_value(value)}")
@@ -72,13 +72,13 @@ def check_number(where: str, name: str, value: object, *, finite: bool = False) 
 
 
 def check_flag(where: str, name: str, value: object) -> None:
-    """Raise TypeError if an argument is neither True nor False."""
+    """Raise TypeError unless an argument is True or False."""
     if not isinstance(value, bool):
         raise TypeError(f"{where}: {name} must be True or False, got {describe_value(value)}")
 
 
 def check_choice(where: str, name: str, value: object, choices: Collection[object]) -> None:
-    """Raise ValueError if an argument is none of the choices."""
+    """Raise ValueError unless an argument is one of the choices."""
     if value not in choices:
         allowed = ", ".join(map(repr, choices))
         raise ValueError(f"{where}: {name} must be one of {allowed}, got {value!r}")
@@ -91,28 +91,28 @@ def check_type(where: str, name: str, value: object, kinds: type | tuple[type, .
         where: Function or class, for the message.
         name: Name of the argument.
         value: The argument.
-        kinds: The type, or several.
-        expected: What the argument must be, with an example, as ``"a Saver, as Saver('run')"``.
+        kinds: One type or several.
+        expected: Description of a valid argument, with an example: ``"a Saver, such as Saver('run')"``.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If the value has another type.
     """
     if not isinstance(value, kinds):
         raise TypeError(f"{where}: {name} must be {expected}, got {describe_value(value)}")
 
 
 def check_method(where: str, name: str, value: object, method: str, example: str) -> None:
-    """Check that an argument is an object with a method; a class has the method, but is not yet the object.
+    """Check that an argument is an object with a method. A class is rejected even if it defines the method.
 
     Args:
         where: Function or class, for the message.
         name: Name of the argument.
         value: The argument.
         method: Name of the method.
-        example: A good value, for the message.
+        example: A valid value, for the message.
 
     Raises:
-        TypeError: If it is not.
+        TypeError: If the value is a class or lacks the method.
     """
     if isinstance(value, type) or not callable(getattr(value, method, None)):
-        raise TypeError(f"{where}: {name} must be an object with a method {method}, as {example}, got {value!r}")
+        raise TypeError(f"{where}: {name} must be an object with a method {method}, such as {example}, got {value!r}")
