@@ -1,7 +1,7 @@
 """Metrics of predictions: functions of tensors, and accumulators with the interface of torchmetrics.
 
-Accumulators can be merged and saved, and compute over all ranks if torch.distributed is initialized. An undefined value
-(as an AUC of a single class) is NaN, with a RuntimeWarning that says why.
+Accumulators can be merged and saved, and compute over all ranks if torch.distributed is initialized. An undefined
+value, such as the AUC of a single class, is NaN, with a RuntimeWarning that gives the reason.
 """
 
 from __future__ import annotations

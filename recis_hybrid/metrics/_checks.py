@@ -1,4 +1,4 @@
-"""Checks of the input of metrics, and undefined values. Letters: N rows."""
+"""Input checks of metrics, and undefined values. Letters: N rows."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from recis_hybrid.distributed import rank
 
 
 def check_shapes(where: str, labels: Tensor, scores: Tensor, **others: Tensor | None) -> None:
-    """Raise ValueError unless labels, scores and other columns are ``[N]`` each; waits for no device."""
+    """Raise ValueError unless labels, scores and other columns are ``[N]`` each; does not synchronize."""
     if labels.dim() != 1 or labels.shape != scores.shape:
         raise ValueError(
             f"{where}: labels and scores must be [N] each, got {list(labels.shape)} and {list(scores.shape)}"
@@ -40,26 +40,26 @@ def check_rows(
         raise ValueError(f"{where}: labels must be 0 or 1, got values from {labels.min()} to {labels.max()}")
     if not binary and not bool(((labels >= 0) & (labels != math.inf)).all()):
         raise ValueError(
-            f"{where}: labels must be finite and not negative, got values from {labels.min()} to {labels.max()}"
+            f"{where}: labels must be finite and non-negative, got values from {labels.min()} to {labels.max()}"
         )
     if bool(scores.isnan().any()):
         raise ValueError(f"{where}: {int(scores.isnan().sum())} of {scores.numel()} scores are NaN")
     if wrong := int((~(weights >= 0) | weights.isinf()).sum()):
         raise ValueError(
-            f"{where}: weights must be finite and not negative, {wrong} of {weights.numel()} are not; leave them out"
+            f"{where}: weights must be finite and non-negative, {wrong} of {weights.numel()} are not; omit these rows"
         )
     return labels == 1 if binary else labels.double(), scores, weights
 
 
 def undefined(where: str, why: str) -> float:
-    """Return NaN, after a RuntimeWarning on rank 0 that names the metric and the reason."""
+    """Return NaN and issue a RuntimeWarning on rank 0 that names the metric and the reason."""
     if rank() == 0:
         warnings.warn(f"{where} is undefined, returning NaN: {why}", RuntimeWarning, stacklevel=3)
     return math.nan
 
 
 def one_class(where: str, positives: int, negatives: int) -> float:
-    """Return NaN, with a warning that only one class is present."""
+    """Return NaN and warn that only one class is present."""
     return undefined(
         where, f"it needs both classes, got {positives} positives and {negatives} negatives; evaluate on more rows"
     )

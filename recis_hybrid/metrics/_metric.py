@@ -1,4 +1,4 @@
-"""Base classes of metrics: ``update``, ``compute`` and ``reset`` as in torchmetrics, mergeable, over all ranks.
+"""Base classes of metrics with torchmetrics' ``update``, ``compute`` and ``reset``; mergeable, and over all ranks.
 
 Letters: B rows of one update, N rows in all, K sums.
 """
@@ -22,23 +22,24 @@ from recis_hybrid.validation import check_flag
 Self = TypeVar("Self", bound="Metric")
 
 
-# Evaluation loops run in inference mode, but tensors made in it cannot be changed outside.
+# Evaluation loops run in inference mode, but tensors created in it cannot be modified outside.
 _outside_inference = torch.inference_mode(False)
 
 
 class Metric(ABC):
-    """Base of all metrics.
+    """Base class of metrics.
 
-    ``update`` waits for no device and works inside and outside ``torch.inference_mode()``. If torch.distributed is
-    initialized, ``compute`` is collective: every rank of the group calls it, and all get the value over all their rows.
+    ``update`` does not synchronize the device and works inside and outside ``torch.inference_mode()``. If
+    torch.distributed is initialized, ``compute`` is collective: all ranks of the group call it and get the value over
+    the rows of all ranks.
 
     Args:
         process_group: Ranks that evaluate together; None for the default group.
-        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
+        sync: Whether ``compute`` covers all ranks or only this one.
     """
 
     takes_groups: ClassVar[bool] = False
-    """True if ``update`` takes the group of each row after the labels."""
+    """True if ``update`` takes the groups of the rows after the labels."""
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
         check_flag(type(self).__name__, "sync", sync)
@@ -51,19 +52,19 @@ class Metric(ABC):
 
     @abstractmethod
     def reset(self) -> None:
-        """Discard what has been accumulated."""
+        """Discard the accumulated state."""
 
     @abstractmethod
     def merge(self: Self, other: Self) -> None:
-        """Add what another metric of the same kind has accumulated."""
+        """Add the accumulated state of another metric of the same kind."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Tensor]:
-        """Return what this rank has accumulated since the last reset, as tensors on the CPU."""
+        """Return the state that this rank has accumulated since the last reset, as CPU tensors."""
 
     @abstractmethod
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Replace what has been accumulated by the :meth:`state_dict` of a metric of the same kind."""
+        """Replace the accumulated state with the :meth:`state_dict` of a metric of the same kind."""
 
     def __repr__(self) -> str:
         shown = {**self._settings(), **self._progress()}
@@ -74,18 +75,18 @@ class Metric(ABC):
         return {}
 
     def _progress(self) -> dict[str, object]:
-        """Return what has been accumulated, to show in the repr: cheap to compute, and no collective."""
+        """Return the accumulated state to show in the repr. Must be cheap and not collective."""
         return {}
 
-    def _alone(self) -> bool:
+    def _is_local(self) -> bool:
         return not self._sync or world_size(self._process_group) == 1
 
-    def _nothing(self) -> ValueError:
+    def _no_rows(self) -> ValueError:
         return ValueError(f"{type(self).__name__}: nothing to compute; call update first")
 
 
 class SumMetric(Metric):
-    """Base of metrics that are functions of sums over rows: memory does not grow, and ranks add up their sums."""
+    """Base class of metrics that are functions of sums over rows. Memory is constant, and ranks add their sums."""
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
         super().__init__(process_group=process_group, sync=sync)
@@ -93,12 +94,12 @@ class SumMetric(Metric):
 
     @_outside_inference
     def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
-        """Add a batch without waiting for a device.
+        """Add a batch without synchronizing the device.
 
         Args:
             scores: ``[B]``, floating.
             labels: ``[B]``, any dtype.
-            weights: ``[B]``, the weight of each row; None weighs all rows 1.
+            weights: ``[B]``, the weight of each row; None means 1 for all rows.
         """
         check_shapes(type(self).__name__, labels, scores, weights=weights)
         scores, labels = scores.detach().double(), labels.detach().double()
@@ -112,22 +113,22 @@ class SumMetric(Metric):
 
     def _total(self) -> Tensor:
         sums = None if self._sums is None else self._sums.cpu()
-        if not self._alone():
-            # A rank without rows takes part as well. All ranks send from the CPU: one without rows has no other device,
-            # and a group with backends for CPU and CUDA would not match the two.
+        if not self._is_local():
+            # A rank without rows takes part too. All ranks send from the CPU, because a rank without rows knows no
+            # other device, and a group with CPU and CUDA backends does not match collectives across the two.
             sums = sum_over_ranks(self._zeros() if sums is None else sums, self._process_group)
         if sums is None:
-            raise self._nothing()
+            raise self._no_rows()
         return sums
 
     @_outside_inference
     def merge(self: SumSelf, other: SumSelf) -> None:
-        """Add what another metric of the same kind has accumulated."""
+        """Add the accumulated state of another metric of the same kind."""
         if other._sums is not None:
             self._sums = other._sums.clone() if self._sums is None else self._sums.add_(other._sums.to(self._sums))
 
     def reset(self) -> None:
-        """Discard what has been accumulated."""
+        """Discard the accumulated state."""
         self._sums = None
 
     @_outside_inference
@@ -137,23 +138,23 @@ class SumMetric(Metric):
 
     @_outside_inference
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Replace the sums by those of a :meth:`state_dict`."""
+        """Replace the sums with those of a :meth:`state_dict`."""
         self._sums = state_dict["sums"].clone()
 
     def _progress(self) -> dict[str, object]:
-        # The value of this rank alone would mislead, and sums on a GPU would have to be waited for.
-        if self._sums is None or not self._sums.is_cpu or not self._alone():
+        # The value of one of several ranks would mislead, and reading sums on a GPU would synchronize.
+        if self._sums is None or not self._sums.is_cpu or not self._is_local():
             return {}
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", RuntimeWarning)  # undefined as yet
+            warnings.simplefilter("ignore", RuntimeWarning)  # the value may not be defined yet
             try:
                 return {"value": f"{self._value(self._sums):.6g}"}
-            except ValueError:  # bad rows, which compute() reports
+            except ValueError:  # invalid rows, which compute() reports
                 return {}
 
     def _zeros(self) -> Tensor:
-        none = torch.zeros(0, dtype=torch.float64)
-        return torch.zeros_like(self._terms(none, none, none))
+        empty = torch.zeros(0, dtype=torch.float64)
+        return torch.zeros_like(self._terms(empty, empty, empty))
 
     @abstractmethod
     def _terms(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
@@ -161,7 +162,7 @@ class SumMetric(Metric):
 
     @abstractmethod
     def _value(self, sums: Tensor) -> float:
-        """Return the metric for sums over all rows, float64 ``[K]`` on the CPU."""
+        """Return the value of the metric from the sums over all rows, float64 ``[K]`` on the CPU."""
 
 
 SumSelf = TypeVar("SumSelf", bound=SumMetric)
@@ -170,7 +171,7 @@ _DTYPES = {"groups": torch.int64, "labels": torch.float64, "scores": torch.float
 
 
 class RowMetric(Metric):
-    """Base of metrics that need all rows at once and keep them: at most 24 bytes each, 32 with groups."""
+    """Base class of metrics that keep all rows: at most 24 bytes per row, 32 with groups."""
 
     def __init__(self, *, process_group: dist.ProcessGroup | None = None, sync: bool = True) -> None:
         super().__init__(process_group=process_group, sync=sync)
@@ -179,7 +180,7 @@ class RowMetric(Metric):
     @_outside_inference
     def _add(self, scores: Tensor, labels: Tensor, **others: Tensor | None) -> None:
         check_shapes(type(self).__name__, labels, scores, **others)
-        # Copies, since the caller may reuse its buffers, and a slice would keep a reader's whole buffer in memory.
+        # Copy, because the caller may reuse its buffers, and a slice would keep a reader's whole buffer alive.
         rows = {"labels": labels, "scores": scores, **others}
         self._rows.append({name: None if rows[name] is None else rows[name].detach().clone() for name in rows})  # type: ignore[union-attr]
 
@@ -187,21 +188,21 @@ class RowMetric(Metric):
         """Return the rows of all ranks, ``[N]`` each; collective.
 
         Raises:
-            ValueError: If there are none.
+            ValueError: If there are no rows.
         """
         rows = self.state_dict()
-        if not self._alone():
+        if not self._is_local():
             rows = gather_rows(rows, self._process_group)
         if rows["labels"].numel() == 0:
-            raise self._nothing()
+            raise self._no_rows()
         return rows
 
     def merge(self: RowSelf, other: RowSelf) -> None:
-        """Add what another metric of the same kind has accumulated."""
+        """Add the accumulated state of another metric of the same kind."""
         self._rows.extend(other._rows)
 
     def reset(self) -> None:
-        """Discard what has been accumulated."""
+        """Discard the accumulated state."""
         self._rows = []
 
     @_outside_inference
@@ -212,7 +213,7 @@ class RowMetric(Metric):
 
     @_outside_inference
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
-        """Replace the rows by those of a :meth:`state_dict`."""
+        """Replace the rows with those of a :meth:`state_dict`."""
         self._rows = [dict(state_dict)] if state_dict["labels"].numel() else []
 
     def _progress(self) -> dict[str, object]:
@@ -225,7 +226,7 @@ class RowMetric(Metric):
         for rows in self._rows:
             labels, values = rows["labels"], rows.get(name)
             assert labels is not None
-            # Batches without weights stored none.
+            # Batches without weights have weight 1.
             parts.append(torch.ones(labels.numel(), device=labels.device) if values is None else values)
         return torch.cat([part.to(parts[0].device) for part in parts]).cpu()
 
@@ -234,32 +235,32 @@ RowSelf = TypeVar("RowSelf", bound=RowMetric)
 
 
 class ScoredLabels(RowMetric):
-    """Base of metrics that keep the score, label and weight of every row."""
+    """Base class of metrics that keep the score, label and weight of every row."""
 
     def update(self, scores: Tensor, labels: Tensor, weights: Tensor | None = None) -> None:
-        """Add a batch without waiting for a device.
+        """Add a batch without synchronizing the device.
 
         Args:
             scores: ``[B]``, floating.
             labels: ``[B]``, 0 or 1, any dtype.
-            weights: ``[B]``, the weight of each row; None weighs all rows 1.
+            weights: ``[B]``, the weight of each row; None means 1 for all rows.
         """
         self._add(scores, labels, weights=weights)
 
 
 class GroupedLabels(RowMetric):
-    """Base of metrics that keep the score, label, group and weight of every row."""
+    """Base class of metrics that keep the score, label, group and weight of every row."""
 
     takes_groups = True
 
     def update(self, scores: Tensor, labels: Tensor, groups: Tensor, weights: Tensor | None = None) -> None:
-        """Add a batch without waiting for a device. Rows of a group may be spread over batches and ranks.
+        """Add a batch without synchronizing the device. Rows of a group may be spread over batches and ranks.
 
         Args:
             scores: ``[B]``, floating.
             labels: ``[B]``, any dtype.
             groups: int64 ``[B]``, the user, session or query of each row.
-            weights: ``[B]``, the weight of each row; None weighs all rows 1.
+            weights: ``[B]``, the weight of each row; None means 1 for all rows.
 
         Raises:
             ValueError: If shapes differ, or groups are not integers.

@@ -10,10 +10,10 @@ from recis_hybrid.distributed import sendable, world_size
 
 
 def gather_rows(columns: dict[str, Tensor], process_group: dist.ProcessGroup | None) -> dict[str, Tensor]:
-    """Return the rows of all ranks, in the order of the ranks; collective.
+    """Return the rows of all ranks, in rank order; collective.
 
     Args:
-        columns: ``[n]`` each, by name. The ranks have the same names and dtypes; n may differ between them and be 0.
+        columns: ``[n]`` each, by name. Names and dtypes are equal on all ranks; n may differ and be 0.
         process_group: The ranks; None for the default group.
     """
     own = sendable(torch.tensor([next(iter(columns.values())).numel()]), process_group)
@@ -22,7 +22,7 @@ def gather_rows(columns: dict[str, Tensor], process_group: dist.ProcessGroup | N
     counts = [int(size) for size in sizes]
     result = {}
     for name, values in columns.items():
-        # Collectives take equal shapes, so each rank pads its rows to the largest number.
+        # all_gather needs equal shapes, so each rank pads its rows to the largest count.
         padded = torch.zeros(max(counts), dtype=values.dtype, device=own.device)
         padded[: values.numel()] = values.to(own.device)
         parts = [torch.empty_like(padded) for _ in counts]

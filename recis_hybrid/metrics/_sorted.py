@@ -1,6 +1,6 @@
 """Rows sorted by group and descending score, with their ties.
 
-Letters: N rows, G groups, T ties (runs of rows with one score).
+Letters: N rows, G groups, T runs of tied rows (rows of a group with equal scores).
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Sorted:
-    """Boundaries of groups, and within them of runs of equal scores, in sorted rows."""
+    """Boundaries of groups, and of runs of equal scores within them, in sorted rows."""
 
     order: Tensor
-    """int64 ``[N]``: row numbers by group, and within it by descending score."""
+    """int64 ``[N]``: row numbers sorted by group, then by descending score."""
     group: Tensor
     """int64 ``[N]``: the group of each sorted row, 0 to G - 1."""
     groups: int
@@ -26,13 +26,13 @@ class Sorted:
     tie_group: Tensor
     """int64 ``[T]``: the group of each run."""
     first: Tensor
-    """int64 ``[T]``: number of rows of the group before the run."""
+    """int64 ``[T]``: number of rows of the group that precede the run."""
     size: Tensor
     """int64 ``[T]``: number of rows of the run."""
 
     @classmethod
     def of(cls, groups: Tensor, scores: Tensor) -> Sorted:
-        """Sort rows by groups, int64 ``[N]``, and scores, float64 ``[N]``; N is at least 1."""
+        """Sort rows by groups, int64 ``[N]``, and scores, float64 ``[N]``; N must be at least 1."""
         order = scores.argsort(descending=True, stable=True)
         order = order[groups[order].argsort(stable=True)]
         _, group, sizes = groups[order].unique_consecutive(return_inverse=True, return_counts=True)
@@ -40,16 +40,16 @@ class Sorted:
         new = torch.ones(len(order), dtype=torch.bool)
         new[1:] = (group[1:] != group[:-1]) | (ranked[1:] != ranked[:-1])
         tie = new.cumsum(0) - 1
-        begins = new.nonzero().view(-1)
-        tie_group = group[begins]
-        group_begins = sizes.cumsum(0) - sizes
+        starts = new.nonzero().view(-1)
+        tie_group = group[starts]
+        group_starts = sizes.cumsum(0) - sizes
         size = torch.bincount(tie)
-        return cls(order, group, len(sizes), tie, tie_group, begins - group_begins[tie_group], size)
+        return cls(order, group, len(sizes), tie, tie_group, starts - group_starts[tie_group], size)
 
     def by_tie(self, values: Tensor) -> Tensor:
-        """Return the sums over runs, float64 ``[T]``, of values of sorted rows, float64 ``[N]``."""
+        """Sum values of sorted rows, float64 ``[N]``, over each run; returns float64 ``[T]``."""
         return torch.zeros(len(self.size), dtype=torch.float64).index_add_(0, self.tie, values)
 
     def by_group(self, values: Tensor) -> Tensor:
-        """Return the sums over groups, float64 ``[G]``, of values of runs, float64 ``[T]``."""
+        """Sum values of runs, float64 ``[T]``, over each group; returns float64 ``[G]``."""
         return torch.zeros(self.groups, dtype=torch.float64).index_add_(0, self.tie_group, values)

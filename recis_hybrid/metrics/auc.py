@@ -1,4 +1,4 @@
-"""AUC, the area under the ROC curve: exact, with ties counting half."""
+"""Exact AUC, the area under the ROC curve; ties count half."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from recis_hybrid.metrics._metric import ScoredLabels
 
 
 def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
-    r"""Return the probability that a positive's score exceeds a negative's, a tie counting half.
+    r"""Return the probability that a positive scores higher than a negative; ties count half.
 
     .. math:: \frac{\sum_{i \in pos} \sum_{j \in neg} w_i w_j \left([s_i > s_j] + \tfrac12 [s_i = s_j]\right)}
         {\sum_{i \in pos} w_i \sum_{j \in neg} w_j}
@@ -18,7 +18,7 @@ def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
     Args:
         labels: ``[N]``, 0 or 1, any dtype.
         scores: ``[N]``, floating; higher means more likely positive.
-        weights: ``[N]``, the weight of each row, not negative; None weighs all rows 1.
+        weights: ``[N]``, non-negative; None means 1 for all rows.
 
     Returns:
         The AUC; NaN, with a RuntimeWarning, if there is only one class (of weight above 0).
@@ -39,11 +39,11 @@ def auc(labels: Tensor, scores: Tensor, weights: Tensor | None = None) -> float:
 class AUC(ScoredLabels):
     """Exact AUC over batches; see :func:`auc`.
 
-    It keeps every row, whereas :class:`BinnedAUC` keeps a fixed number of counts.
+    Keeps every row; :class:`BinnedAUC` needs constant memory.
 
     Args:
         process_group: Ranks that evaluate together; None for the default group.
-        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
+        sync: Whether ``compute`` covers all ranks or only this one.
 
     Example:
         >>> metric = AUC()
@@ -54,14 +54,14 @@ class AUC(ScoredLabels):
     """
 
     def compute(self) -> float:
-        """Return the AUC over all rows since the last reset, on all ranks; NaN for a single class."""
+        """Return the AUC over the rows of all ranks since the last reset; NaN for a single class."""
         rows = self.seen()
         return _auc("AUC", rows["labels"], rows["scores"], rows["weights"])
 
 
 def _auc(where: str, labels: Tensor, scores: Tensor, weights: Tensor | None) -> float:
     labels, scores, weights = check_rows(where, labels, scores, weights)
-    # Rows of weight 0 do not count, nor make up a class.
+    # Rows of weight 0 do not count; a class needs a row of weight above 0.
     positives, negatives = (int((of_class & (weights > 0)).sum()) for of_class in (labels, ~labels))
     if positives == 0 or negatives == 0:
         return one_class(where, positives, negatives)
@@ -75,7 +75,7 @@ def _auc(where: str, labels: Tensor, scores: Tensor, weights: Tensor | None) -> 
 
 def ordered_share(positive: Tensor, negative: Tensor) -> float:
     """Return the AUC from the weights of positives and negatives, float64 ``[n]`` each, by ascending score."""
-    # A positive is above all negatives of lower scores, and half of those of its own score.
+    # A positive wins against all negatives of lower scores and half of those with an equal score.
     above = negative.cumsum(0) - negative / 2
-    # Divide last: whole numbers of pairs add up exactly.
+    # Divide last, because sums of whole numbers of pairs are exact.
     return float((positive @ above) / positive.sum() / negative.sum())

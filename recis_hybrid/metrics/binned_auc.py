@@ -14,14 +14,14 @@ from recis_hybrid.validation import check_integer
 
 
 class BinnedAUC(SumMetric):
-    r"""AUC over batches, from the numbers of positives and negatives in equal bins of [0, 1].
+    r"""AUC over batches, computed from the weights of positives and negatives in equal bins of [0, 1].
 
-    Within a bin every pair counts half, as a tie does. The error is at most
+    Every pair within a bin counts half, like a tie. The error is at most
 
     .. math:: \tfrac12 \sum_b \frac{P_b}{P} \frac{N_b}{N},
 
     where P and N are the total weights of positives and negatives and P_b, N_b those in bin b; see :meth:`error_bound`.
-    Ranks exchange 16 bytes a bin, however many rows there are.
+    Ranks exchange 16 bytes per bin, regardless of the number of rows.
 
     ``compute`` returns NaN, with a RuntimeWarning, for a single class. It raises ValueError if a label is not 0 or 1, a
     probability is NaN or outside [0, 1], or a weight is negative or not finite.
@@ -29,7 +29,7 @@ class BinnedAUC(SumMetric):
     Args:
         bins: Number of bins.
         process_group: Ranks that evaluate together; None for the default group.
-        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
+        sync: Whether ``compute`` covers all ranks or only this one.
 
     Raises:
         TypeError: If bins is not an integer.
@@ -57,7 +57,7 @@ class BinnedAUC(SumMetric):
         return float(positive @ negative / positive.sum() / negative.sum() / 2)
 
     def _terms(self, scores: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-        # Scores outside all bins are counted in one, and refused by compute().
+        # Scores outside [0, 1] are clamped into a bin here; compute() raises for them.
         at = (scores.nan_to_num(0.0).clamp(0.0, 1.0) * self._bins).long().clamp_(max=self._bins - 1)
         counts = torch.zeros(2, self._bins, dtype=torch.float64, device=scores.device)
         for row, of_class in enumerate((labels == 1, labels == 0)):
@@ -65,11 +65,11 @@ class BinnedAUC(SumMetric):
         return torch.cat([counts.flatten(), _faults.counts(scores, labels, weights)])
 
     def _value(self, sums: Tensor) -> float:
-        _faults.refuse("BinnedAUC", sums[2 * self._bins :])
+        _faults.check_counts("BinnedAUC", sums[2 * self._bins :])
         positive, negative = self._split(sums)
         if not bool(positive.any()) or not bool(negative.any()):
-            weighty = int(sums[2 * self._bins + 1])
-            return one_class("BinnedAUC", *((weighty, 0) if bool(positive.any()) else (0, weighty)))
+            weighted = int(sums[2 * self._bins + 1])
+            return one_class("BinnedAUC", *((weighted, 0) if bool(positive.any()) else (0, weighted)))
         return ordered_share(positive, negative)
 
     def _split(self, sums: Tensor) -> tuple[Tensor, Tensor]:

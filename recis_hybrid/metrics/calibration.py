@@ -11,14 +11,14 @@ from recis_hybrid.metrics._metric import SumMetric
 
 
 class Calibration(SumMetric):
-    r"""The ratio :math:`\sum_i w_i p_i / \sum_i w_i y_i` over batches: 1 if predictions are right on average.
+    r"""Calibration :math:`\sum_i w_i p_i / \sum_i w_i y_i` over batches: 1 if predictions are right on average.
 
     ``compute`` returns NaN, with a RuntimeWarning, if no label is 1. It raises ValueError if a label is not 0 or 1, a
     probability is NaN or outside [0, 1], or a weight is negative or not finite.
 
     Args:
         process_group: Ranks that evaluate together; None for the default group.
-        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
+        sync: Whether ``compute`` covers all ranks or only this one.
 
     Example:
         >>> metric = Calibration()
@@ -35,8 +35,8 @@ class Calibration(SumMetric):
         return torch.cat([sums, _faults.counts(scores, labels, weights)])
 
     def _value(self, sums: Tensor) -> float:
-        _faults.refuse("Calibration", sums[2:])
+        _faults.check_counts("Calibration", sums[2:])
         predicted, actual = float(sums[0]), float(sums[1])
         if actual == 0:
-            return undefined("Calibration", f"none of {int(sums[2])} rows is positive; evaluate on more rows")
+            return undefined("Calibration", f"none of {int(sums[2])} rows are positive; evaluate on more rows")
         return predicted / actual

@@ -1,4 +1,4 @@
-"""GAUC: the mean AUC of groups of rows, as the rows of each user."""
+"""GAUC: the mean AUC of groups of rows, such as the rows of each user."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def gauc(
         labels: ``[N]``, 0 or 1, any dtype.
         scores: ``[N]``, floating; higher means more likely positive.
         groups: int64 ``[N]``, the group of each row.
-        weights: ``[N]``, the weight of each row, not negative; None weighs all rows 1.
+        weights: ``[N]``, non-negative; None means 1 for all rows.
         average: Weight a_g of a group: 1 for ``"groups"``, the weight of its rows for ``"rows"`` (as in the paper), the
             weight of its positives for ``"positives"``.
 
@@ -55,7 +55,7 @@ class GAUC(GroupedLabels):
         average: Weight of a group: 1 for ``"groups"``, the weight of its rows for ``"rows"``, the weight of its
             positives for ``"positives"``.
         process_group: Ranks that evaluate together; None for the default group.
-        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
+        sync: Whether ``compute`` covers all ranks or only this one.
 
     Raises:
         ValueError: If ``average`` is none of these.
@@ -71,18 +71,18 @@ class GAUC(GroupedLabels):
         self, average: Average = "groups", *, process_group: dist.ProcessGroup | None = None, sync: bool = True
     ) -> None:
         super().__init__(process_group=process_group, sync=sync)
-        self._average = _checked("GAUC", average)
+        self._average = _check_average("GAUC", average)
 
     def _settings(self) -> dict[str, object]:
         return {"average": repr(self._average)}
 
     def compute(self) -> float:
-        """Return the GAUC over all rows since the last reset, on all ranks; NaN if no group has both classes."""
+        """Return the GAUC over the rows of all ranks since the last reset; NaN if no group has both classes."""
         rows = self.seen()
         return _gauc("GAUC", rows["labels"], rows["scores"], rows["groups"], rows["weights"], self._average)
 
 
-def _checked(where: str, average: Average) -> Average:
+def _check_average(where: str, average: Average) -> Average:
     if average not in get_args(Average):
         raise ValueError(f"{where}: average must be one of {list(get_args(Average))}, got {average!r}")
     return average
@@ -91,23 +91,23 @@ def _checked(where: str, average: Average) -> Average:
 def _gauc(
     where: str, labels: Tensor, scores: Tensor, groups: Tensor, weights: Tensor | None, average: Average
 ) -> float:
-    _checked(where, average)
+    _check_average(where, average)
     check_shapes(where, labels, scores, groups=groups)
     labels, scores, weights = check_rows(where, labels, scores, weights)
     if not len(labels):
         return undefined(where, "there are no rows")
     rows = Sorted.of(groups.cpu(), scores)
     weights, labels = weights[rows.order], labels[rows.order]
-    positive, negative = (rows.by_tie(torch.where(of, weights, 0.0)) for of in (labels, ~labels))
+    positive, negative = (rows.by_tie(torch.where(of_class, weights, 0.0)) for of_class in (labels, ~labels))
     positives, negatives = rows.by_group(positive), rows.by_group(negative)
-    # The negatives below a run are those of its group, except those before the run and in it.
+    # The negatives below a run are those of its group, except those before and in the run.
     running = negative.cumsum(0)
     before_group = torch.cat([running.new_zeros(1), running])[_first_of_group(rows)]
     below = negatives[rows.tie_group] - (running - before_group[rows.tie_group])
     shares = rows.by_group(positive * (below + negative / 2))
     usable = (positives > 0) & (negatives > 0)
     if not bool(usable.any()):
-        return undefined(where, f"none of {rows.groups} groups has both classes; evaluate on more rows of each")
+        return undefined(where, f"none of {rows.groups} groups have both classes; evaluate on more rows per group")
     aucs = shares[usable] / (positives[usable] * negatives[usable])
     counts = {"groups": torch.ones_like(aucs), "rows": (positives + negatives)[usable], "positives": positives[usable]}
     return float((aucs * counts[average]).sum() / counts[average].sum())

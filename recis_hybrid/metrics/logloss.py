@@ -1,4 +1,4 @@
-"""Log loss, the mean negative log likelihood of binary labels, and normalized entropy."""
+"""Log loss, the mean negative log-likelihood of binary labels, and normalized entropy."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def logloss(labels: Tensor, probabilities: Tensor, weights: Tensor | None = None
 
     Args:
         labels: ``[N]``, 0 or 1, any dtype.
-        probabilities: ``[N]``, floating, in [0, 1]; kept one float64 epsilon away from 0 and 1, as in scikit-learn.
-        weights: ``[N]``, the weight of each row, not negative; None weighs all rows 1.
+        probabilities: ``[N]``, floating, in [0, 1]; clipped to one float64 epsilon from 0 and 1, as in scikit-learn.
+        weights: ``[N]``, non-negative; None means 1 for all rows.
 
     Raises:
         ValueError: If shapes differ, there are no rows (of weight above 0), a label is not 0 or 1, a probability is
@@ -30,27 +30,27 @@ def logloss(labels: Tensor, probabilities: Tensor, weights: Tensor | None = None
         >>> round(logloss(torch.tensor([0, 1]), torch.tensor([0.5, 0.5])), 4)
         0.6931
     """
-    loss, _, total = _of("logloss", _sums("logloss", labels, probabilities, weights))
+    loss, _, total = _checked_sums("logloss", _sums("logloss", labels, probabilities, weights))
     return loss / total
 
 
 def normalized_entropy(labels: Tensor, probabilities: Tensor, weights: Tensor | None = None) -> float:
     r"""Return the log loss divided by the entropy of the mean label.
 
-    A model that knows only the rate of clicks has 1.
+    A model that predicts the mean label for every row has the value 1.
 
     .. math:: \frac{\mathrm{logloss}}{-(\bar y \log \bar y + (1 - \bar y) \log(1 - \bar y))}
 
     Args:
         labels: ``[N]``, 0 or 1, any dtype.
         probabilities: ``[N]``, as in :func:`logloss`.
-        weights: ``[N]``, the weight of each row, not negative; None weighs all rows 1.
+        weights: ``[N]``, non-negative; None means 1 for all rows.
 
     Returns:
         The ratio; NaN, with a RuntimeWarning, if there is only one class.
 
     Raises:
-        ValueError: As :func:`logloss` does.
+        ValueError: As in :func:`logloss`.
 
     Example:
         >>> round(normalized_entropy(torch.tensor([0, 1, 1, 0]), torch.tensor([0.5, 0.5, 0.5, 0.5])), 6)
@@ -67,7 +67,7 @@ class LogLoss(SumMetric):
 
     Args:
         process_group: Ranks that evaluate together; None for the default group.
-        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
+        sync: Whether ``compute`` covers all ranks or only this one.
 
     Example:
         >>> metric = LogLoss()
@@ -80,7 +80,7 @@ class LogLoss(SumMetric):
         return _terms(scores, labels, weights)
 
     def _value(self, sums: Tensor) -> float:
-        loss, _, total = _of("LogLoss", sums)
+        loss, _, total = _checked_sums("LogLoss", sums)
         return loss / total
 
 
@@ -89,7 +89,7 @@ class NormalizedEntropy(LogLoss):
 
     Args:
         process_group: Ranks that evaluate together; None for the default group.
-        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
+        sync: Whether ``compute`` covers all ranks or only this one.
 
     Example:
         >>> metric = NormalizedEntropy()
@@ -115,17 +115,17 @@ def _sums(where: str, labels: Tensor, probabilities: Tensor, weights: Tensor | N
     return _terms(scores, labels.double(), torch.ones_like(scores) if weights is None else weights.double()).cpu()
 
 
-def _of(where: str, sums: Tensor) -> tuple[float, float, float]:
-    """Return the sums of losses, of labels and of weights."""
-    _faults.refuse(where, sums[3:])
+def _checked_sums(where: str, sums: Tensor) -> tuple[float, float, float]:
+    """Return the sums of losses, labels and weights."""
+    _faults.check_counts(where, sums[3:])
     return float(sums[0]), float(sums[1]), float(sums[2])
 
 
 def _ratio(where: str, sums: Tensor) -> float:
-    loss, positive, total = _of(where, sums)
+    loss, positive, total = _checked_sums(where, sums)
     if positive in (0.0, total):
-        weighty = int(sums[4])
-        return one_class(where, weighty if positive else 0, 0 if positive else weighty)
+        weighted = int(sums[4])
+        return one_class(where, weighted if positive else 0, 0 if positive else weighted)
     rate = torch.tensor(positive / total, dtype=torch.float64)
     entropy = -(rate * rate.log() + (1 - rate) * (-rate).log1p())
     return loss / total / float(entropy)

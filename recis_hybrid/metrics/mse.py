@@ -16,7 +16,7 @@ class MSE(SumMetric):
 
     Args:
         process_group: Ranks that evaluate together; None for the default group.
-        sync: Whether ``compute`` covers all ranks; False covers this rank alone.
+        sync: Whether ``compute`` covers all ranks or only this one.
 
     Example:
         >>> metric = MSE()
@@ -30,5 +30,5 @@ class MSE(SumMetric):
         return torch.cat([sums, _faults.counts(scores, labels, weights, binary=False, probabilities=False)])
 
     def _value(self, sums: Tensor) -> float:
-        _faults.refuse("MSE", sums[2:], binary=False, probabilities=False)
+        _faults.check_counts("MSE", sums[2:], binary=False, probabilities=False)
         return float(sums[0] / sums[1])

@@ -1,4 +1,4 @@
-"""Every metric against scikit-learn, or against its definition."""
+"""Every metric matches scikit-learn or its definition."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def rows(seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return scores, labels, weights, groups
 
 
-def test_against_scikit_learn() -> None:
+def test_auc_logloss_and_mse_match_scikit_learn() -> None:
     scores, labels, weights, _ = rows()
     expected = {
         AUC: sklearn.roc_auc_score(labels, scores, sample_weight=weights),
@@ -55,7 +55,7 @@ def test_against_scikit_learn() -> None:
         assert metric.compute() == pytest.approx(value, rel=1e-11)
 
 
-def test_auc_of_both_known_vectors() -> None:
+def test_auc_and_gauc_of_known_vectors() -> None:
     auc, by_group = AUC(), GAUC()
     auc.update(
         torch.tensor([0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]), torch.tensor([0, 0, 1, 0, 0, 0, 1, 0, 1, 1])
@@ -67,7 +67,7 @@ def test_auc_of_both_known_vectors() -> None:
     assert by_group.compute() == 0.75
 
 
-def test_gauc_is_the_mean_of_scikit_learns() -> None:
+def test_gauc_is_the_mean_of_scikit_learns_aucs() -> None:
     scores, labels, weights, groups = rows(1)
     aucs, counts = [], {"groups": [], "rows": [], "positives": []}
     for group in groups.unique():
@@ -78,8 +78,8 @@ def test_gauc_is_the_mean_of_scikit_learns() -> None:
             counts["rows"].append(float(weights[own].sum()))
             counts["positives"].append(float(weights[own][labels[own] == 1].sum()))
     for average, shares in counts.items():
-        found = gauc(labels, scores, groups, weights, average=average)  # type: ignore[arg-type]
-        assert found == pytest.approx(np.average(aucs, weights=shares), rel=1e-11)
+        value = gauc(labels, scores, groups, weights, average=average)  # type: ignore[arg-type]
+        assert value == pytest.approx(np.average(aucs, weights=shares), rel=1e-11)
     with pytest.raises(ValueError, match="average must be one of"):
         gauc(labels, scores, groups, average="users")  # type: ignore[arg-type]
 
@@ -104,7 +104,7 @@ def test_binned_auc_is_exact_for_scores_in_different_bins() -> None:
     assert (metric.compute(), metric.error_bound()) == (pytest.approx(5 / 6), 0.0)
 
 
-def test_normalized_entropy_and_calibration_are_as_defined() -> None:
+def test_normalized_entropy_and_calibration_match_their_definitions() -> None:
     scores, labels, weights, _ = rows(2)
     rate = float((weights * labels).sum() / weights.sum())
     entropy = -(rate * math.log(rate) + (1 - rate) * math.log(1 - rate))
@@ -117,7 +117,7 @@ def test_normalized_entropy_and_calibration_are_as_defined() -> None:
     assert calibration.compute() == pytest.approx(float((weights * scores).sum() / (weights * labels).sum()), rel=1e-11)
 
 
-def test_ndcg_is_scikit_learns() -> None:
+def test_ndcg_matches_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(3)
     scores = torch.randint(0, 6, (40, 9), generator=generator).double()
     labels = torch.randint(0, 4, (40, 9), generator=generator)
@@ -129,7 +129,7 @@ def test_ndcg_is_scikit_learns() -> None:
         assert metric.compute() == pytest.approx(sklearn.ndcg_score(labels.numpy(), scores.numpy(), k=k), rel=1e-11)
 
 
-def test_precision_recall_and_hit_rate_are_scikit_learns() -> None:
+def test_precision_recall_and_hit_rate_match_scikit_learn() -> None:
     generator = torch.Generator().manual_seed(5)
     scores = torch.rand(30, 8, generator=generator)
     # With one relevant row in each group, the hit rate is scikit-learn's top-k accuracy.
@@ -156,7 +156,7 @@ ranking = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)), min_size=1, 
 
 
 @given(ranking, st.integers(1, 6))
-def test_metrics_of_the_first_k_are_means_over_all_orders_of_ties(items: list[tuple[int, int]], k: int) -> None:
+def test_top_k_metrics_are_means_over_all_orders_of_ties(items: list[tuple[int, int]], k: int) -> None:
     orders = [o for o in permutations(items) if all(a[0] >= b[0] for a, b in zip(o, o[1:], strict=False))]
     relevant = sum(label > 0 for _, label in items)
     hits = [sum(label > 0 for _, label in order[:k]) for order in orders]
@@ -184,17 +184,17 @@ def test_undefined_values_are_nan_with_a_warning() -> None:
             assert math.isnan(metric.compute())
     calibration, by_group, recall = Calibration(), GAUC(), RecallAtK(2)
     calibration.update(scores, 0 * ones)
-    with pytest.warns(RuntimeWarning, match="Calibration is undefined, .* none of 3 rows is positive"):
+    with pytest.warns(RuntimeWarning, match="Calibration is undefined, .* none of 3 rows are positive"):
         assert math.isnan(calibration.compute())
     by_group.update(scores, ones, groups)
-    with pytest.warns(RuntimeWarning, match="GAUC is undefined, .* none of 2 groups has both classes"):
+    with pytest.warns(RuntimeWarning, match="GAUC is undefined, .* none of 2 groups have both classes"):
         assert math.isnan(by_group.compute())
     recall.update(scores, 0 * ones, groups)
-    with pytest.warns(RuntimeWarning, match="RecallAtK is undefined, .* none of 2 groups has a relevant row"):
+    with pytest.warns(RuntimeWarning, match="RecallAtK is undefined, .* none of 2 groups have a relevant row"):
         assert math.isnan(recall.compute())
 
 
-def test_bad_rows_are_refused_with_their_number() -> None:
+def test_invalid_rows_are_rejected_and_counted() -> None:
     bad, labels = torch.tensor([math.nan, 1.5, 0.5]), torch.tensor([0, 1, 1])
     for kind in (LogLoss, NormalizedEntropy, Calibration, BinnedAUC):
         metric = kind()
@@ -203,11 +203,11 @@ def test_bad_rows_are_refused_with_their_number() -> None:
             metric.compute()
         metric.reset()
         metric.update(bad[1:], labels[1:])
-        with pytest.raises(ValueError, match=r"probabilities must lie in \[0, 1\], 1 of 2 do not"):
+        with pytest.raises(ValueError, match=r"probabilities must be in \[0, 1\], 1 of 2 are not"):
             metric.compute()
         metric.reset()
         metric.update(torch.tensor([math.inf, -math.inf, 0.5]), labels)
-        with pytest.raises(ValueError, match=r"probabilities must lie in \[0, 1\], 2 of 3 do not"):
+        with pytest.raises(ValueError, match=r"probabilities must be in \[0, 1\], 2 of 3 are not"):
             metric.compute()
         metric.reset()
         metric.update(bad[2:], labels[2:] + 1)

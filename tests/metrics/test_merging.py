@@ -1,4 +1,4 @@
-"""Metrics that are merged, saved, or computed over ranks equal one metric over all rows."""
+"""Merged, saved and distributed metrics equal one metric over all rows."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ KINDS: list[Callable[..., Metric]] = [
 ]
 
 
-def update(metric: Metric, begin: int, end: int) -> None:
+def update(metric: Metric, start: int, stop: int) -> None:
     generator = torch.Generator().manual_seed(0)
     scores = torch.rand(60, generator=generator)
     labels = (torch.rand(60, generator=generator) < scores).long()
     groups = torch.randint(0, 8, (60,), generator=generator)
     columns = [scores, labels, *([groups] if metric.takes_groups else [])]
-    metric.update(*(column[begin:end] for column in columns))  # type: ignore[attr-defined]
+    metric.update(*(column[start:stop] for column in columns))  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -72,8 +72,8 @@ def test_merge_state_and_reset(kind: Callable[..., Metric]) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_inference_mode_leaves_no_trace(kind: Callable[..., Metric]) -> None:
-    """State made inside inference mode can be used outside, and the other way round."""
+def test_state_can_cross_inference_mode(kind: Callable[..., Metric]) -> None:
+    """State created inside inference mode can be used outside, and vice versa."""
     whole, fresh = kind(), kind()
     update(whole, 0, 60)
     with torch.inference_mode():
@@ -101,29 +101,29 @@ def test_inference_mode_leaves_no_trace(kind: Callable[..., Metric]) -> None:
     assert not any(tensor.is_inference() for tensor in second.state_dict().values())
 
 
-def on_rank(rank: int, port: int, wanted: list[float]) -> None:
+def on_rank(rank: int, port: int, expected: list[float]) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    for kind, value in zip(KINDS, wanted, strict=True):
-        # Unequal parts; then all rows on one rank, and none on the other.
+    for kind, value in zip(KINDS, expected, strict=True):
+        # Unequal parts, then all rows on one rank and none on the other.
         for parts in ((0, 50), (50, 60)), ((0, 60), None):
             metric = kind()
             if parts[rank] is not None:
                 update(metric, *parts[rank])
             assert metric.compute() == pytest.approx(value, rel=1e-12), kind
-        alone = kind(sync=False)
-        update(alone, 0, 60)
+        local = kind(sync=False)
+        update(local, 0, 60)
         if rank == 0:  # not collective: the other rank does not take part
-            assert alone.compute() == value
+            assert local.compute() == value
     dist.destroy_process_group()
 
 
 def test_two_ranks_compute_the_value_of_one() -> None:
-    wanted = []
+    expected = []
     for kind in KINDS:
         metric = kind()
         update(metric, 0, 60)
-        wanted.append(metric.compute())
+        expected.append(metric.compute())
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    mp.spawn(on_rank, (port, wanted), nprocs=2)  # type: ignore[no-untyped-call]
+    mp.spawn(on_rank, (port, expected), nprocs=2)  # type: ignore[no-untyped-call]

@@ -33,7 +33,7 @@ def test_auc_of_the_known_vector() -> None:
 
 
 @given(both_classes)
-def test_auc_is_the_share_of_pairs_in_order(rows: list[tuple[bool, int]]) -> None:
+def test_auc_is_the_share_of_correctly_ordered_pairs(rows: list[tuple[bool, int]]) -> None:
     positives = [score for label, score in rows if label]
     negatives = [score for label, score in rows if not label]
     pairs = [1.0 if p > n else 0.5 if p == n else 0.0 for p in positives for n in negatives]
@@ -42,7 +42,7 @@ def test_auc_is_the_share_of_pairs_in_order(rows: list[tuple[bool, int]]) -> Non
 
 
 @given(st.lists(st.tuples(st.booleans(), st.integers(-2, 2), st.integers(0, 4)), min_size=2, max_size=25))
-def test_a_weight_counts_as_that_many_rows(rows: list[tuple[bool, int, int]]) -> None:
+def test_an_integer_weight_repeats_a_row(rows: list[tuple[bool, int, int]]) -> None:
     labels, scores, weights = (torch.tensor(column) for column in zip(*rows, strict=True))
     repeated = [(label, score) for label, score, weight in rows for _ in range(weight)]
     if len({label for label, _ in repeated}) < 2:
@@ -63,33 +63,33 @@ def test_auc_of_a_perfect_order_is_exactly_one() -> None:
 @pytest.mark.parametrize("metric", [AUC, LogLoss])
 def test_metrics_copy_their_input(metric: type[AUC] | type[LogLoss]) -> None:
     scores, labels, weights = SCORES.clone(), LABELS.clone(), torch.rand(10)
-    seen, whole = metric(), metric()
-    seen.update(scores, labels, weights)
+    overwritten, whole = metric(), metric()
+    overwritten.update(scores, labels, weights)
     whole.update(SCORES, LABELS, weights.clone())
     for buffer in (scores, labels, weights):
         buffer.zero_()
-    assert seen.compute() == whole.compute()
+    assert overwritten.compute() == whole.compute()
 
 
 @pytest.mark.parametrize("metric", [AUC, LogLoss])
-def test_batches_without_weights_weigh_one(metric: type[AUC] | type[LogLoss]) -> None:
-    some, all_of_them = metric(), metric()
+def test_batches_without_weights_have_weight_one(metric: type[AUC] | type[LogLoss]) -> None:
+    some, explicit = metric(), metric()
     weights = torch.tensor([2.0, 0.5, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0])
     some.update(SCORES[:3], LABELS[:3], weights[:3])
     some.update(SCORES[3:], LABELS[3:])
-    all_of_them.update(SCORES, LABELS, weights)
-    assert some.compute() == pytest.approx(all_of_them.compute(), rel=1e-12)
+    explicit.update(SCORES, LABELS, weights)
+    assert some.compute() == pytest.approx(explicit.compute(), rel=1e-12)
 
 
 @pytest.mark.parametrize(
     ("weights", "message"),
     [
         ([1.0], r"weights must be \[N\] with N = 2 like labels, got \[1\]"),
-        ([1.0, -1.0], "weights must be finite and not negative, 1 of 2 are not"),
-        ([math.inf, math.nan], "weights must be finite and not negative, 2 of 2 are not"),
+        ([1.0, -1.0], "weights must be finite and non-negative, 1 of 2 are not"),
+        ([math.inf, math.nan], "weights must be finite and non-negative, 2 of 2 are not"),
     ],
 )
-def test_bad_weights_are_refused(weights: list[float], message: str) -> None:
+def test_invalid_weights_are_rejected(weights: list[float], message: str) -> None:
     for metric in (auc, logloss):
         with pytest.raises(ValueError, match=f"{metric.__name__}: {message}"):
             metric(torch.tensor([0, 1]), torch.tensor([0.1, 0.2]), torch.tensor(weights))
@@ -101,14 +101,14 @@ def test_auc_distinguishes_close_float32_scores() -> None:
 
 
 @given(st.lists(st.tuples(st.booleans(), st.floats(0.001, 0.999)), min_size=1, max_size=30))
-def test_logloss_is_the_mean_of_logarithms(rows: list[tuple[bool, float]]) -> None:
-    want = -sum(math.log(p if label else 1 - p) for label, p in rows) / len(rows)
+def test_logloss_is_the_mean_negative_log_likelihood(rows: list[tuple[bool, float]]) -> None:
+    expected = -sum(math.log(p if label else 1 - p) for label, p in rows) / len(rows)
     labels = torch.tensor([label for label, _ in rows])
     scores = torch.tensor([score for _, score in rows], dtype=torch.float64)
-    assert logloss(labels, scores) == pytest.approx(want, rel=1e-9)
+    assert logloss(labels, scores) == pytest.approx(expected, rel=1e-9)
 
 
-def test_logloss_of_certain_wrong_predictions_is_finite() -> None:
+def test_logloss_of_confident_wrong_predictions_is_finite() -> None:
     assert logloss(torch.tensor([1.0]), torch.tensor([0.0])) == pytest.approx(-math.log(2**-52))
 
 
@@ -133,13 +133,13 @@ def test_accumulators_merge_and_reset(metric: type[AUC] | type[LogLoss]) -> None
         ([0, 1, 1], [0.1, 0.2], r"auc: labels and scores must be \[N\] each, got \[3\] and \[2\]"),
     ],
 )
-def test_auc_refuses_bad_input(labels: list[int], scores: list[float], message: str) -> None:
+def test_auc_rejects_invalid_input(labels: list[int], scores: list[float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         auc(torch.tensor(labels), torch.tensor(scores))
 
 
-def test_logloss_refuses_logits_and_empty_input() -> None:
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], 2 of 2 do not; apply a sigmoid"):
+def test_logloss_rejects_logits_and_empty_input() -> None:
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], 2 of 2 are not; apply a sigmoid"):
         logloss(torch.tensor([0, 1]), torch.tensor([-2.0, 3.0]))
     with pytest.raises(ValueError, match="must be rows of weight above 0, got 0 rows"):
         logloss(torch.tensor([]), torch.tensor([]))
@@ -156,7 +156,7 @@ def test_integer_settings_accept_only_integers(make: Any) -> None:
         AUC(sync="no")  # type: ignore[arg-type]
 
 
-def test_repr_shows_settings_and_what_has_been_accumulated() -> None:
+def test_repr_shows_settings_and_accumulated_state() -> None:
     loss, ranking, bins = LogLoss(), NDCGAtK(5), BinnedAUC(10)
     assert [repr(metric) for metric in (loss, ranking, bins)] == [
         "LogLoss()",
@@ -165,11 +165,11 @@ def test_repr_shows_settings_and_what_has_been_accumulated() -> None:
     ]
     loss.update(torch.tensor([0.5]), torch.tensor([1]))
     ranking.update(torch.tensor([0.5]), torch.tensor([1]), torch.tensor([7]))
-    bins.update(torch.tensor([0.5]), torch.tensor([1]))  # one class: undefined, and no warning
+    bins.update(torch.tensor([0.5]), torch.tensor([1]))  # undefined with one class, but repr does not warn
     assert [repr(metric) for metric in (loss, ranking, bins)] == [
         "LogLoss(value=0.693147)",
         "NDCGAtK(k=5, rows=1)",
         "BinnedAUC(bins=10, value=nan)",
     ]
-    loss.update(torch.tensor([2.0]), torch.tensor([1]))  # refused by compute()
+    loss.update(torch.tensor([2.0]), torch.tensor([1]))  # compute() raises
     assert repr(loss) == "LogLoss()"
