@@ -1,6 +1,6 @@
-"""State in checkpoints: plain data, and the protocols by which the saver takes it from objects and gives it back.
+"""State in checkpoints: data classes, and the protocols with which the saver reads and restores the state of objects.
 
-Objects that have state import this module; so does the saver, and neither imports the other.
+Both the saver and objects with state import this module, and neither imports the other.
 
 Letters: n rows of a table.
 """
@@ -19,19 +19,19 @@ from torch import Tensor
 from recis_hybrid import ops
 
 BUCKETS = 65536
-"""Number of shares of the id space: fixed, so that it depends neither on the world size nor on anything else."""
+"""Number of partitions of the id space. Fixed, so that it is independent of the world size."""
 
 JSON: TypeAlias = "None | bool | int | float | str | list[JSON] | dict[str, JSON]"
-"""A value that JSON can hold. Numbers are finite; dictionaries have string keys."""
+"""A JSON value. Numbers are finite, and dictionaries have string keys."""
 
 
 def owned_buckets(rank: int, world_size: int) -> tuple[int, int]:
-    """Return the contiguous range of buckets that a rank owns: the first, and the one after the last.
+    """Return the contiguous range of buckets that a rank owns, as the first bucket and the one after the last.
 
-    The inverse of :func:`rank_of_bucket`. Every bucket has one owner; ranges differ by one bucket at most.
+    The inverse of :func:`rank_of_bucket`. Every bucket has one owner, and range sizes differ by at most one bucket.
 
     Raises:
-        ValueError: If the rank is not among 0 to ``world_size`` - 1.
+        ValueError: If the rank is not between 0 and ``world_size`` - 1.
 
     Example:
         >>> [owned_buckets(rank, 3) for rank in range(3)]
@@ -43,7 +43,7 @@ def owned_buckets(rank: int, world_size: int) -> tuple[int, int]:
 
 
 def rank_of_bucket(buckets: Tensor, world_size: int) -> Tensor:
-    """Return the rank that owns each bucket, int64 as ``buckets``: ``bucket * world_size // 65536``.
+    """Return the rank that owns each bucket, int64 like ``buckets``: ``bucket * world_size // 65536``.
 
     Example:
         >>> rank_of_bucket(torch.tensor([0, 21845, 21846, 65535]), 3)
@@ -57,7 +57,7 @@ _apart: ContextVar[bool] = ContextVar("recis_hybrid_tables_apart", default=False
 
 @contextmanager
 def tables_apart() -> Iterator[None]:
-    """Leave tables out of every ``state_dict`` and ``load_state_dict`` in the context: they are saved separately."""
+    """Exclude tables, which are saved separately, from every ``state_dict`` and ``load_state_dict`` in the context."""
     token = _apart.set(True)
     try:
         yield
@@ -71,18 +71,18 @@ def are_tables_apart() -> bool:
 
 
 class HostMemory:
-    """Host memory for copies of state. It is used again for the next copies: fresh pages cost more than the copying."""
+    """Host memory for copies of state. It is reused, because faulting in new pages costs more than copying."""
 
     def __init__(self) -> None:
         self._free: dict[tuple[int, bool], list[Tensor]] = {}
         self._used: list[tuple[tuple[int, bool], Tensor]] = []
 
     def take(self, size: int, *, pinned: bool = False) -> Tensor:
-        """Return uint8 ``[size]`` on the CPU, of any contents.
+        """Return an uninitialized uint8 ``[size]`` on the CPU.
 
         Args:
-            size: Bytes.
-            pinned: Whether a GPU will copy into it.
+            size: Number of bytes.
+            pinned: Whether to return pinned memory, for copies from a GPU.
         """
         key = (size, pinned)
         free = self._free.get(key)
@@ -96,7 +96,7 @@ class HostMemory:
         return data
 
     def reuse(self) -> None:
-        """Make all memory that was taken available again, and free what the last copies did not need."""
+        """Make all taken memory available again, and free the memory that the last copies did not use."""
         self._free = {}
         for key, data in self._used:
             self._free.setdefault(key, []).append(data)
@@ -104,21 +104,21 @@ class HostMemory:
 
 
 class RowReader(Protocol):
-    """Reads rows when they are written, so that a large table need not be in memory a second time."""
+    """Reads rows while they are written to disk, so that a large table need not be copied in memory."""
 
     def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
-        """Write rows ``first`` to ``stop`` of some columns; called by several threads at once.
+        """Copy rows ``first`` to ``stop`` - 1 of some columns; called concurrently by several threads.
 
         Args:
             first: Position of the first row in ``TableState.columns["ids"]``.
-            stop: Position after the last.
-            out: By column, on the CPU, contiguous, ``[stop - first, ...]``; written.
+            stop: Position after the last row.
+            out: Output by column, on the CPU, contiguous, ``[stop - first, ...]``; written.
         """
 
 
 @dataclass(frozen=True, eq=False)
 class TableState:
-    """The rows of one member table, in any order; the saver sorts them by (bucket, id).
+    """The rows of one member table, in any order. The saver sorts them by (bucket, id).
 
     Example:
         >>> import torch
@@ -133,83 +133,83 @@ class TableState:
     """
 
     columns: dict[str, Tensor]
-    """Columns of one first dimension n: "ids" int64 [n] first, then "embedding" [n, dim], then optimizer state."""
+    """Columns with the same first dimension n: "ids" int64 [n], then "embedding" [n, dim], then optimizer state."""
 
     buckets: Tensor
-    """int64 [n], from 0 to 65535: the bucket that owns each id."""
+    """int64 [n], from 0 to 65535: the bucket of each id."""
 
     meta: dict[str, JSON]
-    """Description of the table (dtype, dim, record layout); must be equal when a checkpoint is loaded."""
+    """Description of the table (dtype, dim, record layout). A checkpoint can only be loaded if it is equal."""
 
     reader: RowReader | None = field(default=None, kw_only=True)
-    """Reads the other columns, which then hold no rows and only say dtype and width; "ids" and ``buckets`` are on the
-    CPU and in order, by (bucket, id)."""
+    """Reads all columns except "ids". The columns in ``columns`` then have no rows and only define dtype and width, and
+    "ids" and ``buckets`` are on the CPU, sorted by (bucket, id)."""
     removed: TableState | None = field(default=None, kw_only=True)
-    """None: the rows are all there are. Else they are those that changed since an earlier state, and this has one
-    column, "ids" int64 [m]: the ids that had a row then and may have, and have none now; none of them in
-    ``columns``."""
+    """None: the state contains all rows of the table. Otherwise it contains only the rows that changed since an earlier
+    state, and ``removed`` has one column, "ids" int64 [m]: all ids that had a row then and have none now, and possibly
+    ids that had none then either. None of them is in ``columns``."""
 
 
 @dataclass(frozen=True, eq=False)
 class PartState:
-    """All state of one object: tables of rows, dense tensors, and JSON."""
+    """The complete state of one object: tables of rows, dense tensors, and JSON."""
 
     tables: dict[str, TableState] = field(default_factory=dict)
     """Member tables by name."""
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    """Dense tensors by name, of any shape and of a dtype that safetensors knows."""
+    """Dense tensors by name, of any shape and any dtype that safetensors supports."""
 
     meta: dict[str, JSON] = field(default_factory=dict)
-    """State that is no tensor (step counts, seeds). Handed back as it was saved; not compared with the live object."""
+    """State other than tensors (step counts, seeds). Restored as saved; not compared with the live object."""
 
     owned: bool = False
-    """True if the tensors are copies that nobody will change: a save in the background need not copy them again."""
+    """True if the tensors are copies that will not be modified, so a background save need not copy them again."""
 
 
 @runtime_checkable
 class Saveable(Protocol):
-    """An object that a ``Saver`` saves and loads. Its kind is its ``checkpoint_kind``, or else ``saveable``."""
+    """An object that a ``Saver`` saves and loads. Its kind is its ``checkpoint_kind``, by default ``saveable``."""
 
     def checkpoint_state(self) -> PartState:
         """Return the state.
 
-        Tensors need not be copies: the saver changes nothing in them and reads them before ``Saver.save`` returns.
+        Tensors need not be copies: the saver does not modify them and reads them before ``Saver.save`` returns.
         """
         ...
 
     def load_checkpoint_state(self, state: PartState) -> None:
-        """Replace the state by a saved one.
+        """Replace the state with a saved one.
 
         Called after the whole checkpoint has been verified and compared with :meth:`checkpoint_state`: tables, columns,
-        dtypes, widths and table metadata, and dtypes and shapes of tensors, are the same.
+        dtypes, widths and table metadata, and dtypes and shapes of tensors, are equal.
 
         Args:
-            state: The saved state, on the CPU, in memory of its own; rows sorted by (bucket, id).
+            state: The saved state, on the CPU, in memory that the object may keep; rows sorted by (bucket, id).
         """
         ...
 
 
 class StateLoader(Protocol):
-    """One load into an object: compares a checkpoint with it, then takes the rows in pieces."""
+    """One load into an object: compares the checkpoint with the object, then loads the rows in chunks."""
 
     differences: Sequence[str]
     """Reasons why the checkpoint cannot be loaded."""
     changes: Sequence[str]
-    """Descriptions of what is converted or reset by the load."""
+    """Descriptions of the state that the load converts or resets."""
     holds_rows: bool
-    """True if the load replaces rows that the object has now."""
+    """True if the load replaces existing rows of the object."""
 
     def begin(self, rows: Mapping[str, int]) -> None:
         """Remove all rows.
 
         Args:
-            rows: By table, about how many rows will be loaded.
+            rows: Approximate number of rows to be loaded, by table.
         """
         ...
 
     def check(self, name: str, columns: Mapping[str, Tensor]) -> None:
-        """Raise ValueError if rows of a table, columns as in :meth:`load`, cannot be loaded."""
+        """Raise ValueError if rows of a table cannot be loaded; arguments as in :meth:`load`."""
         ...
 
     def load(self, name: str, columns: Mapping[str, Tensor]) -> None:
@@ -217,7 +217,7 @@ class StateLoader(Protocol):
 
         Args:
             name: Name of the table.
-            columns: By name, ``[m, ...]``, valid during the call only.
+            columns: By name, ``[m, ...]``; valid only during the call.
 
         Raises:
             ValueError: The rows cannot be loaded.
@@ -225,76 +225,76 @@ class StateLoader(Protocol):
         ...
 
     def end(self) -> None:
-        """Load what is not a row, after the last rows."""
+        """Load the state other than rows, after the last rows."""
         ...
 
     def abandon(self) -> None:
-        """Remove all rows: the rest of them will not come."""
+        """Remove all rows, because the load failed before the last ones."""
         ...
 
 
 @runtime_checkable
 class Loadable(Saveable, Protocol):
-    """A ``Saveable`` that compares a checkpoint with itself, and loads one that differs where it can."""
+    """A ``Saveable`` that compares a checkpoint with itself and can load some that differ."""
 
     def checkpoint_loader(self, saved: PartState) -> StateLoader:
-        """Compare with a checkpoint, and return the loader; nothing is changed before its ``begin``.
+        """Compare with a checkpoint and return the loader. The object does not change before the loader's ``begin``.
 
         Args:
-            saved: The saved state, tables without rows.
+            saved: The saved state; its tables have no rows.
 
         Raises:
-            ValueError: The state beside the rows is malformed.
+            ValueError: The state other than rows is malformed.
         """
         ...
 
 
 @runtime_checkable
 class SaveableTables(Loadable, Protocol):
-    """A ``Saveable`` of large tables, such as an ``EmbeddingEngine``: saved without a copy in memory, or by changes."""
+    """A ``Saveable`` with large tables, such as an ``EmbeddingEngine``, saved incrementally or without copying them."""
 
     def checkpoint_layout(self) -> PartState:
-        """Return :meth:`checkpoint_state` without rows: tables, columns and tensors, no ``meta``."""
+        """Return :meth:`checkpoint_state` with tables, columns and tensors, but without rows and ``meta``."""
         ...
 
     def checkpoint_snapshot(self, memory: HostMemory | None) -> Callable[[], PartState]:
-        """Return a function that returns the state, its tables with readers of their rows.
+        """Return a function that returns the state, in which tables have row readers.
 
         Args:
-            memory: Takes a copy of the rows, after which the tables may change, and the function may be called in
-                another thread. None: the rows are read where they are, and must not change before.
+            memory: Memory for a copy of the rows. The tables may then change, and the function may be called in another
+                thread. None: the rows are read in place and must not change until they have been read.
         """
         ...
 
     def watch_checkpoint_changes(self) -> object:
-        """Start to record changes.
+        """Start recording changes.
 
         Returns:
-            A token for this moment. Recording stops when nothing refers to it any more.
+            A token for this point in time. Recording stops when the token is garbage-collected.
         """
         ...
 
     def checkpoint_changes(self, since: object, whole: Collection[str]) -> PartState | None:
-        """Return what changed.
+        """Return the changes since a token.
 
         Args:
             since: A token of :meth:`watch_checkpoint_changes`.
             whole: Names of tables to return whole.
 
         Returns:
-            :meth:`checkpoint_state`, but of a table with ``removed`` only the rows that may have changed since. None if
-            the changes are not known.
+            :meth:`checkpoint_state`, in which a table with ``removed`` has only the rows that may have changed since.
+            None if the changes are unknown.
         """
         ...
 
     def checkpoint_buckets(self, table: str) -> tuple[int, int] | None:
-        """Return the buckets whose rows this rank loads: the first, and the one after the last.
+        """Return the range of buckets whose rows this rank loads.
 
         Args:
             table: Name of the table.
 
         Returns:
-            None for those of :func:`owned_buckets`.
+            The first bucket and the one after the last; None for those of :func:`owned_buckets`.
         """
         ...
 
@@ -302,7 +302,7 @@ class SaveableTables(Loadable, Protocol):
         """Replace the rows of some tables and leave the others unchanged.
 
         Args:
-            tables: By name. Columns have the widths that they have here; dtypes may differ, and all columns but the
-                first two may be missing. ``step`` in the meta of each is the number of its optimizer steps, or None.
+            tables: By name. Columns have the same widths as in this object. Dtypes may differ, and all columns but the
+                first two may be missing. ``step`` in each table's meta is the number of its optimizer steps, or None.
         """
         ...

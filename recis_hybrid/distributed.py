@@ -1,11 +1,11 @@
-"""Rank and world size of a job, and what its ranks do together.
+"""Rank and world size of a job, and collective operations on its ranks.
 
-A launcher (torchrun, or a scheduler whose script exports the same variables) gives each process its ``RANK``, the
-``WORLD_SIZE`` and the address of rank 0. ``EmbeddingEngine``, ``ColumnDataset`` and ``Trainer`` call :func:`join` when
-they are built, so that a program written for one process runs on several without changes.
+A launcher (torchrun, or a scheduler whose script exports the same variables) sets ``RANK``, ``WORLD_SIZE`` and the
+address of rank 0 for each process. ``EmbeddingEngine``, ``ColumnDataset`` and ``Trainer`` call :func:`join` in their
+constructors, so a program written for one process runs on several without changes.
 
-All rooms take ranks, sums over ranks and the rule "all ranks succeed or all raise" from here. A function that takes a
-``group`` uses the default process group if it is None; without torch.distributed a process is rank 0 of 1.
+All rooms use this module for ranks, sums over ranks, and the rule that all ranks succeed or all raise. Functions with
+an argument ``group`` use the default process group if it is None. Without torch.distributed, a process is rank 0 of 1.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from torch import Tensor
 from torch.utils.data import get_worker_info
 
 _ADVICE = (
-    "start the ranks with torchrun, or call torch.distributed.init_process_group(...) first; a process that trains by "
-    "itself has no WORLD_SIZE, or WORLD_SIZE=1"
+    "start the ranks with torchrun, or call torch.distributed.init_process_group(...) first; to train in a single "
+    "process, unset WORLD_SIZE or set WORLD_SIZE=1"
 )
-# Whether this module initialized the default group, and whether something averages the gradients of towers.
+# Whether this module initialized the default group, and whether a trainer or step averages the gradients of towers.
 _joined = _averages_gradients = False
-# The default group and the group for messages that was made beside it.
+# The default group, and the group for messages created for it.
 _messages: tuple[dist.ProcessGroup, dist.ProcessGroup] | None = None
 
 
 class OtherRankError(RuntimeError):
-    """Another rank failed in work that all ranks do together.
+    """Another rank failed in an operation of all ranks.
 
     Args:
         rank: The rank that failed.
@@ -61,18 +61,18 @@ def rank(group: dist.ProcessGroup | None = None) -> int:
 
 
 def world_size(group: dist.ProcessGroup | None = None) -> int:
-    """Return the number of processes of a group; 1 without torch.distributed."""
+    """Return the number of processes in a group; 1 without torch.distributed."""
     if group is not None:
         return group.size()
     return dist.get_world_size() if is_initialized() else 1
 
 
 def sendable(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """Return a tensor, contiguous and on a device that the group's backend sends from.
+    """Return a contiguous tensor on a device that the group's backend can send from.
 
-    It stays where it is if the backend allows that; otherwise it is copied: to the CPU for Gloo, to the GPU for NCCL.
+    The tensor is copied only if the backend requires it: to the CPU for Gloo, to the GPU for NCCL.
     """
-    # A group that torch.distributed does not know (it need not be initialized) knows its backend itself.
+    # get_backend fails for a group that is not registered with torch.distributed. A raw Gloo group has the name "gloo".
     backend = "gloo" if group is not None and group.name() == "gloo" else dist.get_backend(group)
     if tensor.is_cuda and "nccl" not in backend:
         return tensor.cpu()
@@ -85,7 +85,7 @@ def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Te
     """Return the sum of a tensor over all ranks, on its device; collective.
 
     Args:
-        values: Of the same shape and dtype on all ranks; unchanged.
+        values: Tensor with the same shape and dtype on all ranks; not modified.
         group: The ranks.
     """
     if world_size(group) == 1:
@@ -98,10 +98,10 @@ def sum_over_ranks(values: Tensor, group: dist.ProcessGroup | None = None) -> Te
 def exchange(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     """Return the values of all ranks, by rank; collective.
 
-    Values travel as JSON, so that nothing received is executed.
+    Values are sent as JSON, so no received data is executed.
 
     Args:
-        value: Anything that JSON can hold.
+        value: Any JSON value.
         group: The ranks.
     """
     if world_size(group) == 1:
@@ -127,19 +127,19 @@ def all_succeed_or_raise(
 ) -> list[Any]:
     """Return the results of all ranks, or raise on all ranks if one of them failed; collective.
 
-    Each rank does its part, catches what it raises, and calls this with the outcome; so no rank waits for one that
-    failed.
+    Each rank does its part, catches exceptions, and passes the outcome to this function. No rank then waits for one
+    that failed.
 
     Args:
-        failure: The exception of this rank, raised again here; None if it succeeded.
-        value: The result of this rank: anything that JSON can hold.
+        failure: This rank's exception, which is raised again; None if it succeeded.
+        value: This rank's result, any JSON value.
         group: The ranks.
 
     Returns:
         The values by rank.
 
     Raises:
-        OtherRankError: Another rank failed, and this one did not.
+        OtherRankError: Another rank failed, but this one did not.
 
     Example:
         >>> all_succeed_or_raise(None, {"rows": 3})
@@ -151,7 +151,7 @@ def all_succeed_or_raise(
         if failure is not None:
             raise failure
     finally:
-        failure = None  # else the exception and this frame would refer to each other
+        failure = None  # otherwise the exception and this frame would form a reference cycle
     for number, (_, error) in enumerate(outcomes):
         if error is not None:
             raise OtherRankError(number, len(outcomes), *error)
@@ -165,7 +165,7 @@ def launcher_rank_and_size(where: str) -> tuple[int, int]:
         where: The caller, for messages.
 
     Raises:
-        ValueError: One of the two is missing, or they are not a rank and a world size.
+        ValueError: One of the two is missing, or they are not a valid rank and world size.
     """
     texts = os.environ.get("RANK"), os.environ.get("WORLD_SIZE")
     if texts == (None, None):
@@ -176,8 +176,8 @@ def launcher_rank_and_size(where: str) -> tuple[int, int]:
         rank, size = -1, -1
     if not 0 <= rank < size:
         raise ValueError(
-            f"{where}: the environment has RANK={texts[0]} and WORLD_SIZE={texts[1]}, but both must be integers, "
-            f"RANK from 0 to WORLD_SIZE - 1; {_ADVICE}"
+            f"{where}: the environment variables RANK and WORLD_SIZE must be integers, with RANK from 0 to "
+            f"WORLD_SIZE - 1, got RANK={texts[0]} and WORLD_SIZE={texts[1]}; {_ADVICE}"
         )
     return rank, size
 
@@ -185,25 +185,25 @@ def launcher_rank_and_size(where: str) -> tuple[int, int]:
 def join(where: str) -> None:
     """Initialize the default group if a launcher started several processes and the program has not done so.
 
-    The backend is Gloo, with NCCL beside it for tensors on GPUs if there are any; the current GPU becomes that of
-    ``LOCAL_RANK``. The group is destroyed when the process ends. In workers of a DataLoader nothing happens.
+    The backend is Gloo, plus NCCL for GPU tensors if there are GPUs. The current GPU is set to ``LOCAL_RANK``. The
+    group is destroyed when the process exits. In DataLoader workers this does nothing.
 
     Args:
         where: The caller, for messages.
 
     Raises:
         RuntimeError: The launcher started several processes, but they cannot be joined.
-        ValueError: The environment holds no valid rank and world size.
+        ValueError: The environment contains no valid rank and world size.
     """
     if is_initialized() or get_worker_info() is not None:
         return
     rank, size = launcher_rank_and_size(where)
     if size == 1:
         return
-    process = f"{where}: by the environment (RANK, WORLD_SIZE) this is process {rank} of {size}"
+    process = f"{where}: according to RANK and WORLD_SIZE this is process {rank} of {size}"
     if not dist.is_available():
         raise RuntimeError(
-            f"{process}, but this build of torch has no torch.distributed; install another build, or start one process"
+            f"{process}, but this build of torch has no torch.distributed; install another build, or use one process"
         )
     if missing := [name for name in ("MASTER_ADDR", "MASTER_PORT") if name not in os.environ]:
         raise RuntimeError(
@@ -223,7 +223,7 @@ def join(where: str) -> None:
 
 
 def message_group() -> dist.ProcessGroup:
-    """Return a Gloo group of all ranks for small messages between training loops; collective."""
+    """Return the Gloo group of all ranks for small messages between training loops; collective."""
     world = dist.group.WORLD
     assert world is not None
     global _messages
@@ -239,36 +239,36 @@ def _timeout_of(group: dist.ProcessGroup) -> timedelta | None:
 
 
 def mark_gradients_averaged() -> None:
-    """Record that the gradients of towers are averaged over the ranks, as ``Trainer`` and ``TorchStep`` do."""
+    """Record that ``Trainer`` or ``TorchStep`` averages the gradients of towers over the ranks."""
     global _averages_gradients
     _averages_gradients = True
 
 
 def averages_no_gradients() -> bool:
-    """Return whether :func:`join` initialized the group and nothing is known to average the gradients of towers."""
+    """Return whether :func:`join` initialized the group and no :func:`mark_gradients_averaged` followed."""
     return _joined and not _averages_gradients and is_initialized()
 
 
 def check_gradients_averaged(where: str) -> None:
-    """Raise if a loop written for one process is about to train a separate model on each rank.
+    """Raise if a loop written for one process would train a separate model on each rank.
 
     Args:
         where: The caller, for the message.
 
     Raises:
-        RuntimeError: Nothing is known to average the gradients of towers over the ranks.
+        RuntimeError: Gradients of towers are not averaged over the ranks.
     """
     if averages_no_gradients():
         raise RuntimeError(
-            f"{where}: {world_size()} processes were started together, but nothing averages the gradients of this "
-            f"loop's towers over them; train with pipelines.Trainer, which does, or wrap the towers in "
+            f"{where}: {world_size()} processes were started together, but this loop does not average the gradients of "
+            f"its towers over them; train with pipelines.Trainer, which does, or wrap the towers in "
             f"DistributedDataParallel and call torch.distributed.init_process_group(...) when the program starts"
         )
 
 
 def _destroy_group() -> None:
-    # A process that ends with its Gloo groups open is aborted. NCCL, after an error, would wait here for a collective
-    # that other ranks are in.
+    # A process that exits with open Gloo groups aborts. After an error, NCCL would wait here for a collective that
+    # other ranks are in.
     failed = getattr(sys, "last_value", None) is not None
     if is_initialized() and not (failed and "nccl" in dist.get_backend()):
         dist.destroy_process_group()

@@ -1,6 +1,6 @@
-"""A reader of exported tables that needs only numpy: neither torch nor the native library is imported.
+"""A reader of exported tables that needs only NumPy, neither torch nor the native library.
 
-Files are memory-mapped: a lookup touches only the pages of the rows that it returns.
+Files are memory-mapped, so a lookup touches only the pages of the rows that it returns.
 
 Letters: n ids of a call, m rows of a file, D dim.
 """
@@ -37,13 +37,13 @@ class ServingError(ValueError):
 
 
 class Reader:
-    """Embeddings and dense tensors of one checkpoint, as ``recis-hybrid export`` writes it.
+    """Embeddings and dense tensors of one checkpoint written by ``recis-hybrid export``.
 
-    Whole training checkpoints can be read too; incremental ones are refused.
+    Whole training checkpoints can be read too; incremental ones are rejected.
 
     Args:
-        path: A ``step_…`` folder, or a folder of several, whose highest step is read.
-        verify: Whether to check the checksums of all files now, which reads them completely.
+        path: A ``step_…`` folder, or a folder of several, of which the one with the highest step is read.
+        verify: Whether to verify the checksums of all files, which reads them completely.
 
     Raises:
         ServingError: The checkpoint is missing, damaged, incremental, or of another format version.
@@ -52,16 +52,16 @@ class Reader:
         >>> Reader("no/such/place")
         Traceback (most recent call last):
         ...
-        recis_hybrid.serving.ServingError: no/such/place is no directory. Name what `recis-hybrid export` wrote.
+        recis_hybrid.serving.ServingError: no/such/place is not a directory. Pass the output of `recis-hybrid export`.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = False) -> None:
         self.path = _step_folder(os.fspath(path))
         document = _manifest(self.path / "manifest.json")
         self.step: int = document["step"]
-        """The step that was exported."""
+        """Training step of the checkpoint."""
         self.parts: dict[str, Any] = document["parts"]
-        """Entries of the manifest by part; ``docs/format.md`` specifies them."""
+        """Entries of the manifest by part, specified in ``docs/format.md``."""
         self._tables: dict[str, _Table] = {}
         for part, entry in self.parts.items():
             for name, table in entry["tables"].items():
@@ -73,7 +73,7 @@ class Reader:
 
     @property
     def tables(self) -> list[str]:
-        """Names of the tables; if two parts share a name, the second is ``part/name``."""
+        """Names of the tables. If two parts share a table name, the second table is ``part/name``."""
         return list(self._tables)
 
     def dim(self, table: str) -> int:
@@ -127,7 +127,7 @@ class Reader:
             ServingError: The part does not exist.
         """
         if part not in self.parts:
-            raise ServingError(f"{self.path}: has no part {part!r}, it has {sorted(self.parts)}. Name one of these.")
+            raise ServingError(f"{self.path}: there is no part {part!r}, there are {sorted(self.parts)}.")
         file = self.parts[part]["file"]
         if file is None:
             return {}
@@ -135,7 +135,7 @@ class Reader:
 
     def _table(self, name: str) -> _Table:
         if name not in self._tables:
-            raise ServingError(f"{self.path}: has no table {name!r}, it has {self.tables}. Name one of these.")
+            raise ServingError(f"{self.path}: there is no table {name!r}, there are {self.tables}.")
         return self._tables[name]
 
     def _files(self) -> Iterator[dict[str, Any]]:
@@ -153,7 +153,7 @@ class _Tensor(NamedTuple):
 
 
 class _Table:
-    """A table whose files are opened when first used."""
+    """A table that opens its files on first use."""
 
     def __init__(self, root: Path, name: str, entry: dict[str, Any]) -> None:
         shapes = {column["name"]: column["shape"] for column in entry["columns"]}
@@ -170,13 +170,13 @@ class _Table:
         out = np.empty((ids.size, self.dim), np.float32)
         out[:] = default
         buckets = bucket_of(ids)
-        which = np.searchsorted(self._firsts, buckets, side="right") - 1
-        for number in np.unique(which).tolist():
-            mine = np.flatnonzero(which == number)
+        file_numbers = np.searchsorted(self._firsts, buckets, side="right") - 1
+        for number in np.unique(file_numbers).tolist():
+            positions = np.flatnonzero(file_numbers == number)
             tensors = self._file(number)
-            rows = _rows(tensors, ids[mine], buckets[mine])
+            rows = _rows(tensors, ids[positions], buckets[positions])
             found = rows >= 0
-            out[mine[found]] = _widened(tensors["embedding"].values[rows[found]], tensors["embedding"].bfloat16)
+            out[positions[found]] = _widened(tensors["embedding"].values[rows[found]], tensors["embedding"].bfloat16)
         return out
 
     def _file(self, number: int) -> dict[str, _Tensor]:
@@ -189,16 +189,16 @@ class _Table:
             columns |= {"buckets": (present,), "bucket_offsets": (present + 1,)}
             for name, shape in columns.items():
                 if name not in tensors or tensors[name].values.shape != shape:
-                    raise ServingError(f"{self._root / item['file']['path']}: must hold {name} {list(shape)}.")
+                    raise ServingError(f"{self._root / item['file']['path']}: must contain {name} {list(shape)}.")
             offsets = tensors["bucket_offsets"].values
             if rows is None or offsets[0] != 0 or offsets[-1] != m or bool((np.diff(offsets) <= 0).any()):
-                raise ServingError(f"{self._root / item['file']['path']}: bucket_offsets must ascend from 0 to {m}.")
+                raise ServingError(f"{self._root / item['file']['path']}: bucket_offsets must increase from 0 to {m}.")
             self._open[number] = tensors
         return self._open[number]
 
 
 def bucket_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Return the bucket of each id, 0 to 65,535, as ``docs/format.md`` specifies.
+    """Return the bucket of each id, from 0 to 65,535, as specified in ``docs/format.md``.
 
     Args:
         ids: int64 ``[n]``.
@@ -218,14 +218,14 @@ def bucket_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 
 
 def _rows(tensors: dict[str, _Tensor], ids: Array, buckets: Array) -> Array:
-    """Return the row of each id within a file, -1 without one, by binary search within its bucket."""
+    """Return the row of each id within a file, or -1 if it has none, by binary search within its bucket."""
     present, offsets, stored = (tensors[name].values for name in ("buckets", "bucket_offsets", "ids"))
     if stored.size == 0:
         return np.full(ids.size, -1)
     at = np.searchsorted(present, buckets)
-    there = present[np.minimum(at, present.size - 1)] == buckets
-    at = np.where(there, at, 0)
-    low, high = offsets[at], np.where(there, offsets[at + 1], offsets[at])
+    is_present = present[np.minimum(at, present.size - 1)] == buckets
+    at = np.where(is_present, at, 0)
+    low, high = offsets[at], np.where(is_present, offsets[at + 1], offsets[at])
     end = high
     while bool((low < high).any()):
         middle = (low + high) // 2
@@ -240,16 +240,16 @@ def _widened(values: Array, bfloat16: bool) -> Array:
 
 def _step_folder(text: str) -> Path:
     if "://" in text:
-        raise ServingError(f"{text}: files are mapped, which those of a URL cannot be. Copy the export to a directory.")
+        raise ServingError(f"{text}: must be a directory, because files are memory-mapped. Copy the export to one.")
     path = Path(text)
     if not path.is_dir():
-        raise ServingError(f"{path} is no directory. Name what `recis-hybrid export` wrote.")
+        raise ServingError(f"{path} is not a directory. Pass the output of `recis-hybrid export`.")
     if (path / "manifest.json").is_file():
         return path
     found = [(int(match[1]), entry) for entry in path.iterdir() if (match := _STEP.fullmatch(entry.name))]
     complete = [(step, entry) for step, entry in found if (entry / "manifest.json").is_file()]
     if not complete:
-        raise ServingError(f"{path} holds no complete checkpoint. Name what `recis-hybrid export` wrote.")
+        raise ServingError(f"{path} holds no complete checkpoint. Pass the output of `recis-hybrid export`.")
     return max(complete)[1]
 
 
@@ -260,26 +260,26 @@ def _manifest(path: Path) -> dict[str, Any]:
     raw = path.read_bytes()
     match = _SEAL.fullmatch(raw)
     if match is None or int(match[2], 16) != zlib.crc32(match[1]):
-        raise ServingError(f"{path}: is damaged: the CRC-32 at its end is not that of its text. Export it again.")
+        raise ServingError(f"{path}: is damaged: the CRC-32 at its end does not match its text. Export it again.")
     try:
         document: dict[str, Any] = json.loads(raw)
         if document["format"] != _FORMAT or document["format_version"] != _VERSION:
             found = (document["format"], document["format_version"])
-            raise ServingError(f"{path}: must be of {_FORMAT!r}, version {_VERSION}, is of {found}. Export it again.")
+            raise ServingError(f"{path}: format must be {_FORMAT!r}, version {_VERSION}, got {found}. Export it again.")
         if document["buckets"] != _BUCKETS:
-            raise ServingError(f"{path}: must have {_BUCKETS} buckets, has {document['buckets']}.")
+            raise ServingError(f"{path}: must have {_BUCKETS} buckets, got {document['buckets']}.")
         if "previous" in document:
             raise ServingError(
-                f"{path}: holds just what changed since step {document['previous']['step']}. Export it with "
+                f"{path}: contains only the changes since step {document['previous']['step']}. Export it with "
                 "`recis-hybrid export`, or make it whole with `recis-hybrid compact`."
             )
         for part in document["parts"].values():
             files = [part["file"], *(r["file"] for table in part["tables"].values() for r in table["ranges"])]
             for file in files:
                 if file is not None and not _PATH.fullmatch(file["path"]):
-                    raise ServingError(f"{path}: a path must lead to a file beside it, got {file['path']!r}.")
+                    raise ServingError(f"{path}: a path must lead to a file in this folder, got {file['path']!r}.")
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ServingError(f"{path}: is no manifest: {error!r}. Export it again.") from error
+        raise ServingError(f"{path}: is not a manifest: {error!r}. Export it again.") from error
     return document
 
 
@@ -290,7 +290,7 @@ def _tensors(root: Path, file: dict[str, Any]) -> dict[str, _Tensor]:
         with open(path, "rb") as opened:
             size = os.fstat(opened.fileno()).st_size
             if size != file["size"]:
-                raise ServingError(f"{path}: must have {file['size']} bytes by the manifest, has {size}.")
+                raise ServingError(f"{path}: must have {file['size']} bytes according to the manifest, has {size}.")
             data = mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ)
         length = int.from_bytes(data[:8], "little")
         if not 0 < length <= min(_MOST_HEADER, size - 8):
@@ -311,7 +311,7 @@ def _tensors(root: Path, file: dict[str, Any]) -> dict[str, _Tensor]:
                 or count * dtype.itemsize != last - first
                 or min(shape, default=0) < 0
             ):
-                raise ServingError(f"{path}: tensor {name!r} of shape {list(shape)} cannot lie at {first} to {last}.")
+                raise ServingError(f"{path}: tensor {name!r} of shape {list(shape)} cannot be at {first} to {last}.")
             values = np.frombuffer(data, dtype, count, begin + first).reshape(shape)
             tensors[name] = _Tensor(values, entry["dtype"] == "BF16")
     except (OSError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -326,4 +326,4 @@ def _verify(root: Path, file: dict[str, Any]) -> None:
     with open(root / file["path"], "rb") as opened:
         sums = [f"{zlib.crc32(part):08x}" for part in iter(lambda: opened.read(chunk), b"")]
     if sums != file["crc32"]:
-        raise ServingError(f"{root / file['path']}: has changed since it was written: its checksums differ.")
+        raise ServingError(f"{root / file['path']}: has changed since it was written: the checksums differ.")

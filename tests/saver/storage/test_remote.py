@@ -226,7 +226,7 @@ def test_commands_accept_urls(memory: Any, tmp_path: Path, capsys: pytest.Captur
     assert RemotePath.of(url).names() == [".lease", "step_000001", "step_000002"]
     saver.save(3, toy.parts())  # no other saver has taken over
     assert main(["diff", "memory://b/whole", str(tmp_path / "run")]) == 0
-    with pytest.raises(ServingError, match="memory://b/out: files are mapped.*Copy the export to a directory"):
+    with pytest.raises(ServingError, match="memory://b/out: must be a directory, .*Copy the export to one"):
         Reader("memory://b/out")
 
 
