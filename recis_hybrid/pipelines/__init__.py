@@ -1,6 +1,6 @@
-"""Training in stages, evaluation and prediction, and the callbacks around them.
+"""Training in stages, evaluation, prediction, and callbacks.
 
-Scripts and ``app`` import it; it builds on all rooms below.
+Scripts and ``app`` import it. It builds on all rooms below.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Argument checks of pipelines, beside those that all rooms share."""
+"""Argument checks specific to pipelines."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from recis_hybrid.validation import check_type, describe_value
 
 
 def check_callable(where: str, name: str, value: object, expected: str) -> None:
-    """Check that an argument is a function or a callable object, not a class.
+    """Check that an argument is a function or a callable object.
 
     Raises:
-        TypeError: It is not.
+        TypeError: The value is a class or not callable.
     """
     if isinstance(value, type) or not callable(value):
         raise TypeError(f"{where}: {name} must be {expected}, got {describe_value(value)}")
@@ -27,8 +27,8 @@ def check_column_name(where: str, name: str, value: object) -> None:
     """Check that an argument is the name of a column, or None.
 
     Raises:
-        TypeError: It is not a string.
-        ValueError: It is empty.
+        TypeError: The value is not a string.
+        ValueError: The value is empty.
     """
     if not isinstance(value, str | None):
         raise TypeError(f"{where}: {name} must be the name of a column, or None, got {describe_value(value)}")
@@ -40,7 +40,7 @@ def check_path(where: str, path: Any) -> Path:
     """Return an argument as a path.
 
     Raises:
-        TypeError: It is not a path.
+        TypeError: The argument is not a path.
     """
     check_type(where, "path", path, (str, os.PathLike), "a path")
     return Path(path)
@@ -50,12 +50,12 @@ def check_batches(where: str, name: str, data: object) -> None:
     """Check that an argument is a source of batches.
 
     Raises:
-        TypeError: It is not iterable, or it is a path or a single batch.
+        TypeError: The value is not iterable, or is a path or a single batch.
     """
-    expected = "a source of batches, as a ColumnDataset or a list of dicts of columns"
+    expected = "a source of batches, such as a ColumnDataset or a list of dicts of columns"
     if isinstance(data, str | os.PathLike):
         raise TypeError(
-            f"{where}: {name} must be {expected}, got the path {str(data)!r}; read it by ColumnDataset(path, ...)"
+            f"{where}: {name} must be {expected}, got the path {str(data)!r}; read it with ColumnDataset(path, ...)"
         )
     if isinstance(data, Mapping):
         raise TypeError(
@@ -69,33 +69,35 @@ def check_step(where: str, name: str, step: object) -> None:
     """Check that an argument has the methods of a step.
 
     Raises:
-        TypeError: It has not.
+        TypeError: A method is missing.
     """
     methods = ("__call__", "predict", "parts")
     if isinstance(step, type) or not all(callable(getattr(step, method, None)) for method in methods):
-        hint = "; wrap it, as TorchStep(model, loss, [dense, sparse])" if isinstance(step, nn.Module) else ""
-        raise TypeError(f"{where}: {name} must be a step, as TorchStep(...), got {describe_value(step)}{hint}")
+        hint = "; wrap it: TorchStep(model, loss, [dense, sparse])" if isinstance(step, nn.Module) else ""
+        raise TypeError(f"{where}: {name} must be a step, such as TorchStep(...), got {describe_value(step)}{hint}")
 
 
 def check_batch(where: str, batch: object) -> None:
     """Check that an item of a source is a batch.
 
     Raises:
-        TypeError: It is not a mapping.
+        TypeError: The item is not a mapping.
     """
     if not isinstance(batch, Mapping):
         raise TypeError(f"{where}: a batch must be a dict of columns by name, got {describe_value(batch)}")
 
 
 def check_modules(where: str, name: str, value: Iterable[nn.Module], example: str) -> list[nn.Module]:
-    """Return an argument, a sequence of modules, as a list.
+    """Return a sequence of modules as a list.
 
     Raises:
-        TypeError: It is a single module, or contains something else.
+        TypeError: The value is a single module, or an item is not a module.
     """
-    # nn.Sequential is iterable and would pass as its own layers.
+    # nn.Sequential is iterable: without this check, its layers would be taken as the modules.
     if isinstance(value, nn.Module | str | Mapping) or not isinstance(value, Iterable):
-        raise TypeError(f"{where}: {name} must be a sequence of modules, as {example}, got {describe_value(value)}")
+        raise TypeError(
+            f"{where}: {name} must be a sequence of modules, such as {example}, got {describe_value(value)}"
+        )
     modules = list(value)
     for number, module in enumerate(modules):
         check_type(where, f"{name}[{number}]", module, nn.Module, "a torch.nn.Module")
@@ -103,13 +105,13 @@ def check_modules(where: str, name: str, value: Iterable[nn.Module], example: st
 
 
 def check_optimizers(where: str, value: Any) -> dict[str, Optimizer]:
-    """Return optimizers by name; those of a sequence are named ``optimizer0`` and so on.
+    """Return optimizers by name. Those of a sequence are named ``optimizer0``, ``optimizer1`` and so on.
 
     Raises:
         TypeError: The argument is neither a sequence nor a mapping of optimizers.
         ValueError: An optimizer occurs twice.
     """
-    expected = "a sequence or a mapping of optimizers, as [dense, sparse] or {'dense': dense, 'sparse': sparse}"
+    expected = "a sequence or a mapping of optimizers, such as [dense, sparse] or {'dense': dense, 'sparse': sparse}"
     if not isinstance(value, Iterable) or isinstance(value, str | nn.Module):
         hint = "; put it into a list" if hasattr(value, "param_groups") and not isinstance(value, type) else ""
         raise TypeError(f"{where}: optimizers must be {expected}, got {describe_value(value)}{hint}")
@@ -129,7 +131,9 @@ def check_optimizers(where: str, value: Any) -> dict[str, Optimizer]:
             "an optimizer of torch.optim or recis_hybrid.optim",
         )
     if len({id(optimizer) for optimizer in named.values()}) < len(named):
-        raise ValueError(f"{where}: an optimizer occurs twice among {sorted(named)}, and would update twice a step")
+        raise ValueError(
+            f"{where}: an optimizer occurs twice among {sorted(named)} and would update twice per step; remove one"
+        )
     return named
 
 

@@ -10,28 +10,28 @@ from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Location
 
 Record: TypeAlias = dict[str, Any]
-"""One line of the log: an ``event`` (``train``, ``eval``, ``evict``, ``save``, ``tables``), ``step``, and figures by
-name."""
+"""One record of the log: an ``event`` (``train``, ``eval``, ``evict``, ``save``, ``stop``, ``tables``), the ``step``,
+and figures by name."""
 
 
 class Callback:
-    """Base class of callbacks; override the methods to be called. The defaults do nothing.
+    """Base class of callbacks. All methods do nothing by default.
 
-    State that a restarted run needs goes through ``state_dict``. A method that raises ends the training: the trainer
-    saves, then raises a CallbackError that names the callback.
+    A callback returns the state that a restart must restore from ``state_dict``. If a method raises, the trainer saves
+    a checkpoint and raises a CallbackError that names the callback.
     """
 
     def before_fit(self, trainer: Run) -> None:
-        """Run once, after the checkpoint is loaded if the run resumes."""
+        """Run once before the first stage. A resumed run has loaded its checkpoint."""
 
     def after_fit(self, trainer: Run) -> None:
-        """Run once at the end, also if an exception ends the training."""
+        """Run once at the end, even if an exception ends the training."""
 
     def before_stage(self, trainer: Run, stage: Stage) -> None:
         """Run before each stage."""
 
     def after_stage(self, trainer: Run, stage: Stage) -> None:
-        """Run after each stage that has ended without an exception."""
+        """Run after each stage that ended without an exception."""
 
     def before_step(self, trainer: Run, batches: Sequence[Batch]) -> None:
         """Run before each training step."""
@@ -46,16 +46,16 @@ class Callback:
         """Run after each backward pass of a torch step, before gradients are clipped and applied."""
 
     def before_save(self, trainer: Run) -> None:
-        """Run before each checkpoint."""
+        """Run before each checkpoint is written."""
 
     def after_save(self, trainer: Run, path: Location) -> None:
-        """Run after each checkpoint, with its directory."""
+        """Run after each checkpoint is written to its directory ``path``."""
 
     def on_log(self, trainer: Run, record: Record) -> None:
-        """Run for each line of the log."""
+        """Run for each record of the log."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the state that a restarted run needs."""
+        """Return the state to save in checkpoints."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -63,4 +63,4 @@ class Callback:
 
 
 class CallbackError(RuntimeError):
-    """A callback raised; the message names it, the method, and what was saved."""
+    """A callback raised. The message names the callback and its method, and says whether the state was saved."""

@@ -1,4 +1,4 @@
-"""Dispatcher: calls the callbacks of a trainer, and attributes their exceptions."""
+"""Dispatcher: calls the callbacks of a trainer and attributes their exceptions."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from recis_hybrid.pipelines.step_timer import StepTimer
 from recis_hybrid.validation import check_type, describe_value
 
 _RENAMED = {"Checkpoint": "PeriodicCheckpoint"}
-"""Class names of callbacks in the checkpoints of earlier versions."""
+"""Current class names of callbacks by their names in checkpoints of earlier versions."""
 
 
 class Dispatcher:
     """The callbacks of a trainer.
 
-    Ranks save together. With several of them, an exception of a callback, or its request to stop, is therefore
-    deferred until all ranks call :meth:`agree`.
+    Ranks save together. With several ranks, a callback's exception or request to stop is therefore deferred until all
+    ranks call :meth:`agree`.
 
     Args:
         run: Passed to the callbacks.
         callbacks: Called in this order.
-        rescue: Saves the state after a callback raised, and returns a sentence about the outcome.
+        rescue: Saves the state after a callback raised and returns a sentence about the outcome.
 
     Raises:
         TypeError: ``callbacks`` is not a sequence of callbacks.
     """
 
     def __init__(self, run: Run, callbacks: Iterable[Callback], rescue: Callable[[], str]) -> None:
-        self.callbacks = _checked(callbacks)
+        self.callbacks = _check_callbacks(callbacks)
         self._run, self._rescue = run, rescue
         self._within_step = False
         self._stop_reason: str | None = None
@@ -43,7 +43,7 @@ class Dispatcher:
         """Call a method of all callbacks.
 
         Raises:
-            CallbackError: One raises. It is raised later within a step, or if there are several ranks.
+            CallbackError: A callback raises. Within a step, or with several ranks, this is deferred.
         """
         for each in self.callbacks:
             try:
@@ -57,7 +57,7 @@ class Dispatcher:
 
     @contextmanager
     def within_step(self) -> Iterator[None]:
-        """Defer exceptions of callbacks in the block to :meth:`raise_deferred`: within a step nothing can be saved."""
+        """Defer exceptions of callbacks to :meth:`raise_deferred`, because no checkpoint can be saved within a step."""
         self._within_step = True
         try:
             yield
@@ -65,7 +65,7 @@ class Dispatcher:
             self._within_step = False
 
     def raise_deferred(self) -> None:
-        """Raise CallbackError if a callback raised within the last step; with one process only."""
+        """Raise CallbackError if a callback raised within the last step. With several ranks, :meth:`agree` does."""
         if self._deferred is not None and distributed.world_size() == 1:
             deferred, self._deferred = self._deferred, None
             raise self._error(*deferred) from deferred[2]
@@ -78,13 +78,13 @@ class Dispatcher:
         """Share exceptions and requests to stop with the other ranks; collective.
 
         Args:
-            interrupted: Whether this process received a signal to end.
+            interrupted: Whether this process received a signal to terminate.
 
         Returns:
-            The reason to stop, or None, the same decision on all ranks; and whether any rank received a signal.
+            The reason to stop, or None; and whether any rank received a signal. All ranks make the same decision.
 
         Raises:
-            CallbackError: A callback raised on some rank; all ranks have saved.
+            CallbackError: A callback raised on some rank. All ranks have saved.
         """
         reason, self._stop_reason = self._stop_reason, None
         if distributed.world_size() == 1:
@@ -94,7 +94,7 @@ class Dispatcher:
             requests = distributed.all_succeed_or_raise(deferred and deferred[2], [reason, interrupted])
         except distributed.OtherRankError as error:
             raise CallbackError(
-                f"a callback on rank {error.rank} raised {error.kind} at step {self._run.steps_done} or before: "
+                f"a callback on rank {error.rank} raised {error.kind} at or before step {self._run.steps_done}: "
                 f"{error.text}; {self._rescue()}"
             ) from None
         except Exception as error:
@@ -103,11 +103,11 @@ class Dispatcher:
             raise self._error(*deferred) from error
         ranks = [rank for rank, (requested, _) in enumerate(requests) if requested is not None]
         if reason is None and ranks:
-            reason = f"requested by the ranks {ranks}"
+            reason = f"requested by ranks {ranks}"
         return reason, any(signalled for _, signalled in requests)
 
     def finish(self, error: BaseException | None) -> None:
-        """Call ``after_fit`` of every callback; an exception there does not hide ``error``."""
+        """Call ``after_fit`` of every callback. An exception there becomes a note of ``error``, if there is one."""
         self._deferred = self._stop_reason = None
         for each in self.callbacks:
             try:
@@ -122,12 +122,12 @@ class Dispatcher:
         return [[type(each).__name__, each.state_dict()] for each in self.callbacks]
 
     def load_states(self, states: list[list[Any]]) -> None:
-        """Restore :meth:`states`, matching callbacks by class and order; some may have been added or removed."""
-        left = [[_RENAMED.get(name, name), state] for name, state in states]
+        """Restore :meth:`states`, matching callbacks by class and order. Callbacks may have been added or removed."""
+        remaining = [[_RENAMED.get(name, name), state] for name, state in states]
         for each in self.callbacks:
-            match = next((entry for entry in left if entry[0] == type(each).__name__), None)
+            match = next((entry for entry in remaining if entry[0] == type(each).__name__), None)
             if match is not None:
-                left.remove(match)
+                remaining.remove(match)
                 each.load_state_dict(match[1])
 
     def _error(self, callback: Callback, hook: str, error: Exception) -> CallbackError:
@@ -139,25 +139,25 @@ class Dispatcher:
 
 @dataclass(frozen=True)
 class StepObserver:
-    """Passes phases of a step to the timer and its backward passes to the callbacks."""
+    """Reports phases of a step to the timer and backward passes to the callbacks."""
 
     timer: StepTimer
     dispatcher: Dispatcher
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time the block as a phase of a step that is logged."""
+        """Time the block as a phase of the step, if the step is logged."""
         return self.timer.phase(name)
 
     def backward(self, when: Literal["before", "after"]) -> None:
-        """Call the callbacks."""
+        """Call ``before_backward`` or ``after_backward`` of the callbacks."""
         self.dispatcher.call(f"{when}_backward")
 
 
-def _checked(callbacks: Any) -> Sequence[Callback]:
+def _check_callbacks(callbacks: Any) -> Sequence[Callback]:
     if isinstance(callbacks, Callback | str) or not isinstance(callbacks, Iterable):
         hint = "; put it into a list" if isinstance(callbacks, Callback) else ""
         raise TypeError(f"Trainer: callbacks must be a sequence of callbacks, got {describe_value(callbacks)}{hint}")
-    listed = list(callbacks)
-    for number, callback in enumerate(listed):
-        check_type("Trainer", f"callbacks[{number}]", callback, Callback, "a Callback, as ProgressBar()")
-    return listed
+    result = list(callbacks)
+    for number, callback in enumerate(result):
+        check_type("Trainer", f"callbacks[{number}]", callback, Callback, "a Callback, such as ProgressBar()")
+    return result

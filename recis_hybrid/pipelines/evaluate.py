@@ -22,25 +22,25 @@ def evaluate(
     transforms: Sequence[Callable[[Batch], Batch]] = (),
     interruption: Interruption | None = None,
 ) -> dict[str, float]:
-    """Compute metrics of a step's predictions; tables insert nothing.
+    """Compute metrics of a step's predictions. Tables insert no rows.
 
     All ranks call this together, each with its own batches. Every row counts once: ranks that run out of batches
     continue with empty ones.
 
     Args:
-        step: Makes the predictions. Its model is left in evaluation mode until the next training step.
+        step: Makes the predictions. Its model stays in evaluation mode until the next training step.
         data: Batches.
         metrics: By name, for every objective; or by objective and name. They are not modified.
-        transforms: Applied to each batch before the step, in order.
-        interruption: Interruption of the training around it: a signal ends the evaluation between two batches.
+        transforms: Applied in order to each batch before the step.
+        interruption: Interruption of the surrounding training. A signal ends the evaluation between two batches.
 
     Returns:
         The value of each metric by name; by ``OBJECTIVE.NAME`` if there are several objectives.
 
     Raises:
         TypeError: ``metrics`` is not a mapping of metrics.
-        ValueError: A rank has no batch, metrics belong to an unknown objective, a metric by group finds no groups, or
-            labels are missing or do not suit a metric.
+        ValueError: A rank has no batch, metrics belong to an unknown objective, the groups of a grouped metric are
+            missing, or labels are missing or do not fit a metric.
     """
     check_step("evaluate", "step", step)
     check_batches("evaluate", "data", data)
@@ -61,7 +61,7 @@ def evaluate(
             for name, metric in by_name.items():
                 update_metric(name, metric, predictions[objective])
     if updated is None:
-        raise ValueError("evaluate: the data gave no batch")
+        raise ValueError("evaluate: the data yielded no batch")
     several = len(updated) > 1 or "" not in updated
     return {
         f"{objective}.{name}" if several else name: float(metric.compute())

@@ -1,4 +1,4 @@
-"""Interruption: end a training between two steps, with a checkpoint, on Ctrl-C, SIGTERM and SIGUSR1."""
+"""Interruption: end a training between two steps, with a checkpoint, on Ctrl-C, SIGTERM or SIGUSR1."""
 
 from __future__ import annotations
 
@@ -16,30 +16,29 @@ from recis_hybrid import distributed
 
 _SIGNALS = tuple(getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name))
 _REPEAT_SECONDS = 5.0
-"""Interval in which a second signal is ignored under torchrun: a scheduler signals torchrun and the ranks, and torchrun
-passes its signal on to the ranks."""
+"""Interval in which ranks under torchrun ignore a second signal: a scheduler signals both torchrun and the ranks, and
+torchrun forwards its signal to the ranks."""
 
 
 class Terminated(SystemExit):
-    """A signal other than Ctrl-C ended the training; the exit status is 128 + the signal's number."""
+    """A signal other than Ctrl-C ended the training. The exit status is 128 + the signal's number."""
 
 
 class WaitInterrupted(KeyboardInterrupt):
-    """Raised in a wait for batches or stages, to end the training without them."""
+    """Raised in a wait for batches or stages to end the wait and the training."""
 
 
 class Interruption:
-    """Records the first signal to end the training; a second one ends the process at once.
+    """Records the first signal, which ends the training; a second signal ends the process immediately.
 
-    Inside the ``with`` block, handlers are installed for signals that have Python's default effect, and only in the
-    main thread.
+    The ``with`` block installs handlers for signals that have Python's default handler, and only in the main thread.
     """
 
     def __init__(self) -> None:
         self.requested: signal.Signals | None = None
         """The signal that this process received."""
         self.wake: Callable[[], object] | None = None
-        """Called on the first signal, to end a wait that must not be left by an exception."""
+        """Called on the first signal, to end a wait that must not be ended by an exception."""
         self._previous: dict[signal.Signals, Any] = {}
         self._interruptible = False
         self._raised = False
@@ -50,8 +49,8 @@ class Interruption:
         self._interruptible = self._raised = False
         if threading.current_thread() is threading.main_thread():
             for number in _SIGNALS:
-                usual = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
-                if signal.getsignal(number) == usual:
+                default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+                if signal.getsignal(number) == default:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
 
@@ -77,7 +76,7 @@ class Interruption:
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
-        """Let a signal raise WaitInterrupted in the block, whose results are then discarded."""
+        """Let a signal raise WaitInterrupted in the block, which discards the block's results."""
         self._interruptible = bool(self._previous)
         try:
             if self._interruptible and self.requested is not None:
@@ -94,12 +93,12 @@ class Interruption:
             return
         self.requested, self._first = signal.Signals(number), time.monotonic()
         if "TORCHELASTIC_RUN_ID" not in os.environ:
-            # So that a second signal works even while the main thread runs native code.
+            # A Python handler would not run while the main thread is in native code. The default action does.
             for each in self._previous:
                 signal.signal(each, self._previous[each] if _is_interactive() else signal.SIG_DFL)
         if distributed.rank() == 0:
-            # Not by print: the signal may have arrived in the middle of one.
-            text = f"\nrecis_hybrid: {self.requested.name}: ending after this step; a second signal ends at once\n"
+            # print is not reentrant, and the signal may have interrupted one.
+            text = f"\nrecis_hybrid: {self.requested.name}: ending after this step; a second signal ends immediately\n"
             os.write(2, text.encode())
         if self.wake is not None:
             self.wake()

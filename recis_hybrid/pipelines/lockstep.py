@@ -1,8 +1,8 @@
 """Lockstep: ranks agree on each step before it starts, so that none waits for a rank without batches.
 
-A rank announces the batches that it has read for a step, and reads the announcements of the others when that step's
-turn comes: usually one step later, when they have arrived. A rank without further batches takes part with empty ones
-until all ranks have reached the end of their pass.
+A rank announces the batches that it has read for a step and reads the announcements of the other ranks when the step
+starts, usually one step later, when they have arrived. A rank that runs out of batches takes part with empty ones until
+all ranks have reached the end of their pass.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from recis_hybrid.embedding import ExchangeError
 from recis_hybrid.pipelines.interruption import Interruption, WaitInterrupted
 from recis_hybrid.ragged import Batch, RaggedTensor
 
-# Flags of an announcement. NO_COLUMNS: the rank has read no batch yet, and cannot make an empty one.
+# Flags of an announcement. NO_COLUMNS: the rank has read no batch yet and cannot build an empty one.
 _ENDED, _FAILED, _NO_COLUMNS, _INTERRUPTED = 1, 2, 4, 8
 
 
 class RanksInterrupted(Exception):
-    """A rank received a signal to end; raised on all ranks at the same step."""
+    """A rank received a signal to terminate; raised on all ranks at the same step."""
 
 
 @dataclass(frozen=True)
@@ -37,14 +37,14 @@ class Agreement:
     ended: bool
     """True if all ranks have reached the end of their pass."""
     rows: list[list[int]]
-    """For each batch of the step, its rows on each rank."""
+    """For each batch of the step, its number of rows on each rank."""
     alike: bool
-    """True if all ranks announced the digest of a batch, and the same one."""
+    """True if all ranks announced the same digest."""
 
 
 @dataclass(frozen=True, eq=False)
 class Announcement:
-    """This rank's announcement, while those of the others are pending."""
+    """This rank's announcement; those of the other ranks are pending."""
 
     batches: int
     received: Tensor
@@ -56,12 +56,12 @@ class Announcement:
         """Wait for the announcements of the other ranks.
 
         Args:
-            failure: The error that kept this rank from reading; raised here, while the others raise ExchangeError.
+            failure: This rank's error in reading; raised here, while the other ranks raise ExchangeError.
 
         Raises:
             ExchangeError: Another rank failed or died.
-            RanksInterrupted: A rank received a signal to end.
-            ValueError: A rank has no batch at all, so that the columns of an empty one are unknown.
+            RanksInterrupted: A rank received a signal to terminate.
+            ValueError: A rank has no batch at all, so the columns of an empty one are unknown.
         """
         rank = distributed.rank()
         try:
@@ -69,21 +69,21 @@ class Announcement:
         except RuntimeError as error:
             raise ExchangeError(
                 f"rank {rank} of {distributed.world_size()}: another rank died, raised an error, or did not reach this "
-                f"step; read the messages of the other ranks first, then restart all of them from a checkpoint. The "
+                f"step; read the messages of the other ranks first, then restart all ranks from a checkpoint. The "
                 f"backend reports: {error}"
             ) from error
         if failure is not None:
             raise failure
         lines: list[list[int]] = self.received.tolist()
         if failed := [other for other, line in enumerate(lines) if line[0] & _FAILED and other != rank]:
-            raise ExchangeError(f"rank {rank}: the ranks {failed} could not read their next batch; see their messages")
+            raise ExchangeError(f"rank {rank}: ranks {failed} could not read their next batch; see their messages")
         if any(line[0] & _INTERRUPTED for line in lines):
             raise RanksInterrupted
         columns = [list(column) for column in zip(*(line[2:] for line in lines), strict=True)]
         rows = [column for column in columns if max(column) >= 0]
-        lacking = [r for r, line in enumerate(lines) if line[0] & _NO_COLUMNS and any(column[r] < 0 for column in rows)]
-        if lacking:
-            raise ValueError(f"the ranks {lacking} have no batch, but others do; give every rank at least one batch")
+        empty = [r for r, line in enumerate(lines) if line[0] & _NO_COLUMNS and any(column[r] < 0 for column in rows)]
+        if empty:
+            raise ValueError(f"ranks {empty} have no batch, but others do; give every rank at least one batch")
         return Agreement(
             all(line[0] & _ENDED for line in lines),
             [[max(count, 0) for count in column] for column in rows],
@@ -101,16 +101,16 @@ def announce(
     interrupted: bool = False,
     digest: int = 0,
 ) -> Announcement:
-    """Announce this rank's batches of a step to the others; collective.
+    """Announce this rank's batches of a step to the other ranks; collective.
 
     Args:
         batches: At most ``most``.
-        most: Batches of a step.
+        most: Maximum number of batches per step.
         ended: Whether this rank's pass has ended.
         no_columns: Whether this rank has read no batch yet.
-        failed: Whether it could not read.
-        interrupted: Whether it received a signal to end.
-        digest: Digest of this rank's first batch, in its step; 0 later.
+        failed: Whether this rank failed to read.
+        interrupted: Whether this rank received a signal to terminate.
+        digest: Digest of this rank's first batch, announced with it; 0 afterwards.
     """
     flags = _ENDED * ended + _FAILED * failed + _NO_COLUMNS * no_columns + _INTERRUPTED * interrupted
     sent = torch.tensor(
@@ -123,7 +123,7 @@ def announce(
 
 
 def _rows(batch: Any) -> int:
-    """Return the number of rows; the largest if columns differ, which a transform may still change."""
+    """Return the number of rows. If columns differ, return the largest: a transform may still change them."""
     if isinstance(batch, RaggedTensor):
         return batch.batch_size
     if isinstance(batch, Mapping):
@@ -135,10 +135,10 @@ def _rows(batch: Any) -> int:
 
 
 def without_rows(batch: Any) -> Any:
-    """Return an empty batch with the same columns, in its own memory.
+    """Return an empty batch with the same columns, which shares no memory with the batch.
 
     Args:
-        batch: Columns by name, or the input of a transform: tensors, arrays and lists, within tuples.
+        batch: Columns by name, or the input of a transform: nested tuples of tensors, arrays and lists.
     """
     if isinstance(batch, Tensor):
         return batch[:0].clone() if batch.dim() > 0 else batch
@@ -157,17 +157,17 @@ def without_rows(batch: Any) -> Any:
 
 
 def _holds_columns(values: Sequence[Any]) -> bool:
-    """Return whether a list contains columns, as (inputs, labels), rather than being one, as a list of strings."""
+    """Return whether a list contains columns, like (inputs, labels), rather than being one, like a list of strings."""
     return any(isinstance(value, RaggedTensor | Mapping) or getattr(value, "shape", None) for value in values)
 
 
 def digest_of(batch: Any) -> int:
     """Return a positive digest of a batch."""
-    found = hashlib.sha256()
+    digest = hashlib.sha256()
 
     def add(value: Any) -> None:
         if isinstance(value, Tensor):
-            found.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+            digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         elif isinstance(value, RaggedTensor):
             add((value.values, value.offsets))
         elif isinstance(value, Mapping):
@@ -176,26 +176,26 @@ def digest_of(batch: Any) -> int:
             for each in value:
                 add(each)
         else:
-            found.update(repr(value).encode())
+            digest.update(repr(value).encode())
 
     add(batch)
-    return int.from_bytes(found.digest()[:7], "little") + 1
+    return int.from_bytes(digest.digest()[:7], "little") + 1
 
 
 def in_lockstep(data: Iterable[Batch], interruption: Interruption | None = None) -> Iterator[Batch]:
-    """Yield the batches of a pass, equally many on all ranks: empty ones once a rank has no more.
+    """Yield the batches of a pass, the same number on all ranks; a rank that runs out yields empty ones.
 
     Args:
         data: This rank's batches.
-        interruption: Interruption of the training around it.
+        interruption: Interruption of the surrounding training.
 
     Raises:
         ExchangeError: Another rank failed or died.
-        RanksInterrupted: A rank received a signal to end.
-        ValueError: A rank has no batch at all, and others have.
-        WaitInterrupted: This process received a signal to end, and is the only one.
+        RanksInterrupted: A rank received a signal to terminate.
+        ValueError: A rank has no batch at all, but others do.
+        WaitInterrupted: This process, the only one, received a signal to terminate.
     """
-    # A DataLoader draws a seed when it starts; an evaluation must not take it from the training's generator.
+    # A DataLoader draws a seed when it starts. An evaluation must not advance the training's generator.
     with torch.random.fork_rng(devices=[]):
         iterator = iter(data)
     alone = distributed.world_size() == 1

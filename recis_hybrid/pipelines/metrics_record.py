@@ -1,4 +1,4 @@
-"""Recorder: the figures in the lines of the log."""
+"""Recorder: the figures in the records of the log."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ RESERVED = (
     "evicted",
     "tables",
 )
-"""Names that the log itself uses in the lines of training steps."""
+"""Names that the log itself uses in records of training steps."""
 _RESERVED_PREFIXES = ("loss/", "weight/", "time/", "rows/", "lr/", "memory/")
 
 
 def is_reserved(name: str) -> bool:
-    """Return whether the log itself uses a name in the lines of training steps."""
+    """Return whether the log itself uses a name in records of training steps."""
     return name in RESERVED or name.startswith(_RESERVED_PREFIXES)
 
 
 class RunningMeans:
-    """Means of the figures of steps since the last line of the log, over the rows of all ranks.
+    """Means of the steps' figures since the last record of the log, over the rows of all ranks.
 
-    Sums stay on the figures' devices, in float64, so that adding does not synchronize.
+    Sums are float64 and stay on the figures' devices, so adding to them does not synchronize.
     """
 
     def __init__(self) -> None:
@@ -52,15 +52,15 @@ class RunningMeans:
         self._counts: dict[str, int] = {}
         self._metrics: dict[str, Metric] = {}
         self._saved_metrics: dict[str, Mapping[str, Tensor]] = {}
-        """States of metrics from a checkpoint, until the metrics first occur."""
+        """States of metrics from a checkpoint, kept until a step first returns the metrics."""
 
     def add(self, figures: Mapping[str, Tensor | Metric], rows: int) -> None:
-        """Add the figures of a step, one number each, and register its metrics.
+        """Add the figures of a step and register its metrics.
 
         Args:
-            figures: By name.
-            rows: Rows of this rank in the step, the weight of the figures. Without rows, as when only other ranks have
-                data left, the figures do not count.
+            figures: Metrics, or tensors of one number, by name.
+            rows: Number of rows of this rank in the step, which weighs the figures. With 0 rows, if only other ranks
+                have data left, the figures do not count.
         """
         for name, value in figures.items():
             if isinstance(value, Metric):
@@ -90,7 +90,7 @@ class RunningMeans:
         by_rank = distributed.exchange([own, sorted(self._metrics)])
         if any(metrics != by_rank[0][1] for _, metrics in by_rank):
             raise ValueError(
-                f"Trainer: the steps of all ranks must have the same metrics, which are computed together, got "
+                f"Trainer: the steps of all ranks must have the same metrics, because ranks compute them together, got "
                 f"{[metrics for _, metrics in by_rank]} by rank"
             )
         totals: dict[str, tuple[float, int]] = {}
@@ -117,27 +117,27 @@ class RunningMeans:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore a :meth:`state_dict`; metrics follow when a step first returns them."""
+        """Restore a :meth:`state_dict`. The state of a metric is restored when a step first returns the metric."""
         self.clear()
         self._sums, self._counts = dict(state["sums"]), dict(state["counts"])
         self._saved_metrics = dict(state["metrics"])
 
 
 class Recorder:
-    """Collects figures between two lines of the log."""
+    """Collects figures between two records of the log."""
 
     def __init__(self) -> None:
         self.means = RunningMeans()
         self.wait_seconds = 0.0
-        """Time that the loop has waited for batches."""
+        """Time that the loop has waited for batches, since the last record."""
         self.evicted = 0
-        """Rows evicted."""
+        """Rows evicted since the last record."""
         self._start = self._last = time.perf_counter()
         self._steps = self._samples = 0
         self._rows: int | None = None
 
     def restart(self, samples: int) -> None:
-        """Exclude the time since the last line, of an evaluation for instance, from rates."""
+        """Exclude the time since the last record, such as an evaluation, from rates."""
         self._last, self.wait_seconds, self._samples = time.perf_counter(), 0.0, samples
 
     def train_record(
@@ -149,13 +149,13 @@ class Recorder:
         parts: Mapping[str, object],
         phases: Mapping[str, float],
     ) -> dict[str, Any]:
-        """Return the figures of the steps since the last line; synchronizes the device and the ranks.
+        """Return the figures of the steps since the last record; synchronizes the device and the ranks.
 
         Args:
             steps: Steps of the training.
             samples: Samples of the training, on this rank.
-            engines: Engines whose tables are counted.
-            parts: Parts of a checkpoint; learning rates are those of the optimizers in it.
+            engines: Engines whose table rows are counted.
+            parts: Parts of a checkpoint; the learning rates are those of the optimizers among them.
             phases: Seconds of the last step by phase; empty if not measured.
         """
         now = time.perf_counter()
@@ -190,9 +190,9 @@ class Recorder:
 
 
 def frequencies(engines: Sequence[EmbeddingEngine]) -> dict[str, Any]:
-    """Return for each member table its rows, and how many of them were seen 2**k to 2**(k+1) - 1 times; collective.
+    """Return the number of rows of each member table, and how many were seen 2**k to 2**(k+1) - 1 times; collective.
 
-    Counts are over all ranks. The last entry of ``frequency`` is that of the largest k that occurs.
+    Counts cover all ranks. The last entry of ``frequency`` belongs to the largest k that occurs.
     """
     counts = [
         each for engine in engines for table in engine.tables if not table.read_only for each in _level_counts(table)
@@ -209,7 +209,7 @@ def frequencies(engines: Sequence[EmbeddingEngine]) -> dict[str, Any]:
 
 @dataclass(eq=False)
 class _ReadRows:
-    """An eviction rule that evicts nothing and keeps the rows that it is given."""
+    """An eviction rule that evicts nothing and keeps a reference to the rows."""
 
     rows: Rows | None = None
 
@@ -219,7 +219,7 @@ class _ReadRows:
 
 
 def _level_counts(table: HashTable) -> list[tuple[str, Tensor]]:
-    """Return each member table's name, and how many of its rows were seen 2**k to 2**(k+1) - 1 times, int64 [64]."""
+    """Return for each member table its name and how many rows were seen 2**k to 2**(k+1) - 1 times, int64 [64]."""
     read = _ReadRows()
     table.evict(read)
     assert read.rows is not None
@@ -239,7 +239,7 @@ def _learning_rates(parts: Mapping[str, object]) -> dict[str, float]:
     return {
         f"lr/{name}": float(part.param_groups[0]["lr"])
         for name, part in parts.items()
-        # An optax optimizer keeps its rate elsewhere.
+        # An optax optimizer has no learning rate in its parameter groups.
         if isinstance(part, torch.optim.Optimizer) and "lr" in part.param_groups[0]
     }
 

@@ -1,4 +1,4 @@
-"""predict: scores of a step over data, and files of scores. Letters: B rows of a batch."""
+"""predict: scores of a step on a data set, and files of scores. Letters: B rows of a batch."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def predict(
     columns: Sequence[str] = (),
     transforms: Sequence[Callable[[Batch], Batch]] = (),
 ) -> Iterator[Batch]:
-    """Yield a step's scores batch by batch, in the order of the data; tables insert nothing.
+    """Yield a step's scores batch by batch, in the order of the data. Tables insert no rows.
 
-    Padding rows (``ShardOptions(uneven="pad")``) are left out. All ranks call this together, each with its own
-    batches, and consume everything it yields; a rank with fewer batches than others gets empty ones.
+    Padding rows (``ShardOptions(uneven="pad")``) are omitted. All ranks call this together, each with its own batches,
+    and consume everything it yields. A rank with fewer batches than others yields empty ones at the end.
 
     Args:
-        step: Makes the predictions. Its model is left in evaluation mode until the next training step.
-        data: Batches; a step with a method ``score``, such as TorchStep, needs no labels.
-        columns: Columns of these batches to yield as well, as they are before the transforms.
-        transforms: Applied to each batch before the step, in order.
+        step: Makes the predictions. Its model stays in evaluation mode until the next training step.
+        data: Batches. A step with a method ``score``, such as TorchStep, needs no labels.
+        columns: Columns of the batches to yield too, as they are before the transforms.
+        transforms: Applied in order to each batch before the step.
 
     Yields:
         The columns, and ``score`` ``[B]`` on the model's device; ``score.OBJECTIVE`` if there are several objectives.
@@ -47,17 +47,17 @@ def predict(
     for batch in in_lockstep(data):
         if missing := [name for name in columns if name not in batch]:
             raise KeyError(f"predict: the batch has no columns {missing}, it has {sorted(batch)}")
-        carried = {name: batch[name] for name in columns}
+        selected = {name: batch[name] for name in columns}
         for transform in transforms:
             batch = transform(batch)
         mask = batch.get("mask")
         if isinstance(mask, Tensor) and mask.dtype is torch.bool and not bool(mask.all()):
-            carried = {name: _rows(column, mask) for name, column in carried.items()}
+            selected = {name: _rows(column, mask) for name, column in selected.items()}
         scores = _scores(step, batch)
         names = {"score" if list(scores) == [""] else f"score.{name}": each for name, each in scores.items()}
-        if taken := [name for name in names if name in carried]:
-            raise ValueError(f"predict: the columns {taken} have the names of scores; leave them out, or rename them")
-        yield {**carried, **names}
+        if duplicates := [name for name in names if name in selected]:
+            raise ValueError(f"predict: the columns {duplicates} have the names of scores; omit or rename them")
+        yield {**selected, **names}
 
 
 def _scores(step: Step, batch: Batch) -> Mapping[str, Tensor]:
@@ -80,13 +80,13 @@ def write_predictions(
 ) -> int:
     """Write batches to a Parquet or CSV file, in order.
 
-    The file appears only when it is complete: it is written under a temporary name, which a failure removes.
+    The file is written under a temporary name and renamed when complete. A failure removes it.
 
     Args:
-        path: A file that does not exist yet; its suffix selects the format.
-        batches: Batches with equal columns.
-        types: Arrow types of columns in the files that they were read from. Unsigned 64-bit integers, which a batch
-            holds as int64, and strings are written with these types.
+        path: A file that does not exist yet. Its suffix selects the format.
+        batches: Batches with the same columns.
+        types: Arrow types that columns have in the input files. They restore unsigned 64-bit integers, which a batch
+            holds as int64, and strings.
 
     Returns:
         The number of rows written.
@@ -94,7 +94,8 @@ def write_predictions(
     Raises:
         FileExistsError: The file exists.
         FileNotFoundError: Its folder does not exist.
-        ValueError: The suffix is neither ``.parquet`` nor ``.csv``, there is no batch, or lists would go into CSV.
+        ValueError: The suffix is neither ``.parquet`` nor ``.csv``, there is no batch, or a column of lists would be
+            written as CSV.
     """
     import pyarrow as pa
     from pyarrow import csv, parquet
@@ -116,7 +117,7 @@ def write_predictions(
             writer.write_batch(table)
             rows += table.num_rows
         if writer is None:
-            raise ValueError(f"{out}: there is nothing to write: the data has no batches")
+            raise ValueError(f"{out}: the data must have at least one batch, got none")
         writer.close()
         os.replace(partial, out)
     except BaseException:
@@ -128,18 +129,18 @@ def write_predictions(
 
 
 def check_output(path: str | os.PathLike[str]) -> None:
-    """Raise as :func:`write_predictions` does if it cannot write a file."""
+    """Raise the errors of :func:`write_predictions` for a path that it cannot write."""
     out = Path(path)
     if out.suffix not in SUFFIXES:
         raise ValueError(f"{out}: the suffix must be one of {', '.join(SUFFIXES)}, got {out.suffix!r}")
     if out.exists():
-        raise FileExistsError(f"{out} already exists; remove it, or name another file")
+        raise FileExistsError(f"{out} already exists; remove it, or choose another name")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; create it first")
 
 
 def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
-    """Return a column as an Arrow array, of the type in the files where that is more specific."""
+    """Return a column as an Arrow array, with its type in the input files where that is more specific."""
     import pyarrow as pa
 
     if isinstance(column, RaggedTensor):
@@ -153,7 +154,7 @@ def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:
 
 
 def _as_in_files(array: Any, kind: Any) -> Any:
-    """Return int64 as unsigned integers, and bytes as strings, as in the files."""
+    """Convert int64 to unsigned integers, and bytes to strings, where the input files have these types."""
     import pyarrow as pa
 
     if kind is not None and pa.types.is_dictionary(kind):

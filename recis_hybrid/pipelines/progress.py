@@ -1,4 +1,4 @@
-"""Progress: the position of a training in its stages, as a checkpoint stores it."""
+"""Progress: the position of a training in its stages, as stored in checkpoints."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ class Progress:
     """Position of a training."""
 
     steps: int = 0
-    """Training steps done."""
+    """Completed training steps."""
     samples: int = 0
     """Rows trained on, by this rank."""
     stages: int = 0
     """Stages started."""
     finished: bool = True
-    """True if the last of these has ended."""
+    """True if the last started stage has ended."""
     window: str | None = None
-    """Name of that stage's window."""
+    """Name of the window of the last started stage."""
     stage_steps: int = 0
-    """Training steps of the stage."""
+    """Training steps of the current stage."""
     stage_passes: int = 0
-    """Passes that have ended in the stage."""
+    """Passes completed in the current stage."""
     pass_batches: int = 0
-    """Batches that the stage has taken from the current pass."""
+    """Batches that the current stage has taken from the current pass."""
     figures: dict[str, dict[str, dict[str, float]]] = field(default_factory=dict)
-    """Results of evaluations by number of the stage; empty if stages come by window."""
+    """Results of evaluations by stage number; empty for WindowStages."""
 
     def state_dict(self) -> dict[str, Any]:
         """Return the position as JSON values."""
@@ -45,10 +45,10 @@ class Progress:
         self.stage_steps = self.stage_passes = self.pass_batches = 0
 
     def remaining(self, stages: Iterable[Stage], figures: dict[str, dict[str, float]]) -> Iterator[Stage]:
-        """Yield the stages that are still to run, the current one first, and count each as it starts.
+        """Yield the remaining stages, the current one first, and count each as it starts.
 
-        A stream that restores its own position yields the last stage again, first of its window. Any other is iterated
-        from its beginning, with ``figures`` as they were then.
+        A stream that restores its own position starts with the last stage that it yielded. Any other stream is iterated
+        from its beginning, and sees ``figures`` as they were in the first run.
         """
         resumes, stream = self.stages > 0, iter(stages)
         if resumes and not hasattr(stages, "load_state_dict"):
@@ -65,15 +65,15 @@ class Progress:
                 self.start_stage(window)
             yield stage
             self.finished = True
-        if resumes:  # more stages were done than there are now
-            for done in sorted(self.figures, key=int):
-                figures.update(self.figures[done])
+        if resumes:  # the stream has fewer stages than have been run
+            for key in sorted(self.figures, key=int):
+                figures.update(self.figures[key])
 
     def reached(self, stage: Train) -> bool:
         """Return whether the current stage has reached its bound."""
         if stage.max_steps is not None and self.stage_steps >= stage.max_steps:
             return True
-        # Without any bound it is one pass.
+        # A stage without a bound is one pass.
         epochs = stage.epochs or (None if stage.max_steps is not None or stage.endless else 1)
         return epochs is not None and self.stage_passes >= epochs
 
@@ -82,8 +82,8 @@ class Progress:
 
         Args:
             stage: The current stage.
-            batches: Batches of a pass; None if unknown.
-            accumulate: Batches of a step.
+            batches: Number of batches in a pass; None if unknown.
+            accumulate: Number of batches in a step.
         """
         bounds = [] if stage.max_steps is None else [stage.max_steps - self.stage_steps]
         if batches is not None and not stage.endless and (stage.max_steps is None or stage.epochs is not None):
@@ -93,9 +93,9 @@ class Progress:
 
 
 class Generators:
-    """Random generators of one rank, and its sums since the last line of the log, as a part of checkpoints.
+    """Part of checkpoints: one rank's random generators, and its sums since the last record of the log.
 
-    Checkpoints contain the name of this class.
+    Checkpoints contain the name of this class, so renaming it breaks them.
 
     Args:
         means: The sums.

@@ -1,4 +1,4 @@
-"""Random generators of the process: seeded together, saved together."""
+"""Seeding and state of the process's random generators."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from recis_hybrid.validation import check_integer
 
 
 def seed_everything(seed: int, *, rank: int = 0) -> None:
-    """Seed the generators of torch (all devices), numpy and Python.
+    """Seed the generators of torch (all devices), NumPy and Python.
 
-    Each rank gets different generators; otherwise all would draw the same dropout masks. Tables and readers have their
-    own seeds, which must be equal on all ranks.
+    Each rank gets a different seed; otherwise all would draw the same dropout masks. Tables and readers have their own
+    seeds, which must be equal on all ranks.
 
     Args:
         seed: A non-negative integer.
@@ -36,7 +36,7 @@ def seed_everything(seed: int, *, rank: int = 0) -> None:
 
 
 def generator_states() -> dict[str, Any]:
-    """Return the states of all generators, in a form that a checkpoint can hold."""
+    """Return the states of all generators, in a form that checkpoints can store."""
     numpy_state: Any = np.random.get_state(legacy=True)
     _, keys, position, has_gauss, cached = numpy_state
     version, words, gauss = random.getstate()

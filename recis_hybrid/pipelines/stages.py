@@ -18,18 +18,18 @@ from recis_hybrid.saver import Location
 from recis_hybrid.validation import check_integer, check_method, check_type, describe_value
 
 Source: TypeAlias = "str | Iterable[Batch]"
-"""A source's name in the trainer, read on from stage to stage; or batches, read from the start."""
+"""Name of a source of the trainer, which each stage continues to read; or batches, read from the start."""
 
 
 class Run(Protocol):
-    """A training in progress, as stages and callbacks see it; :class:`Trainer` is one."""
+    """Interface of a running training for stages and callbacks, implemented by :class:`Trainer`."""
 
     figures: dict[str, dict[str, float]]
-    """Latest metrics of each evaluation, by its name."""
+    """Latest metrics of each evaluation, by the evaluation's name."""
 
     @property
     def steps_done(self) -> int:
-        """Training steps done, including those before a restart."""
+        """Completed training steps, including those before a restart."""
 
     @property
     def samples(self) -> int:
@@ -49,7 +49,7 @@ class Run(Protocol):
         """Evict rows by the stage's rule."""
 
     def save(self, *, delta: bool = False) -> Location | None:
-        """Write a checkpoint, unless this step has one."""
+        """Write a checkpoint, unless the current step has one."""
 
     def stop(self, reason: str) -> None:
         """End the training after the current step."""
@@ -72,11 +72,11 @@ class Stage(Protocol):
 class Train:
     """Trains for a number of steps, for a number of passes, or on a window.
 
-    Without a bound it trains for one pass; over a source without a length, a bound or ``endless`` is required. A pass
-    that an earlier stage left unfinished is continued, and counts when it ends.
+    The default is one pass. A source without a length requires a bound or ``endless``. A pass that an earlier stage
+    left unfinished is continued and counts when it ends.
 
     Raises:
-        ValueError: A bound is less than 1, or both data and a window are given.
+        ValueError: A bound is less than 1, or both data and a window are passed.
 
     Example:
         >>> Train(max_steps=100).max_steps
@@ -86,17 +86,17 @@ class Train:
     data: Source = "train"
     """Source of the batches."""
     max_steps: int | None = None
-    """Number of updates, over as many passes as that takes."""
+    """Maximum number of updates; passes repeat as needed."""
     epochs: int | None = None
-    """Number of passes."""
+    """Maximum number of passes."""
     window: Window | None = None
-    """Files that the trainer's ``open_window`` opens, read once."""
+    """Window whose files are read once, opened by the trainer's ``open_window``."""
     endless: bool = False
     """Allow a stage that ends only when a callback stops it."""
     step: str | None = None
     """Name of one of the trainer's steps; None: the first."""
     freeze: Sequence[nn.Module] = ()
-    """Modules whose parameters stay fixed in this stage; their buffers, such as batch norm's statistics, do not."""
+    """Modules whose parameters stay fixed in this stage. Their buffers, such as batch norm statistics, do not."""
     transform: Callable[[Batch], Batch] | None = None
     """Applied to each batch before the step."""
     name: str = "train"
@@ -109,7 +109,7 @@ class Train:
         _check_types(self)
         object.__setattr__(self, "freeze", check_modules("Train", "freeze", self.freeze, "freeze=[model.tower]"))
         if self.window is not None and self.data != "train":
-            raise ValueError("Train: give data or a window, not both")
+            raise ValueError("Train: data and window exclude each other, got both; pass only one")
 
     def run(self, trainer: Run) -> None:
         """Train; see :meth:`Trainer.train`."""
@@ -125,7 +125,7 @@ class Train:
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate:
-    """Computes metrics over all batches of a source; tables insert nothing.
+    """Computes metrics over all batches of a source. Tables insert no rows.
 
     Example:
         >>> Evaluate(name="test").name
@@ -135,22 +135,22 @@ class Evaluate:
     data: Source = "eval"
     """Source of the batches, always read from the start."""
     window: Window | None = None
-    """Files that the trainer's ``open_window`` opens."""
+    """Window of files to evaluate on, opened by the trainer's ``open_window``."""
     metrics: Mapping[str, Metric] | Mapping[str, Mapping[str, Metric]] | None = None
-    """Metrics by name, for every objective, or by objective and name. None: the trainer's."""
+    """Metrics by name, for every objective; or by objective and name. None: the trainer's."""
     step: str | None = None
     """Name of one of the trainer's steps; None: the first."""
     transform: Callable[[Batch], Batch] | None = None
     """Applied to each batch before the step."""
     name: str = "eval"
-    """Name under which figures are stored and logged."""
+    """Name under which the metrics are stored and logged."""
 
     def __post_init__(self) -> None:
         _check_types(self)
         if self.metrics is not None:
             check_metrics("Evaluate", self.metrics)
         if self.window is not None and self.data != "eval":
-            raise ValueError("Evaluate: give data or a window, not both")
+            raise ValueError("Evaluate: data and window exclude each other, got both; pass only one")
 
     def run(self, trainer: Run) -> None:
         """Evaluate; see :meth:`Trainer.evaluate`."""
@@ -170,7 +170,7 @@ class Evict:
     rule: Eviction
     """Selects the rows."""
     compact: bool = False
-    """Move the remaining rows together afterwards, which frees memory."""
+    """Compact the tables afterwards, which frees memory."""
     name: str = "evict"
     """Name of the stage in logs."""
 
@@ -207,17 +207,17 @@ def check_stages(where: str, stages: Any) -> None:
     """Check that an argument is a sequence or a stream of stages.
 
     Raises:
-        TypeError: It is not.
+        TypeError: The argument is not iterable, or an item of a sequence is not a stage.
     """
     if hasattr(stages, "run") or isinstance(stages, str) or not isinstance(stages, Iterable):
         hint = "; put it into a list" if hasattr(stages, "run") else ""
         raise TypeError(
-            f"{where}: stages must be a sequence of stages, as [Train(), Evaluate()], got "
+            f"{where}: stages must be a sequence of stages, such as [Train(), Evaluate()], got "
             f"{describe_value(stages)}{hint}"
         )
     for number, stage in enumerate(stages if isinstance(stages, list | tuple) else ()):
         if isinstance(stage, type) or not callable(getattr(stage, "run", None)):
-            raise TypeError(f"{where}: stages[{number}] must be a stage, as Train(), got {describe_value(stage)}")
+            raise TypeError(f"{where}: stages[{number}] must be a stage, such as Train(), got {describe_value(stage)}")
 
 
 def _check_types(stage: Train | Evaluate) -> None:

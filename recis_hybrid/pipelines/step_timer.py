@@ -1,4 +1,4 @@
-"""StepTimer: the time of a step by phase, measured only in steps that are logged."""
+"""StepTimer: the time of a step by phase, measured only in logged steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOTHING = nullcontext()
 
 
 class StepTimer:
-    """Times phases, each without the phases nested in it; while enabled, it synchronizes the GPU between phases."""
+    """Times phases, excluding nested ones. While enabled, it synchronizes the GPU between phases."""
 
     def __init__(self) -> None:
         self.enabled = False
@@ -25,7 +25,7 @@ class StepTimer:
         self._since = 0.0
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time the block as a phase if the timer is enabled."""
+        """Time the block as a phase, if the timer is enabled."""
         return self._phase(name) if self.enabled else _NOTHING
 
     @contextmanager
@@ -55,7 +55,7 @@ class StepTimer:
 
     @contextmanager
     def measure(self, engines: Sequence[EmbeddingEngine]) -> Iterator[None]:
-        """Time the step in the block: engines' forward passes as ``lookup``, their waits for ranks as ``exchange``."""
+        """Time a step: forward passes of engines as ``lookup``, their waits for other ranks as ``exchange``."""
         self.enabled, self.seconds, self._open = True, {}, []
 
         def enter(module: nn.Module, args: Any) -> None:

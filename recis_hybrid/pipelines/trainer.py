@@ -1,4 +1,4 @@
-"""Trainer: runs the stages of a training, and resumes an interrupted one."""
+"""Trainer: runs the stages of a training and resumes an interrupted one."""
 
 from __future__ import annotations
 
@@ -42,34 +42,34 @@ class Trainer:
 
     A step that is not logged does not synchronize the device.
 
-    If torch.distributed is initialized, or a launcher such as torchrun started several processes, which then join here,
-    all ranks run the same stages. Towers start as rank 0's and apply the mean gradient over the samples of all ranks,
-    so that they stay bitwise equal, in DistributedDataParallel or not. The ranks agree on each step before it starts: a
-    rank without further batches takes part with empty ones until all have reached the end of the pass. Logs cover all
-    ranks, and rank 0 writes them.
+    Training is distributed if torch.distributed is initialized, or if a launcher such as torchrun started several
+    processes, which the constructor then joins. All ranks run the same stages. Towers start with the parameters of
+    rank 0 and apply the mean gradient over the samples of all ranks, so they stay bitwise equal, with or without
+    DistributedDataParallel. The ranks agree on each step before it starts: a rank that runs out of batches takes part
+    with empty ones until all have reached the end of the pass. Logs cover all ranks and are written by rank 0.
 
     Args:
-        step: The training step; or several by name, from which stages choose, such as a teacher and a student.
-        train_data: The source ``"train"``: gives the batches of one pass each time it is iterated.
+        step: The training step; or several by name, such as a teacher and a student, from which stages choose.
+        train_data: The source ``"train"``: yields the batches of one pass each time it is iterated.
         eval_data: The source ``"eval"``.
         sources: Further sources by name.
         open_window: Opens the files of a stage's window.
         transform: Applied to each batch before the step, in the training thread; timed as ``features``.
         metrics: Metrics of evaluations: by name, for every objective; or by objective and name.
         saver: Writes and reads checkpoints.
-        parts: Parts of checkpoints beside those of the steps, as ``Saver.save`` takes them.
-        callbacks: Called during the training, in order.
-        accumulate: Batches of an update.
-        prefetch: Steps to read batches ahead, and to send their ids to the ranks that own them. None: as many as the
-            engines' ``prefetch_depth`` allows: one step if several ranks share the tables, none on one process (a
-            ColumnDataset reads ahead anyway). Ids are sent from the second update on, to engines that read the columns
-            of batches and not columns that the model computes.
-        log_every: Steps between two lines of the log; each training stage also ends with one.
-        seed: Seed of all random generators of the process, set when a training starts; None: they are left alone.
+        parts: Parts of checkpoints in addition to those of the steps; see ``Saver.save``.
+        callbacks: Called in order during the training.
+        accumulate: Number of batches per update.
+        prefetch: Number of steps for which batches are read, and their ids sent to the ranks that own them, in advance.
+            None: as many as the engines' ``prefetch_depth`` allows, which is one step if several ranks share the tables
+            and none on one process (a ColumnDataset reads ahead by itself). Ids are sent from the second update on, and
+            only for engines that read columns of the batches, not columns that the model computes.
+        log_every: Number of steps between two records of the log. Each training stage also ends with a record.
+        seed: Seed of all random generators of the process, set when a training starts. None: they are not seeded.
 
     Raises:
         RuntimeError: A launcher started several processes, but they cannot be joined.
-        TypeError: An argument has another type.
+        TypeError: An argument has the wrong type.
         ValueError: A number is out of range.
 
     Example:
@@ -117,7 +117,7 @@ class Trainer:
         ):
             check_integer("Trainer", name, value, low=low)
         for name, mapping, example in (("sources", sources, "{'ads': data}"), ("parts", parts, "{'stats': stats}")):
-            check_type("Trainer", name, mapping, (Mapping, type(None)), f"a mapping by name, as {example}")
+            check_type("Trainer", name, mapping, (Mapping, type(None)), f"a mapping by name, such as {example}")
         for name, function in (("transform", transform), ("open_window", open_window)):
             if function is not None:
                 check_callable("Trainer", name, function, "a function, or None")
@@ -132,9 +132,9 @@ class Trainer:
         self.saver = saver
         self.accumulate, self.log_every, self.seed = accumulate, log_every, seed
         self.figures: dict[str, dict[str, float]] = {}
-        """Latest metrics of each evaluation, by its name."""
+        """Latest metrics of each evaluation, by the evaluation's name."""
         self.stopped: str | None = None
-        """The reason why a callback stopped the training."""
+        """Reason for which a callback stopped the training; None if none did."""
         self._prefetch = prefetch
         self._parts = dict(parts or {})
         self._progress = Progress()
@@ -148,7 +148,7 @@ class Trainer:
         for each in self.steps.values():
             if hasattr(each, "observer"):
                 each.observer = StepObserver(self._timer, self._dispatcher)
-            # Of several steps, some may never be evaluated.
+            # With several steps, some may never be evaluated.
             if len(self.steps) == 1 and isinstance(each, Rehearsing):
                 each.rehearse(self.metrics)
 
@@ -162,7 +162,7 @@ class Trainer:
 
     @property
     def steps_done(self) -> int:
-        """Training steps done, including those before a restart."""
+        """Completed training steps, including those before a restart."""
         return self._progress.steps
 
     @property
@@ -180,24 +180,24 @@ class Trainer:
     ) -> dict[str, dict[str, float]]:
         """Run stages.
 
-        To resume a run, pass the same stages: those before the checkpoint are skipped, and the current one continues
-        from its position, so that the result is bitwise that of an uninterrupted run. A generator of stages is iterated
-        from its beginning for this, and finds the same ``figures`` as before; it should do nothing but yield stages.
+        To resume a run, pass the same stages. Those before the checkpoint are skipped and the current one continues
+        from its position, so the result is bitwise identical to that of an uninterrupted run. A generator of stages is
+        iterated from its beginning and sees the same ``figures`` as in the first run; it should have no side effects.
         WindowStages restores its own position.
 
-        Optimizers resume with the hyperparameters of the checkpoint, as with torch's ``load_state_dict``, whatever
-        learning rate they were built with. To change one, set ``param_groups`` in a callback's ``before_fit``, which is
-        called after the checkpoint is loaded.
+        Optimizers resume with the hyperparameters of the checkpoint, not with those that they were built with, like
+        torch's ``load_state_dict``. To change one, set ``param_groups`` in a callback's ``before_fit``, which runs
+        after the checkpoint is loaded.
 
-        The first Ctrl-C, SIGTERM or SIGUSR1 ends the training between two steps, with a checkpoint if there is a saver;
-        a second one ends the process at once. Signals with a handler of the program are left alone.
+        The first Ctrl-C, SIGTERM or SIGUSR1 ends the training between two steps, with a checkpoint if there is a saver.
+        A second one ends the process immediately. Signals for which the program has set a handler are not handled.
 
         Args:
             stages: A list, a generator, or WindowStages.
-            resume: The step of a checkpoint to resume from, or ``"latest"``, which starts anew without a checkpoint.
+            resume: Step of the checkpoint to resume from, or ``"latest"``, which starts from scratch if there is none.
 
         Returns:
-            The latest metrics of each evaluation, by its name.
+            The latest metrics of each evaluation, by the evaluation's name.
 
         Raises:
             CallbackError: A callback raised; the state is saved.
@@ -205,8 +205,8 @@ class Trainer:
             KeyboardInterrupt: After Ctrl-C; the state is saved.
             NonFiniteLossError: The loss is not finite; no checkpoint is written.
             SystemExit: After another signal, with the status 128 + its number; the state is saved.
-            ValueError: There are checkpoints and ``resume`` is None, a stage would never end, or several ranks would
-                train separate models or one of them has no batch.
+            ValueError: There are checkpoints and ``resume`` is None, a stage would never end, several ranks would train
+                separate models, or a rank has no batch.
         """
         with self._interruption:
             self._prepare(stages, resume)
@@ -231,7 +231,7 @@ class Trainer:
             self._stage = stage
             self._dispatcher.call("before_stage", stage)
             stage.run(self)
-            # A run that is resumed after a stop continues with the rest of the stage.
+            # A run resumed after a stop continues with the rest of the stage.
             self._progress.finished = self.stopped is None or not isinstance(stage, Train)
             self._stage = None
             self._dispatcher.call("after_stage", stage)
@@ -243,12 +243,12 @@ class Trainer:
         self._agree()
 
     def _next_stage(self, remaining: Iterator[Stage]) -> Stage | None:
-        # Several ranks may wait for each other here, for the next window for instance, and leave the wait together.
+        # Several ranks may wait for each other here, for example for the next window, and must end the wait together.
         with self._interruption.waiting() if distributed.world_size() == 1 else nullcontext():
             return next(remaining, None)
 
     def _end_interrupted(self) -> NoReturn:
-        """Save after a signal, on all ranks together, and raise the exception that ends the training."""
+        """Save on all ranks after a signal, and raise the exception that ends the training."""
         for engine in self.engines:
             engine.drop_prefetched()
         received = self._interruption.requested
@@ -270,10 +270,10 @@ class Trainer:
         if self.saver is None:
             return "there is no saver, so nothing was saved"
         if self._progress.stages == 0:
-            return "no stage had started, so there was nothing to save"
+            return "no stage had started, so nothing was saved"
         self.save()
         where = self._saved_path or f"the checkpoint of step {self.steps_done}"
-        return f"the state is saved in {where}, and fit(..., resume='latest') continues from it"
+        return f"the state is saved in {where}; continue with fit(..., resume='latest')"
 
     def train(self, stage: Train) -> None:
         """Train until a stage's bound is reached; ``Train`` calls this.
@@ -283,7 +283,7 @@ class Trainer:
 
         Raises:
             NonFiniteLossError: The loss is not finite.
-            ValueError: The stage would never end, there is no batch, or engines cannot send so far ahead.
+            ValueError: The stage would never end, there is no batch, or an engine's ``prefetch_depth`` is too small.
         """
         step, reader, progress = self._step(stage.step), self._sources.reader(stage), self._progress
         self._recorder.restart(progress.samples)
@@ -291,21 +291,21 @@ class Trainer:
         depth = steps_ahead(step, self._prefetch, self.accumulate)
         ahead = ReadAhead(stage, reader, progress, self.accumulate, depth, self._interruption)
         while self.stopped is None and not progress.reached(stage):
-            logs = (progress.steps + 1) % self.log_every == 0
-            with self._timer.measure(step.engines) if logs else nullcontext():
+            should_log = (progress.steps + 1) % self.log_every == 0
+            with self._timer.measure(step.engines) if should_log else nullcontext():
                 batches = self._next_batches(ahead, step, stage)
                 if not batches:
                     continue
                 figures = self._train_step(step, batches, ahead.rows)
             rows = sum(batch_size(batch) for batch in batches)
-            if rows > 0:  # else only other ranks have data left
+            if rows > 0:  # otherwise only other ranks have data left
                 self._guard.watch(progress.steps, loss_of(figures), batches)
             self._recorder.means.add(figures, rows)
-            if logs:
+            if should_log:
                 self._log_train(stage, self._timer.seconds)
             self._dispatcher.raise_deferred()
             self._dispatcher.call("after_step")
-            if logs or distributed.world_size() == 1:
+            if should_log or distributed.world_size() == 1:
                 self._agree()
         if len(ahead) > 0:  # a callback stopped the training
             for engine in step.engines:
@@ -330,7 +330,7 @@ class Trainer:
         return figures
 
     def _next_batches(self, ahead: ReadAhead, step: Step, stage: Train) -> Sequence[Batch]:
-        """Return the batches of the next step; none at the end of a pass."""
+        """Return the batches of the next step; an empty list at the end of a pass."""
         while ahead.wants_more():
             start = time.perf_counter()
             batches = ahead.read()
@@ -372,8 +372,8 @@ class Trainer:
         """Yield the scores of all batches of a source, in order; see :func:`recis_hybrid.pipelines.predict`.
 
         Args:
-            data: The name of a source, or batches.
-            columns: Columns of the source's batches to yield as well, such as ids of rows.
+            data: Name of a source, or batches.
+            columns: Columns of the source's batches to yield too, such as row ids.
             step: Name of one of the trainer's steps; None: the first.
 
         Raises:
@@ -394,19 +394,19 @@ class Trainer:
         self._log("evict", {"evicted": evicted})
 
     def save(self, *, delta: bool = False) -> Location | None:
-        """Write a checkpoint, unless this step has one; ``SaveCheckpoint`` calls this.
+        """Write a checkpoint, unless the current step has one; ``SaveCheckpoint`` calls this.
 
         Args:
             delta: Save only the table rows that changed since the last checkpoint; see :meth:`Saver.save`.
 
         Returns:
-            The directory of the checkpoint; None if this step had one.
+            The directory of the checkpoint; None if the step had one already.
 
         Raises:
             ValueError: There is no saver.
         """
         if self.saver is None:
-            raise ValueError("Trainer: there is no saver; give Trainer(saver=Saver(path))")
+            raise ValueError("Trainer: there is no saver; pass Trainer(saver=Saver(path))")
         if self.steps_done in (self._saved_step, self.saver.latest()):
             return None
         self._guard.check(wait=True)
@@ -428,15 +428,15 @@ class Trainer:
     def stop(self, reason: str) -> None:
         """End the training after the current step, with a checkpoint if there is a saver; for callbacks.
 
-        With several ranks, a request on one of them ends all after the next step that is logged, or the next stage.
+        With several ranks, a request on one rank ends all of them after the next logged step or the next stage.
 
         Args:
-            reason: Stored in ``stopped``, and logged.
+            reason: Stored in ``stopped`` and logged.
         """
         self._dispatcher.request_stop(reason)
 
     def _agree(self) -> None:
-        """Apply exceptions of callbacks, and requests of callbacks and signals, on all ranks together."""
+        """Apply exceptions and requests of callbacks, and signals, on all ranks together."""
         reason, interrupted = self._dispatcher.agree(interrupted=self._interruption.requested is not None)
         if interrupted:
             raise RanksInterrupted
@@ -452,10 +452,10 @@ class Trainer:
         return self._progress.steps_left(stage, len(data) if isinstance(data, Sized) else None, self.accumulate)
 
     def parts(self) -> dict[str, Any]:
-        """Return the parts of a checkpoint by name: those of the steps, further ones, the trainer's own state."""
+        """Return the parts of a checkpoint by name: those of the steps, additional ones, and the trainer's state."""
         parts = dict(self._parts)
         for name, step in self.steps.items():
-            # Parts that several steps share, such as tables, are saved once.
+            # Parts shared by several steps, such as tables, are saved once.
             known = {id(value) for value in parts.values()}
             new = {part: value for part, value in step.parts().items() if id(value) not in known}
             parts |= {f"{name}.{part}" if name else part: value for part, value in new.items()}
@@ -465,7 +465,7 @@ class Trainer:
         return parts | own
 
     def state_dict(self) -> dict[str, Any]:
-        """Return steps, stage, reading positions, and the states of callbacks; equal on all ranks."""
+        """Return steps, stage, reading positions, and states of callbacks; equal on all ranks."""
         stream: Any = self._stages
         return {
             "place": self._progress.state_dict(),
@@ -476,7 +476,7 @@ class Trainer:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the state that :meth:`state_dict` returned; callbacks are matched by class and order."""
+        """Restore the state that :meth:`state_dict` returned. Callbacks are matched by class and order."""
         self._progress = Progress(**state["place"])
         self.figures.clear()
         self.figures.update(state["figures"])
@@ -487,7 +487,7 @@ class Trainer:
         self._dispatcher.load_states(state["callbacks"])
 
     def _prepare(self, stages: Iterable[Stage], resume: Literal["latest"] | int | None) -> None:
-        """Reset the state of an earlier fit, load a checkpoint to resume from, and make the ranks' towers equal."""
+        """Reset the state of an earlier fit, load the checkpoint to resume from, and broadcast rank 0's towers."""
         check_stages("Trainer.fit", stages)
         if isinstance(resume, bool) or not (resume is None or resume == "latest" or isinstance(resume, Integral)):
             raise TypeError(f'Trainer.fit: resume must be "latest", the step of a checkpoint, or None, got {resume!r}')
@@ -500,16 +500,16 @@ class Trainer:
         distributed.mark_gradients_averaged()
         check_replicated("Trainer.fit", self.steps)
         if resume is not None and self.saver is None:
-            raise ValueError("Trainer.fit: resume needs a saver; give Trainer(saver=Saver(path))")
+            raise ValueError("Trainer.fit: resume needs a saver; pass Trainer(saver=Saver(path))")
         existing = [] if self.saver is None else self.saver.steps()
         if resume is None and max(existing, default=0) > self.steps_done:
             raise ValueError(
-                f"Trainer.fit: there are checkpoints of the steps {existing}; continue from them by "
+                f"Trainer.fit: there are checkpoints of the steps {existing}; continue from them with "
                 f'resume="latest", or save to another directory'
             )
         resumes = self.saver is not None and resume is not None and bool(existing or resume != "latest")
         if self.seed is not None and (resumes or self.steps_done == 0):
-            # A rank that the checkpoint does not have keeps these generators.
+            # A rank that the checkpoint has no generators of keeps these.
             seed_everything(self.seed, rank=distributed.rank())
         if resumes and self.saver is not None and resume is not None:
             self._saved_step = self.saver.load(self.parts(), resume)
@@ -519,7 +519,7 @@ class Trainer:
                 step.synchronise()
 
     def _end(self, error: BaseException | None) -> None:
-        """End callbacks, and wait for a save in the background."""
+        """Finish the callbacks and wait for a save in the background."""
         self._sources.close()
         self._dispatcher.finish(error)
         if self.saver is None:
@@ -529,13 +529,13 @@ class Trainer:
         except Exception as another:
             if error is None:
                 raise
-            error.add_note(f"the save in the background failed, too: {another}")
+            error.add_note(f"the save in the background also failed: {another}")
         if error is not None:
             latest = self.saver.latest()
             error.add_note("there is no checkpoint" if latest is None else f"the latest checkpoint is of step {latest}")
 
     def _rescue(self) -> str:
-        """Save after a callback raised, and return a sentence about the outcome."""
+        """Save after a callback raised and return a sentence about the outcome."""
         if self.saver is None:
             return "there is no saver, so nothing was saved"
         try:
@@ -560,7 +560,7 @@ class Trainer:
         self._log("train", {"name": stage.name, **record})
 
     def _log_tables(self) -> None:
-        # Ranks may have different callbacks, but count the rows of their tables together.
+        # Counting is collective, but ranks may have different callbacks.
         if self._dispatcher.callbacks or distributed.world_size() > 1:
             self._log("tables", {"tables": frequencies(self.engines)})
 
@@ -578,4 +578,4 @@ def _check_types(steps: Mapping[str, Any], sources: Mapping[str, Any], metrics: 
     if metrics is not None:
         check_metrics("Trainer", metrics)
     if isinstance(saver, type) or not (saver is None or hasattr(saver, "latest")):
-        raise TypeError(f"Trainer: saver must be a Saver, as Saver('run'), or None, got {describe_value(saver)}")
+        raise TypeError(f"Trainer: saver must be a Saver, such as Saver('run'), or None, got {describe_value(saver)}")

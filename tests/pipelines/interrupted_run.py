@@ -1,4 +1,4 @@
-"""A training that signals itself, or is signalled, at a given point; what test_interruption starts as a process."""
+"""A training that receives a signal at a given point, run as a process by test_interruption."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ from recis_hybrid.saver import Saver
 from tests.support.small import make_batches, make_step
 
 
-class Signals(Callback):
-    """Sends this process a signal at a step, before an evaluation, or within a save."""
+class SendSignal(Callback):
+    """Sends this process a signal before the fit, after a step, or before a save."""
 
     def __init__(self, where: str, number: int, rank: int) -> None:
         self.where, self.number = where, number if distributed.rank() == rank else None
@@ -41,8 +41,8 @@ class Signals(Callback):
         self._send("save")
 
 
-class Rows:
-    """Batches, of which one takes for ever until a signal comes, or sends the signal."""
+class SignallingSource:
+    """Batches, one of which sends a signal, or blocks until one arrives."""
 
     def __init__(self, batches: list[Batch], at: int | None, number: int | None = None) -> None:
         self.batches, self.at, self.number = batches, at, number
@@ -66,21 +66,22 @@ def trainer_of(folder: Path, where: str, number: int, *, rank: int = 0, saver: b
     ranks, own = distributed.world_size(), distributed.rank()
     batches = make_batches(9)
     if ranks > 1:
-        # Ranks have unequally many, and rank 0 the fewest.
+        # The ranks have different numbers of batches, rank 0 the fewest.
         batches = make_batches(9, seed=own)[: 5 + 2 * own]
-    evaluated = Rows(make_batches(3), 1, number) if where == "evaluate" and own == rank else make_batches(3)
-    data: Any = Rows(batches, 4) if where == "reading" else batches
+    signals = where == "evaluate" and own == rank
+    evaluation_data = SignallingSource(make_batches(3), 1, number) if signals else make_batches(3)
+    data: Any = SignallingSource(batches, 4) if where == "reading" else batches
     step = make_step()
     step.schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.97) for o in step.optimizers.values()]
     return Trainer(
         step,
         data,
-        evaluated,
+        evaluation_data,
         metrics={"auc": AUC()},
         seed=3,
         accumulate=2,
         saver=Saver(folder, keep=None, async_save=where == "save") if saver else None,
-        callbacks=[PeriodicCheckpoint(steps=4), Signals(where, number, rank)],
+        callbacks=[PeriodicCheckpoint(steps=4), SendSignal(where, number, rank)],
     )
 
 

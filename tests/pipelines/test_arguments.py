@@ -1,4 +1,4 @@
-"""A wrong kind of argument is named where it is given, with what was expected."""
+"""Arguments of the wrong type or out of range raise errors that name them and the rule."""
 
 from __future__ import annotations
 
@@ -53,7 +53,10 @@ STEPS: list[tuple[Any, str]] = [
     (lambda: TorchStep(MODEL, DENSE, bce), "loss must be a function .* got an Adam"),
     (lambda: TorchStep(MODEL, BOTH, bce), "loss must be a function .* got a list"),
     (lambda: TorchStep(bce, MODEL, BOTH), "model must be a torch.nn.Module, .* got a function"),
-    (lambda: TorchStep(nn.BCEWithLogitsLoss(), MODEL, BOTH), "model is a BCEWithLogitsLoss, a loss; write TorchStep"),
+    (
+        lambda: TorchStep(nn.BCEWithLogitsLoss(), MODEL, BOTH),
+        "model must not be a loss, got a BCEWithLogitsLoss; write TorchStep",
+    ),
     (
         lambda: TorchStep(MODEL, nn.BCEWithLogitsLoss, BOTH),
         "loss must be .* got the class BCEWithLogitsLoss .an instanc",
@@ -102,12 +105,12 @@ STEPS: list[tuple[Any, str]] = [
     (lambda: UncertaintyWeights("click"), "UncertaintyWeights: names must be a sequence of names, got 'click'"),
     (lambda: LrSchedule(lambda n: 0.1, DENSE), "LrSchedule: optimizer must be an optimizer, got a function"),
     (lambda: LrSchedule(torch.optim.Adam, lambda n: 0.1), "LrSchedule: optimizer must be .* got the class Adam"),
-    (lambda: LrSchedule(DENSE, 0.1), "LrSchedule: rate must be a function from updates done .* got 0.1"),
+    (lambda: LrSchedule(DENSE, 0.1), "LrSchedule: rate must be a function from completed updates .* got 0.1"),
 ]
 TRAINERS: list[tuple[Any, str]] = [
     (
         lambda: Trainer(MODEL, BATCHES),
-        r"Trainer: step must be a step, .* got a Model; wrap it, as TorchStep\(model",
+        r"Trainer: step must be a step, .* got a Model; wrap it: TorchStep\(model",
     ),
     (lambda: Trainer(TorchStep, BATCHES), "Trainer: step must be a step, .* got the class TorchStep"),
     (lambda: Trainer({"a": STEP, "b": MODEL}, BATCHES), "Trainer: the step 'b' must be a step, .* got a Model"),
@@ -132,7 +135,7 @@ TRAINERS: list[tuple[Any, str]] = [
         "Trainer: metrics must be a mapping of metrics by name, .* a list",
     ),
     (lambda: Trainer(STEP, BATCHES, metrics={"auc": AUC}), "the metric 'auc' must be a metric, .* got the class AUC"),
-    (lambda: Trainer(STEP, BATCHES, saver="run"), r"Trainer: saver must be a Saver, as Saver\('run'\), .* got 'run'"),
+    (lambda: Trainer(STEP, BATCHES, saver="run"), r"saver must be a Saver, such as Saver\('run'\), .* got 'run'"),
     (lambda: Trainer(STEP, BATCHES, saver=Saver), "Trainer: saver must be a Saver, .* got the class Saver"),
     (
         lambda: Trainer(STEP, BATCHES, callbacks=ProgressBar()),
@@ -142,7 +145,7 @@ TRAINERS: list[tuple[Any, str]] = [
         lambda: Trainer(STEP, BATCHES, callbacks=[ProgressBar]),
         r"callbacks\[0\] must be a Callback, .* the class Progress",
     ),
-    (lambda: Trainer(STEP, BATCHES, callbacks=[print]), r"callbacks\[0\] must be a Callback, as .* got a builtin_func"),
+    (lambda: Trainer(STEP, BATCHES, callbacks=[print]), r"callbacks\[0\] must be a Callback, .* got a builtin_func"),
     (lambda: Trainer(STEP, BATCHES, accumulate=2.0), "Trainer: accumulate must be an integer, got 2.0"),
     (lambda: Trainer(STEP, BATCHES, log_every="5"), "Trainer: log_every must be an integer, got '5'"),
     (lambda: Trainer(STEP, BATCHES, prefetch=True), "Trainer: prefetch must be an integer, got True"),
@@ -172,7 +175,7 @@ OTHERS: list[tuple[Any, str]] = [
     (lambda: Evaluate(metrics=AUC()), "Evaluate: metrics must be a mapping of metrics by name, .* got an AUC; name it"),
     (lambda: Evaluate(step=STEP), "Evaluate: step must be the name of one of Trainer's steps, or None, got a Torch"),
     (lambda: Evaluate(data=Path("a")), "Evaluate: data must be a source of batches, .* got the path 'a'"),
-    (lambda: Evict(3), r"Evict: rule must be an object with a method unwanted, as Unused\(steps=1000\), got 3"),
+    (lambda: Evict(3), r"rule must be an object with a method unwanted, such as Unused\(steps=1000\), got 3"),
     (lambda: Evict(Unused), "Evict: rule must be an object with a method unwanted, .* got <class"),
     (
         lambda: SaveCheckpoint(Saver),
@@ -181,7 +184,7 @@ OTHERS: list[tuple[Any, str]] = [
     (lambda: PeriodicCheckpoint(steps="3"), "PeriodicCheckpoint: steps must be an integer, got '3'"),
     (lambda: PeriodicCheckpoint(steps=2.5), "PeriodicCheckpoint: steps must be an integer, got 2.5"),
     (lambda: PeriodicCheckpoint(seconds="5"), "PeriodicCheckpoint: seconds must be a number, got '5'"),
-    (lambda: EarlyStop(AUC()), "EarlyStop: metric must be STAGE/METRIC, as 'eval/auc', got an AUC"),
+    (lambda: EarlyStop(AUC()), "EarlyStop: metric must be STAGE/METRIC, such as 'eval/auc', got an AUC"),
     (lambda: EarlyStop("eval/auc", patience=1.5), "EarlyStop: patience must be an integer, got 1.5"),
     (lambda: EarlyStop("eval/auc", min_delta="x"), "EarlyStop: min_delta must be a number, got 'x'"),
     (
@@ -190,7 +193,7 @@ OTHERS: list[tuple[Any, str]] = [
     ),
     (
         lambda: PlateauSchedule("eval/auc", [ExponentialLR(DENSE, 0.9)]),
-        r"schedules\[0\] must be a .*ReduceLROnPlateau; o",
+        r"schedules\[0\] must be a .*ReduceLROnPlateau \(pass others",
     ),
     (lambda: PlateauSchedule(PLATEAU, "eval/auc"), "PlateauSchedule: metric must be STAGE/METRIC, .* got a ReduceLROn"),
     (lambda: JsonLog(None), "JsonLog: path must be a path, got None"),
@@ -223,7 +226,7 @@ OTHERS: list[tuple[Any, str]] = [
 
 
 @pytest.mark.parametrize(("call", "message"), [*STEPS, *TRAINERS, *OTHERS])
-def test_a_wrong_kind_of_argument_is_named(call: Any, message: str) -> None:
+def test_an_argument_of_the_wrong_type_is_named(call: Any, message: str) -> None:
     with pytest.raises(TypeError, match=message):
         call()
 
@@ -247,9 +250,9 @@ def test_a_wrong_kind_of_argument_is_named(call: Any, message: str) -> None:
         ),
         (
             lambda: TorchStep(MODEL, bce, BOTH, schedules=[ExponentialLR(OF_ANOTHER, 0.9)]),
-            r"schedules\[0\] schedules an optimizer that is not one of this step's",
+            r"schedules\[0\] must schedule an optimizer of this step",
         ),
-        (lambda: UncertaintyWeights(["a", "a"]), "names must be distinct, and at least one, got"),
+        (lambda: UncertaintyWeights(["a", "a"]), "names must be at least one distinct name, got"),
         (lambda: Trainer(STEP, BATCHES, seed=-1), "Trainer: seed must be at least 0, got -1"),
         (lambda: seed_everything(-1), "seed_everything: seed must be at least 0, got -1"),
         (lambda: PeriodicCheckpoint(steps=0), "PeriodicCheckpoint: steps must be at least 1, got 0"),
@@ -260,18 +263,18 @@ def test_a_value_out_of_range_is_named(call: Any, message: str) -> None:
         call()
 
 
-def test_what_can_be_gone_through_once_is_taken_whole() -> None:
-    shown = Records()
-    trainer = Trainer(make_step(), make_batches(2), callbacks=(each for each in [shown]))  # type: ignore[arg-type]
+def test_generators_are_accepted_as_sequences() -> None:
+    records = Records()
+    trainer = Trainer(make_step(), make_batches(2), callbacks=(each for each in [records]))  # type: ignore[arg-type]
     trainer.fit([Train(freeze=(module for module in [MODEL.tower]))])  # type: ignore[arg-type]
-    assert len(shown.of("train")) == 1
+    assert len(records.of("train")) == 1
     model = Model()
     both = (each for each in [torch.optim.Adam(dense_parameters(model)), optim.Adam(model.engine.parameters())])
     assert len(TorchStep(model, bce, both).optimizers) == 2  # type: ignore[arg-type]
 
 
 @pytest.mark.jax
-def test_optax_is_told_where_it_belongs() -> None:
+def test_an_optax_transformation_must_be_wrapped() -> None:
     import optax
 
     from recis_hybrid.bridge import OptaxOptimizer
@@ -282,6 +285,6 @@ def test_optax_is_told_where_it_belongs() -> None:
     model = Model()
     dense = OptaxOptimizer(model.tower.named_parameters(), optax.adam(1e-2))
     step = TorchStep(model, bce, [dense, optim.Adam(model.engine.parameters())])
-    Trainer(step, make_batches(4), log_every=1).fit([Train()])  # whose log has no learning rate of it
-    with pytest.raises(ValueError, match="OptaxOptimizer has no learning rate; optax transformations take schedules"):
+    Trainer(step, make_batches(4), log_every=1).fit([Train()])  # the log omits its learning rate
+    with pytest.raises(ValueError, match="OptaxOptimizer has no learning rate; pass the schedule to the optax transf"):
         LrSchedule(dense, lambda n: 0.1)

@@ -28,7 +28,7 @@ from recis_hybrid.saver import Saver
 from tests.support.small import assert_same, make_batches, make_step, state_of
 
 
-def test_a_loss_that_is_not_finite_names_the_step_and_the_columns(tmp_path: Path) -> None:
+def test_a_non_finite_loss_names_the_step_and_the_columns(tmp_path: Path) -> None:
     batches = make_batches(6)
     batches[4]["label"] = torch.full((64,), math.nan)
     batches[4]["price"] = torch.tensor([1.0, math.inf, *[2.0] * 62])
@@ -45,24 +45,24 @@ def test_a_loss_that_is_not_finite_names_the_step_and_the_columns(tmp_path: Path
     assert saver.steps() == [2, 4]
 
 
-def test_a_finite_batch_with_a_nan_loss_is_told_apart() -> None:
+def test_a_nan_loss_of_a_finite_batch_is_distinguished() -> None:
     trainer = Trainer(make_step(lambda logits, labels: logits.sum() * math.nan), make_batches(1))
     with pytest.raises(NonFiniteLossError, match="at step 1: its batch is finite; lower the learning rate, or clip"):
         trainer.fit([Train()])
 
 
-def test_stages_that_would_never_end_are_refused() -> None:
+def test_infinite_stages_are_rejected() -> None:
     batches = make_batches(2)
 
     def stream() -> Iterator[Batch]:
         yield from batches
 
-    for source, said in (
+    for source, message in (
         (stream(), "generator has no length and may never end"),
         (itertools.cycle(batches), "cycle never ends"),
         (Mixture({"a": batches}, {"a": 1}), "Mixture never ends"),
     ):
-        with pytest.raises(ValueError, match=rf"the source {said}; give Train\(max_steps=\), or Train\(endless=True\)"):
+        with pytest.raises(ValueError, match=rf"source {message}; set Train\(max_steps=\), or Train\(endless=True\)"):
             Trainer(make_step(), source).fit([Train()])
     with pytest.raises(ValueError, match="cycle never ends"):
         Trainer(make_step(), itertools.cycle(batches)).fit([Train(epochs=2)])
@@ -81,12 +81,12 @@ def test_stages_that_would_never_end_are_refused() -> None:
 
 
 def test_sources_without_batches_are_named() -> None:
-    with pytest.raises(ValueError, match="the source list gave no batch in pass 1"):
+    with pytest.raises(ValueError, match="the source list yielded no batch in pass 1"):
         Trainer(make_step(), []).fit([Train()])
     once = iter(make_batches(2))
-    with pytest.raises(ValueError, match="gave no batch in pass 2; give one that yields batches each time"):
+    with pytest.raises(ValueError, match="yielded no batch in pass 2; use one that yields batches each time"):
         Trainer(make_step(), once).fit([Train(epochs=2)])
-    with pytest.raises(ValueError, match="the data gave no batch"):
+    with pytest.raises(ValueError, match="the data yielded no batch"):
         Trainer(make_step(), eval_data=[]).fit([Evaluate()])
     with pytest.raises(ValueError, match=r"Train: there is no source 'clicks', there are \['train'\]"):
         Trainer(make_step(), make_batches(1)).fit([Train(data="clicks")])
@@ -101,7 +101,7 @@ def test_sources_without_batches_are_named() -> None:
         (lambda: Train(epochs=-1), "Train: epochs must be at least 1, got -1"),
         (lambda: Trainer(make_step(), accumulate=0), "accumulate must be at least 1, got 0"),
         (lambda: Trainer(make_step()).fit([Train(step="x")]), "there is no source 'train'|there is no step 'x'"),
-        (lambda: PeriodicCheckpoint(), "give either steps or seconds, got steps=None, seconds=None"),
+        (lambda: PeriodicCheckpoint(), "pass either steps or seconds, got steps=None, seconds=None"),
     ],
 )
 def test_arguments_out_of_range(call: Any, message: str) -> None:
@@ -124,7 +124,7 @@ HOOKS = [
 ]
 
 
-def raises_in(hook: str, at: int) -> Callback:
+def broken_callback(hook: str, at: int) -> Callback:
     def fail(self: Callback, trainer: Trainer, *args: Any) -> None:
         if trainer.steps_done >= at:
             raise OSError("disk is gone")
@@ -133,7 +133,7 @@ def raises_in(hook: str, at: int) -> Callback:
 
 
 @pytest.mark.parametrize("hook", HOOKS)
-def test_a_callback_that_raises_is_named_and_the_state_saved(tmp_path: Path, hook: str) -> None:
+def test_a_raising_callback_is_named_and_the_state_saved(tmp_path: Path, hook: str) -> None:
     def run(callback: Callback | None, **options: Any) -> Trainer:
         step = make_step()
         callbacks = [JsonLog(tmp_path / f"{callback is None}.jsonl"), *([] if callback is None else [callback])]
@@ -144,9 +144,9 @@ def test_a_callback_that_raises_is_named_and_the_state_saved(tmp_path: Path, hoo
             trainer.saver = None
         return trainer
 
-    said = rf"the callback Broken raised in {hook} at step \d+: OSError: disk is gone; the state of step \d+ is saved"
-    with pytest.raises(CallbackError, match=said) as caught:
-        run(raises_in(hook, 0 if hook == "before_fit" else 3))
+    message = rf"callback Broken raised in {hook} at step \d+: OSError: disk is gone; the state of step \d+ is saved"
+    with pytest.raises(CallbackError, match=message) as caught:
+        run(broken_callback(hook, 0 if hook == "before_fit" else 3))
     assert isinstance(caught.value.__cause__, OSError)
     resumed = run(None, resume="latest")
     step = make_step()
@@ -155,6 +155,6 @@ def test_a_callback_that_raises_is_named_and_the_state_saved(tmp_path: Path, hoo
     assert_same(state_of(step), state_of(resumed.steps[""]))  # type: ignore[arg-type]
 
 
-def test_a_callback_that_raises_without_a_saver_says_so() -> None:
+def test_the_error_of_a_callback_says_that_there_is_no_saver() -> None:
     with pytest.raises(CallbackError, match="there is no saver, so nothing was saved"):
-        Trainer(make_step(), make_batches(2), callbacks=[raises_in("after_step", 1)]).fit([Train()])
+        Trainer(make_step(), make_batches(2), callbacks=[broken_callback("after_step", 1)]).fit([Train()])

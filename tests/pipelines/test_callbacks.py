@@ -40,12 +40,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
 def test_the_order_of_calls(tmp_path: Path) -> None:
     calls: list[str] = []
 
-    def noting(hook: str) -> Any:
+    def record(hook: str) -> Any:
         return lambda self, trainer, *args: calls.append(hook)
 
     hooks = [name for name in vars(Callback) if name.startswith(("before_", "after_"))]
-    noter = type("Noter", (Callback,), {hook: noting(hook) for hook in hooks})()
-    trainer = Trainer(make_step(), make_batches(1), saver=Saver(tmp_path), callbacks=[noter])
+    recorder = type("Recorder", (Callback,), {hook: record(hook) for hook in hooks})()
+    trainer = Trainer(make_step(), make_batches(1), saver=Saver(tmp_path), callbacks=[recorder])
     trainer.fit([Train(), SaveCheckpoint()])
     assert calls == [
         "before_fit",
@@ -64,7 +64,7 @@ def test_the_order_of_calls(tmp_path: Path) -> None:
     assert set(calls) == set(hooks)
 
 
-def test_the_log_is_json(tmp_path: Path) -> None:
+def test_the_log_is_a_json_lines_file(tmp_path: Path) -> None:
     trainer = run([JsonLog(tmp_path / "run" / "log.jsonl")])
     records = lines(tmp_path / "run" / "log.jsonl")
     assert [(record["event"], record["step"]) for record in records] == [
@@ -78,7 +78,7 @@ def test_the_log_is_json(tmp_path: Path) -> None:
     assert math.isfinite(records[0]["loss"])
 
 
-def test_what_is_not_finite_is_null_in_the_log(tmp_path: Path) -> None:
+def test_non_finite_numbers_are_null_in_the_log(tmp_path: Path) -> None:
     batches = make_batches(1)
     batches[0]["label"] = batches[0]["label"] * 0  # type: ignore[operator]
     log = JsonLog(tmp_path / "log.jsonl")
@@ -103,21 +103,21 @@ def test_a_resumed_log_has_each_step_once(tmp_path: Path) -> None:
         crashed.fit([Train()])
     crashed.saver = None
     with open(tmp_path / "log.jsonl", "a") as file:
-        file.write('{"event": "train", "st')  # cut by a crash
+        file.write('{"event": "train", "st')  # truncated by a crash
     trainer().fit([Train()], resume="latest")
     assert [record["step"] for record in lines(tmp_path / "log.jsonl") if record["event"] == "train"] == [*range(1, 11)]
 
 
 def test_the_bar_shows_loss_samples_and_figures(capsys: pytest.CaptureFixture[str]) -> None:
     run([ProgressBar()])
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert "5/5" in shown.err
-    assert "samples/s" in shown.err
-    assert "step 5, eval: auc 1.00000" in shown.err
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert "5/5" in captured.err
+    assert "samples/s" in captured.err
+    assert "step 5, eval: auc 1.00000" in captured.err
 
 
-def test_only_rank_0_shows_and_writes(
+def test_only_rank_0_prints_and_writes(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
@@ -135,10 +135,10 @@ def test_tensorboard_has_every_figure(tmp_path: Path) -> None:
     run([TensorBoard(tmp_path), log := JsonLog(tmp_path / "log.jsonl")])
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    found = EventAccumulator(str(tmp_path))
-    found.Reload()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
     assert log is not None
-    tags = set(found.Tags()["scalars"])
+    tags = set(events.Tags()["scalars"])
     assert {
         "train/loss",
         "train/samples_per_s",
@@ -155,11 +155,11 @@ def test_tensorboard_has_every_figure(tmp_path: Path) -> None:
         "lr/sparse",
     } <= tags
     logged = [r["loss"] for r in lines(tmp_path / "log.jsonl") if r["event"] == "train"]
-    assert [event.value for event in found.Scalars("train/loss")] == pytest.approx(logged)
-    assert [event.step for event in found.Scalars("train/loss")] == [2, 4, 5]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(logged)
+    assert [event.step for event in events.Scalars("train/loss")] == [2, 4, 5]
 
 
-def test_a_trace_of_the_steps_asked_for(tmp_path: Path) -> None:
+def test_the_trace_covers_the_requested_steps(tmp_path: Path) -> None:
     run([Profile(tmp_path / "trace.json", first=2, steps=2)])
     trace = json.loads((tmp_path / "trace.json").read_text())
     names = [event.get("name", "") for event in trace["traceEvents"] if event.get("ph") == "X"]
@@ -174,12 +174,12 @@ def is_delta(path: Path) -> bool:
 @pytest.mark.parametrize(
     ("whole_every", "deltas"),
     [
-        # The first has nothing to build on, that of step 9 is the stage's. Steps are counted, and not checkpoints.
+        # The first has no base, and that of step 9 is the stage's. Steps are counted, not checkpoints.
         (3, {2: False, 4: True, 6: False, 8: True, 9: False, 10: True, 12: False, 14: True}),
         (1, dict.fromkeys([2, 4, 6, 8, 9, 10, 12, 14], False)),
     ],
 )
-def test_checkpoints_of_what_changed(tmp_path: Path, whole_every: int, deltas: dict[int, bool]) -> None:
+def test_incremental_checkpoints_by_step(tmp_path: Path, whole_every: int, deltas: dict[int, bool]) -> None:
     saver = Saver(tmp_path, keep=None)
     callbacks = [PeriodicCheckpoint(steps=2, whole_every=whole_every)]
     trainer = Trainer(make_step(), make_batches(9), saver=saver, callbacks=callbacks)
@@ -187,19 +187,19 @@ def test_checkpoints_of_what_changed(tmp_path: Path, whole_every: int, deltas: d
     assert {step: is_delta(tmp_path / step_name(step)) for step in saver.steps()} == deltas
 
 
-def test_checkpoints_by_time_are_counted_over_resumptions(tmp_path: Path) -> None:
+def test_checkpoints_by_time_are_counted_across_restarts(tmp_path: Path) -> None:
     for number in range(1, 4):
         callbacks = [PeriodicCheckpoint(seconds=1e-9, whole_every=4)]
         trainer = Trainer(make_step(), make_batches(9), saver=Saver(tmp_path, keep=None), callbacks=callbacks)
         trainer.fit([Train(max_steps=3 * number)], resume="latest")
         assert trainer.steps_done == 3 * number
         trainer.saver = None
-    # Whole are the fourth and the eighth, and the first, which has nothing to build on.
+    # The fourth and the eighth are whole, and so is the first, which has no base.
     deltas = [step for step in range(1, 10) if is_delta(tmp_path / step_name(step))]
     assert deltas == [2, 3, 5, 6, 7, 9]
 
 
-def test_checkpoints_by_time(tmp_path: Path) -> None:
+def test_incremental_checkpoints_by_time(tmp_path: Path) -> None:
     saver = Saver(tmp_path, keep=None)
     callbacks = [PeriodicCheckpoint(seconds=1e-9, whole_every=2)]
     Trainer(make_step(), make_batches(4), saver=saver, callbacks=callbacks).fit([Train()])

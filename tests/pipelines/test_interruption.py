@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end a training; resumed, it ends bitwise as an undisturbed one."""
+"""Ctrl-C, SIGTERM and SIGUSR1 save a checkpoint and end a training, and a resumed run finishes bitwise identical."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     trainer = trainer_of(tmp_path_factory.mktemp("whole"), "nowhere", 0)
     trainer.fit(STAGES)
     assert trainer.steps_done == 15
@@ -42,43 +42,43 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Trainer:
     [
         ("step3", signal.SIGTERM, 3),  # in the middle of a pass
         ("step5", signal.SIGINT, 5),  # in its last step
-        ("step4", signal.SIGUSR1, 4),  # where there is a checkpoint already
+        ("step4", signal.SIGUSR1, 4),  # which already has a checkpoint
         ("evaluate", signal.SIGTERM, 5),
-        ("save", signal.SIGINT, 4),  # that writes in the background
+        ("save", signal.SIGINT, 4),  # in the background
     ],
 )
-def test_a_signal_saves_and_a_resumed_run_ends_bitwise(
-    tmp_path: Path, undisturbed: Trainer, where: str, number: int, saved_at: int, capsys: pytest.CaptureFixture[str]
+def test_a_run_resumed_after_a_signal_is_bitwise_identical(
+    tmp_path: Path, uninterrupted: Trainer, where: str, number: int, saved_at: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = [signal.getsignal(each) for each in HANDLED]
-    cut = trainer_of(tmp_path, where, number)
+    interrupted = trainer_of(tmp_path, where, number)
     with pytest.raises(KeyboardInterrupt if number == signal.SIGINT else Terminated) as caught:
-        cut.fit(STAGES)
+        interrupted.fit(STAGES)
     assert [signal.getsignal(each) for each in HANDLED] == before
     if isinstance(caught.value, Terminated):
         assert caught.value.code == 128 + number
-    assert cut.steps_done == max(cut.saver.steps()) == saved_at  # type: ignore[union-attr]
-    said = f"ended by {signal.Signals(number).name} after step {saved_at}; the state is saved in {tmp_path}"
-    assert said in capsys.readouterr().err
-    assert any(said in note for note in caught.value.__notes__)
-    cut.saver = None  # as the end of a process does, this lets another save there
+    assert interrupted.steps_done == max(interrupted.saver.steps()) == saved_at  # type: ignore[union-attr]
+    message = f"ended by {signal.Signals(number).name} after step {saved_at}; the state is saved in {tmp_path}"
+    assert message in capsys.readouterr().err
+    assert any(message in note for note in caught.value.__notes__)
+    interrupted.saver = None  # releases the folder, like the exit of a process
     resumed = trainer_of(tmp_path, "nowhere", 0)
     resumed.fit(STAGES, resume="latest")
-    assert_same(state_of(undisturbed.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
-    assert resumed.figures == undisturbed.figures
+    assert_same(state_of(uninterrupted.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+    assert resumed.figures == uninterrupted.figures
 
 
-def test_before_the_first_step_and_without_a_saver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for where, saver, said in (
-        ("before_fit", True, "no stage had started, so there was nothing to save"),
+def test_signals_before_the_first_step_and_without_a_saver(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for where, saver, message in (
+        ("before_fit", True, "no stage had started, so nothing was saved"),
         ("step2", False, "there is no saver, so nothing was saved"),
     ):
         trainer = trainer_of(tmp_path / where, where, signal.SIGTERM, saver=saver)
         with pytest.raises(Terminated):
             trainer.fit(STAGES)
-        assert said in capsys.readouterr().err
+        assert message in capsys.readouterr().err
         assert not (tmp_path / where).exists() or Saver(tmp_path / where).steps() == []
-    # In a notebook the trainer is as usable as before.
+    # The trainer remains usable, for example in a notebook.
     steps = trainer.steps_done
     trainer.fit([Train(max_steps=1)])
     assert trainer.steps_done == steps + 1
@@ -87,11 +87,11 @@ def test_before_the_first_step_and_without_a_saver(tmp_path: Path, capsys: pytes
 def test_a_stage_before_the_first_step_is_saved(tmp_path: Path) -> None:
     class Prepare(Stage):
         def run(self, trainer: Trainer) -> None:
-            done.append("prepared")
-            if len(done) == 1:
+            calls.append("prepare")
+            if len(calls) == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    done: list[str] = []
+    calls: list[str] = []
     stages = [Prepare(), Train(max_steps=2)]
     trainer = Trainer(make_step(), make_batches(3), saver=Saver(tmp_path))
     with pytest.raises(Terminated):
@@ -99,10 +99,10 @@ def test_a_stage_before_the_first_step_is_saved(tmp_path: Path) -> None:
     trainer.saver = None
     resumed = Trainer(make_step(), make_batches(3), saver=Saver(tmp_path))
     resumed.fit(stages, resume="latest")
-    assert (done, resumed.steps_done) == (["prepared"], 2)
+    assert (calls, resumed.steps_done) == (["prepare"], 2)
 
 
-def test_a_wait_for_a_window_ends(tmp_path: Path) -> None:
+def test_a_signal_ends_a_wait_for_a_window(tmp_path: Path) -> None:
     class Signal(Callback):
         def after_stage(self, trainer: Trainer, stage: Stage) -> None:
             threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
@@ -130,53 +130,53 @@ def test_a_wait_for_a_window_ends(tmp_path: Path) -> None:
     assert opened == ["monday", "tuesday"]
 
 
-def test_windows_stop_for_all_ranks_by_the_first(tmp_path: Path) -> None:
+def test_stop_ends_a_wait_for_a_window(tmp_path: Path) -> None:
     days = Windows(tmp_path, poll_s=600)
     threading.Timer(0.1, days.stop).start()
     assert list(days) == []
 
 
-def test_other_threads_and_handlers_of_the_users_own_are_left_alone(tmp_path: Path) -> None:
-    def own(number: int, frame: object) -> None:
-        seen.append(number)
+def test_user_handlers_and_other_threads_are_not_affected(tmp_path: Path) -> None:
+    def handle(number: int, frame: object) -> None:
+        received.append(number)
 
-    seen: list[int] = []
-    before = signal.signal(signal.SIGTERM, own)
+    received: list[int] = []
+    before = signal.signal(signal.SIGTERM, handle)
     try:
         trainer_of(tmp_path, "step3", signal.SIGTERM).fit(STAGES)
-        assert (seen, signal.getsignal(signal.SIGTERM)) == ([signal.SIGTERM], own)
+        assert (received, signal.getsignal(signal.SIGTERM)) == ([signal.SIGTERM], handle)
     finally:
         signal.signal(signal.SIGTERM, before)
-    elsewhere = Trainer(make_step(), make_batches(3))
-    thread = threading.Thread(target=elsewhere.fit, args=([Train()],))
+    trainer = Trainer(make_step(), make_batches(3))
+    thread = threading.Thread(target=trainer.fit, args=([Train()],))
     thread.start()
     thread.join()
-    assert elsewhere.steps_done == 3
+    assert trainer.steps_done == 3
 
 
-def test_a_signal_after_the_last_look_is_not_lost() -> None:
+def test_a_signal_after_the_last_check_is_not_lost() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(Terminated), Interruption():
         os.kill(os.getpid(), signal.SIGTERM)
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_a_signal_that_a_launcher_repeats_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_repeated_by_a_launcher_counts_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job")
 
-    def signalled() -> None:
+    def receive_twice() -> None:
         with Interruption() as interruption:
-            for _ in range(2):  # a scheduler's own, and torchrun's
+            for _ in range(2):  # from the scheduler and from torchrun
                 os.kill(os.getpid(), signal.SIGTERM)
-            seen.append(interruption.requested)
+            received.append(interruption.requested)
 
-    seen: list[signal.Signals | None] = []
+    received: list[signal.Signals | None] = []
     with pytest.raises(Terminated):
-        signalled()
-    assert seen == [signal.SIGTERM]
+        receive_twice()
+    assert received == [signal.SIGTERM]
 
 
-# In processes of their own
+# Tests in separate processes
 
 
 def environment(root: Path, **more: str) -> dict[str, str]:
@@ -194,21 +194,21 @@ def start(root: Path, folder: Path, more: dict[str, str] | None = None, **option
     )
 
 
-def test_a_signal_ends_a_wait_for_a_batch(tmp_path: Path, root: Path, undisturbed: Trainer) -> None:
+def test_a_signal_ends_a_wait_for_a_batch(tmp_path: Path, root: Path, uninterrupted: Trainer) -> None:
     run = start(root, tmp_path, where="reading")
     assert run.stdout is not None
     assert run.stdout.readline() == "waits\n"
     run.send_signal(signal.SIGTERM)
-    _, said = run.communicate(timeout=60)
-    assert run.returncode == 143, said
-    # The third step was to have the batch that was waited for.
+    _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 143, stderr
+    # The process was waiting for a batch of the third step.
     assert Saver(tmp_path).steps() == [2]
     resumed = trainer_of(tmp_path, "nowhere", 0)
     resumed.fit(STAGES, resume="latest")
-    assert_same(state_of(undisturbed.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+    assert_same(state_of(uninterrupted.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
 
 
-SECOND = """
+SECOND_SIGNAL = """
 import os, signal, sys, time
 from recis_hybrid.pipelines import Callback, Train, Trainer
 from recis_hybrid.saver import Saver
@@ -228,9 +228,9 @@ Trainer(make_step(), make_batches(2), saver=Slow(sys.argv[2]), callbacks=[Signal
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_second_signal_ends_at_once(tmp_path: Path, root: Path, number: int) -> None:
+def test_a_second_signal_ends_the_process_immediately(tmp_path: Path, root: Path, number: int) -> None:
     run = subprocess.Popen(
-        [sys.executable, "-c", SECOND, str(int(number)), str(tmp_path)],
+        [sys.executable, "-c", SECOND_SIGNAL, str(int(number)), str(tmp_path)],
         stdout=subprocess.PIPE,
         text=True,
         stderr=subprocess.DEVNULL,
@@ -241,10 +241,10 @@ def test_a_second_signal_ends_at_once(tmp_path: Path, root: Path, number: int) -
     assert run.stdout.readline() == "saves\n"
     run.send_signal(number)
     run.communicate(timeout=60)
-    assert run.returncode == -number  # which a shell shows as 130 and 143
+    assert run.returncode == -number  # 130 and 143 in a shell
 
 
-def test_the_command_saves_and_says_so(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_saves_and_reports_it(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["init", str(tmp_path / "first")]) == 0
     config, log = tmp_path / "first" / "config.yaml", tmp_path / "first" / "run" / "log.jsonl"
     arguments = [str(config), "--quiet", "train.epochs=200", "train.patience=null", "train.log_every=5"]
@@ -253,10 +253,10 @@ def test_the_command_saves_and_says_so(tmp_path: Path, root: Path, capsys: pytes
         while run.poll() is None and not (log.exists() and log.read_text()):
             threading.Event().wait(0.01)
         run.send_signal(signal.SIGTERM)
-        _, said = run.communicate(timeout=60)
-    assert run.returncode == 143, said
+        _, stderr = run.communicate(timeout=60)
+    assert run.returncode == 143, stderr
     step = Saver(log.parent).latest()
-    assert f"ended by SIGTERM after step {step}; the state is saved in {log.parent}" in said
+    assert f"ended by SIGTERM after step {step}; the state is saved in {log.parent}" in stderr
 
 
 def fit_on_rank(folder: Path, where: str, rank: int = 0) -> int:
@@ -265,22 +265,22 @@ def fit_on_rank(folder: Path, where: str, rank: int = 0) -> int:
         trainer.fit(STAGES, resume="latest")
     assert trainer.saver is not None
     trainer.saver.wait()
-    trainer.saver = None  # lets another save there
+    trainer.saver = None  # releases the folder
     return trainer.steps_done
 
 
 def on_rank(rank: int, port: int, folder: Path) -> None:
-    """One of two ranks gets a signal, and both save at the same step; what they go on with ends bitwise alike."""
+    """Check that both ranks save at the same step if one gets a signal, and continue bitwise identically."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     assert fit_on_rank(folder / "whole", "nowhere") == 12  # rank 0 has 5 batches, rank 1 has 7, and an update takes 2
-    for where, saved_at in (("step2", {2, 3, 4}), ("evaluate", {4})):
-        cut = fit_on_rank(folder / where, where, rank=1)
-        assert cut in saved_at
+    for where, expected_steps in (("step2", {2, 3, 4}), ("evaluate", {4})):
+        saved_step = fit_on_rank(folder / where, where, rank=1)
+        assert saved_step in expected_steps
         steps = [0, 0]
-        dist.all_gather_object(steps, cut)
-        assert steps == [cut] * 2
-        assert Saver(folder / where).latest() == cut
+        dist.all_gather_object(steps, saved_step)
+        assert steps == [saved_step] * 2
+        assert Saver(folder / where).latest() == saved_step
         fit_on_rank(folder / where, "nowhere")
     fit_on_rank(folder / "before", "before_fit")
     assert Saver(folder / "before").steps() == []
@@ -291,7 +291,7 @@ def test_ranks_save_together(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    # Forked off a process that has imported what they need, if it is the first time here that one is asked for.
+    # Ranks are forked from a server process that has already imported these modules.
     mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", __name__])
     mp.start_processes(on_rank, (port, tmp_path), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
     files = [

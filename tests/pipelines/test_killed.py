@@ -1,4 +1,4 @@
-"""Runs that are killed by SIGKILL, and resumed, end bitwise where undisturbed ones do."""
+"""Runs that are killed by SIGKILL and resumed finish bitwise identical to uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from tests.support.small import Model, assert_same, bce, state_of
 
 
 class WithL2(Model):
-    """Adds the squares of all rows to the loss, those too that the batch does not have."""
+    """Adds an L2 penalty of all rows, including those that are not in the batch."""
 
     def forward(self, batch: Any) -> Any:
         self.penalty = 0.01 * self.engine({"id": torch.arange(50)})["id"].square().sum()
@@ -45,10 +45,10 @@ class WithL2(Model):
 
 
 def small_run(folder: Path, *, resume: bool, delay: float = 0.0) -> Trainer:
-    """Pass over a file, saved in the background every third step."""
+    """Train on a file, with a background save every third step."""
     data = ColumnDataset(folder / "rows.csv", ["id", "label"], 16, shuffle=True, read=ReadOptions(prefetch=2))
 
-    class Tell(Callback):
+    class PrintStep(Callback):
         def after_step(self, trainer: Trainer) -> None:
             time.sleep(delay)
             print(trainer.steps_done, flush=True)
@@ -78,7 +78,7 @@ def small_run(folder: Path, *, resume: bool, delay: float = 0.0) -> Trainer:
         seed=1,
         accumulate=2,
         saver=Saver(folder / "run", keep=2, async_save=True),
-        callbacks=[PeriodicCheckpoint(steps=3), PlateauSchedule("eval/auc", [plateau]), Tell()],
+        callbacks=[PeriodicCheckpoint(steps=3), PlateauSchedule("eval/auc", [plateau]), PrintStep()],
     )
     stages: list[Stage] = [Train(max_steps=8, freeze=[model.tower])]
     for _ in range(5):
@@ -92,8 +92,8 @@ def environment(root: Path) -> dict[str, str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("at", [5, 28])  # in the warm-up, and in the second of the passes
-def test_a_killed_run_ends_bitwise_as_an_undisturbed_one(
+@pytest.mark.parametrize("at", [5, 28])  # in the warm-up, and in the second pass
+def test_a_resumed_run_is_bitwise_identical_to_an_uninterrupted_one(
     tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str], at: int
 ) -> None:
     for name in ("whole", "killed"):

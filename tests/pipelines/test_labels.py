@@ -1,4 +1,4 @@
-"""Labels of any dtype and shape, and whatever models return, in training and in evaluation."""
+"""Labels of any dtype and shape, and model outputs of any structure, in training and evaluation."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ KINDS = [
 
 
 class Model(nn.Module):
-    """Logits ``[B, width]`` of an embedding, returned as ``shape`` makes of them."""
+    """Logits ``[B, width]`` of an embedding, converted by ``shape``."""
 
     def __init__(self, width: int = 1, shape: Callable[[Tensor, Batch], Any] = lambda logits, batch: logits[:, 0]):
         super().__init__()
@@ -92,7 +92,7 @@ EXPECTED: list[float] = []
 
 
 def expected() -> list[float]:
-    """Return the losses of labels and outputs [B] in float32, by torch alone."""
+    """Return the losses for float32 labels and outputs [B], computed with torch only."""
     if not EXPECTED:
         model = Model()
         both = [torch.optim.SGD(dense_parameters(model), lr=0.5), optim.SGD(model.engine.parameters(), lr=0.5)]
@@ -108,7 +108,7 @@ def expected() -> list[float]:
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_binary_labels_of_any_dtype_and_shape_train_and_are_evaluated(dtype: torch.dtype) -> None:
+def test_training_and_evaluation_accept_binary_labels_of_any_dtype_and_shape(dtype: torch.dtype) -> None:
     reference = None
     for shape in ((ROWS,), (ROWS, 1)):
         for form in (lambda logits, batch: logits[:, 0], column):
@@ -122,7 +122,7 @@ def test_binary_labels_of_any_dtype_and_shape_train_and_are_evaluated(dtype: tor
 
 
 @pytest.mark.parametrize("dtype", KINDS, ids=str)
-def test_every_metric_takes_labels_of_every_dtype(dtype: torch.dtype) -> None:
+def test_every_metric_accepts_labels_of_any_dtype(dtype: torch.dtype) -> None:
     scores, groups = torch.linspace(0.1, 0.9, ROWS), torch.arange(ROWS) % 3
     makers: list[Callable[[], Any]] = [
         AUC,
@@ -143,22 +143,22 @@ def test_every_metric_takes_labels_of_every_dtype(dtype: torch.dtype) -> None:
         assert values[0] == pytest.approx(values[1])
 
 
-def test_labels_beside_outputs_in_a_column_are_not_broadcast() -> None:
-    # A loss of one's own, which would take [B, 1] beside [B] as [B, B].
-    seen: list[tuple[torch.Size, torch.Size]] = []
+def test_labels_and_outputs_are_not_broadcast() -> None:
+    # This loss would broadcast [B, 1] and [B] to [B, B].
+    shapes: list[tuple[torch.Size, torch.Size]] = []
 
-    def own(outputs: Tensor, labels: Tensor) -> Tensor:
-        seen.append((outputs.shape, labels.shape))
+    def custom_loss(outputs: Tensor, labels: Tensor) -> Tensor:
+        shapes.append((outputs.shape, labels.shape))
         return (outputs - labels).square().mean()
 
     for form in (lambda logits, batch: logits[:, 0], column):
         for shape in ((ROWS,), (ROWS, 1)):
-            step_of(Model(shape=form), own)(batch_of(binary(torch.int64, shape)))
-    assert all(outputs == labels for outputs, labels in seen)
-    assert [len(outputs) for outputs, _ in seen] == [1, 1, 2, 2]
+            step_of(Model(shape=form), custom_loss)(batch_of(binary(torch.int64, shape)))
+    assert all(outputs == labels for outputs, labels in shapes)
+    assert [len(outputs) for outputs, _ in shapes] == [1, 1, 2, 2]
 
 
-def test_labels_as_they_become() -> None:
+def test_labels_get_the_shape_and_dtype_of_the_outputs() -> None:
     f32, i64 = torch.float32, torch.int64
     b, b1, bk = torch.zeros(3), torch.zeros(3, 1), torch.zeros(3, 2)
     for outputs, labels, shape, dtype in (
@@ -168,17 +168,17 @@ def test_labels_as_they_become() -> None:
         (bk, torch.zeros(3, 2, dtype=torch.uint8), (3, 2), f32),
         (bk, torch.zeros(3, dtype=torch.int32), (3,), i64),
         (bk, torch.zeros(3, 1, dtype=torch.bool), (3,), i64),
-        (bk, torch.zeros(3, dtype=torch.float64), (3,), f32),  # what a loss of one's own makes of it
+        (bk, torch.zeros(3, dtype=torch.float64), (3,), f32),  # only a custom loss can use these
         (bk, torch.zeros(3, 1), (3, 1), f32),
         (b, torch.zeros(3, 2, dtype=i64), (3, 2), i64),
         (torch.zeros(3, 4, 5), torch.zeros(3, 4, dtype=torch.int32), (3, 4), i64),
-        (torch.zeros(3, 3), torch.full((3,), 2**40 + 1), (3,), i64),  # ids that a batch of B is told apart by
+        (torch.zeros(3, 3), torch.full((3,), 2**40 + 1), (3,), i64),  # classes beyond the precision of float32
         ((bk, b), torch.zeros(3, dtype=i64), (3,), i64),
         ({"a": b, "b": b}, torch.zeros(3, dtype=i64), (3,), f32),
         ({"logits": bk, "b": b}, torch.zeros(3, dtype=i64), (3,), i64),
     ):
-        found = aligned(outputs, labels)
-        assert (tuple(found.shape), found.dtype) == (shape, dtype), (outputs, labels)
+        result = aligned(outputs, labels)
+        assert (tuple(result.shape), result.dtype) == (shape, dtype), (outputs, labels)
     assert aligned(torch.zeros(3, 3), torch.full((3,), 2**40 + 1)).tolist() == [2**40 + 1] * 3
 
 
@@ -186,46 +186,45 @@ def test_labels_as_they_become() -> None:
 @pytest.mark.parametrize("shape", [(ROWS,), (ROWS, 1)])
 def test_classes_stay_integers(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
     classes = (torch.arange(ROWS) % 7) % 3
-    given = Model(3, column)
-    reference = F.cross_entropy(given(batch_of()), classes)
+    reference = F.cross_entropy(Model(3, column)(batch_of()), classes)
     for loss in (F.cross_entropy, nn.CrossEntropyLoss(), partial(F.cross_entropy, label_smoothing=0.0)):
-        found = losses(Model(3, column), batch_of(classes.to(dtype).reshape(shape)), loss)
-        assert found[0] == pytest.approx(float(reference.detach()), rel=1e-6)
-        assert found[2] < found[0]
-    # A link makes the score of one class, which a metric takes.
+        values = losses(Model(3, column), batch_of(classes.to(dtype).reshape(shape)), loss)
+        assert values[0] == pytest.approx(float(reference.detach()), rel=1e-6)
+        assert values[2] < values[0]
+    # A link computes the score of one class for metrics.
     objective = Objective(loss=lambda o, y: F.cross_entropy(o, y), link=lambda o: o.softmax(1)[:, 1])
     batch = batch_of(binary(dtype, shape))
     trainer = Trainer(step_of(Model(3, column), objective), [batch], [batch], metrics={"auc": AUC()})
     assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
 
 
-def test_several_labels_a_row() -> None:
+def test_several_labels_per_row() -> None:
     labels = torch.stack([binary(torch.int64), 1 - binary(torch.int64)], 1)
     for dtype in (torch.int64, torch.bool, torch.float64):
         assert losses(Model(2, column), batch_of(labels.to(dtype)))[0] == pytest.approx(
             float(bce(Model(2, column)(batch_of()), labels.float()).detach()), rel=1e-6
         )
-    # Metrics are of one label a row: said in the first step, not after an hour.
+    # Metrics need one label per row. The error is raised in the first step, not in the first evaluation.
     trainer = Trainer(step_of(Model(2, column)), [batch_of(labels)], metrics={"auc": AUC()})
-    said = r"the metric 'auc' cannot take scores \[32, 2\] and labels \[32, 2\]: .* each column of labels its own"
-    with pytest.raises(ValueError, match=said):
+    message = r"the metric 'auc' cannot take scores \[32, 2\] and labels \[32, 2\]: .* one objective per column"
+    with pytest.raises(ValueError, match=message):
         trainer.fit([Train()])
     assert trainer.steps_done == 0
     Trainer(step_of(Model(2, column)), [batch_of(labels)]).fit([Train()])
 
 
-def test_labels_that_do_not_fit_are_refused_at_the_first_batch() -> None:
-    later = step_of(Model())
-    later(batch_of())
-    with pytest.raises(ValueError, match=r"must lie in \[0, 1\], got 0 to 2"):
-        later(batch_of(torch.arange(ROWS) % 3))
+def test_unsuitable_labels_are_rejected() -> None:
+    step = step_of(Model())
+    step(batch_of())
+    with pytest.raises(ValueError, match=r"must be in \[0, 1\], got 0 to 2"):
+        step(batch_of(torch.arange(ROWS) % 3))
     with pytest.raises(
         ValueError, match=r"the labels 'label' of binary_cross_entropy_with_logits .*got 0 to 2; map them"
     ):
         step_of(Model())(batch_of(torch.arange(ROWS) % 3))
-    with pytest.raises(ValueError, match=r"the labels 'label' of BCEWithLogitsLoss must lie in \[0, 1\], got -1 to 1"):
+    with pytest.raises(ValueError, match=r"the labels 'label' of BCEWithLogitsLoss must be in \[0, 1\], got -1 to 1"):
         step_of(Model(), nn.BCEWithLogitsLoss())(batch_of(binary(torch.int64) * 2 - 1))
-    # [B] beside [B, B] would be broadcast without a word.
+    # torch would silently broadcast [B] and [B, B].
     square = Model(ROWS, column)
     with pytest.raises(ValueError, match=r"outputs \[32, 32\] and labels 'label' .* would be broadcast by mse_loss"):
         step_of(square, F.mse_loss)(batch_of(binary(torch.float32)))
@@ -237,20 +236,20 @@ def test_labels_that_do_not_fit_are_refused_at_the_first_batch() -> None:
         "TorchStep: arguments of the loss: outputs torch.float32 [32, 3]; labels 'label' torch.int64 [32]"
     ]
     with pytest.raises(
-        ValueError, match=r"the loss of the labels 'label' must be one number, got shape \[32\]; take its"
+        ValueError, match=r"the loss of the labels 'label' must be a scalar, got shape \[32\]; take its"
     ):
         step_of(Model(), partial(bce, reduction="none"))(batch_of())
-    with pytest.raises(TypeError, match="the loss must be a tensor of one number, got 0.5"):
+    with pytest.raises(TypeError, match="the loss must be a scalar tensor, got 0.5"):
         step_of(Model(), lambda outputs, labels: 0.5)(batch_of())
 
 
-def test_metrics_of_evaluations_are_tried_with_the_first_batch_of_a_trainers_only_step() -> None:
-    # Of several steps the trainer does not know which are evaluated: one without labels may be one that is not.
+def test_evaluation_metrics_are_tried_on_the_first_batch_of_the_only_step() -> None:
+    # With several steps, the trainer does not know which ones are evaluated. One without labels may never be.
     unlabelled = step_of(Model(), lambda outputs: outputs.square().mean(), label=None)
     steps = {"click": step_of(Model()), "other": unlabelled}
     trainer = Trainer(steps, [batch_of()], [batch_of()], metrics={"auc": AUC()})
     assert "auc" in trainer.fit([Train(step="other"), Train(step="click"), Evaluate(step="click")])["eval"]
-    # Each trainer tries its own, and leaves them as they were.
+    # Each trainer tries its own metrics and does not modify them.
     step, metric = step_of(Model(2, column), nn.BCEWithLogitsLoss()), AUC()
     both = batch_of(torch.stack([binary(torch.int64)] * 2, 1))
     Trainer(step, [both]).fit([Train()])
@@ -261,7 +260,7 @@ def test_metrics_of_evaluations_are_tried_with_the_first_batch_of_a_trainers_onl
         metric.compute()
 
 
-def test_missing_labels_are_named() -> None:
+def test_invalid_label_columns_are_named() -> None:
     labels = binary(torch.float32)
     labels[3] = math.nan
     with pytest.raises(NonFiniteLossError, match=r"columns 'label' \(1 of 32 values\) of its batch are not finite"):
@@ -270,13 +269,13 @@ def test_missing_labels_are_named() -> None:
         step_of(Model(), label="clicked")(batch_of())
     lists = RaggedTensor(torch.ones(ROWS, dtype=torch.int64), torch.arange(ROWS + 1))
     with pytest.raises(
-        TypeError, match=r"'label' must be a dense column of numbers, got lists or text, .* torch.int64; re"
+        TypeError, match=r"'label' must be a dense column of numbers, got a torch.int64 RaggedTensor; read it as"
     ):
         step_of(Model())({**batch_of(), "label": lists})
 
 
 @pytest.mark.jax
-def test_labels_of_numpy_and_jax() -> None:
+def test_labels_may_be_numpy_and_jax_arrays() -> None:
     import jax.numpy as jnp
 
     for make in (np.asarray, jnp.asarray):
@@ -284,14 +283,14 @@ def test_labels_of_numpy_and_jax() -> None:
         assert losses(Model(), batch_of(labels)) == pytest.approx(expected(), rel=1e-6)
 
 
-def test_numbers_are_scored_as_they_are() -> None:
+def test_scores_of_regression_losses_and_probabilities_are_the_outputs() -> None:
     batch = batch_of((torch.arange(ROWS) % 7) * 10)
     for loss in (F.mse_loss, nn.L1Loss(), partial(F.smooth_l1_loss, beta=2.0)):
         step = step_of(Model(), loss)
         error = (step.model.eval()(batch) - batch["label"]).square().mean()
         assert evaluate(step, [batch], {"mse": MSE()})["mse"] == pytest.approx(float(error.detach()), rel=1e-6)
-    chances = step_of(Model(shape=lambda logits, batch: logits[:, 0].sigmoid()), F.binary_cross_entropy)
-    assert torch.equal(chances.predict(batch_of())[""].scores, chances.model(batch_of()))
+    step = step_of(Model(shape=lambda logits, batch: logits[:, 0].sigmoid()), F.binary_cross_entropy)
+    assert torch.equal(step.predict(batch_of())[""].scores, step.model(batch_of()))
 
 
 class Named(NamedTuple):
@@ -307,7 +306,7 @@ class Output:
 
 @dataclass
 class ModelOutput(OrderedDict[str, Any]):
-    """As those of transformers: a dictionary of what is there, and a dataclass."""
+    """Like the outputs of transformers: a dataclass, and a dictionary of the fields that are not None."""
 
     loss: Tensor | None = None
     logits: Tensor | None = None
@@ -340,16 +339,14 @@ def test_models_that_return_their_own_loss(form: str) -> None:
     step = step_of(Model(shape=with_loss(form)), None)
     trainer = Trainer(step, [batch], [batch], metrics={"auc": AUC()})
     if form == "alone":
-        with pytest.raises(
-            TypeError, match="the model returns a loss without outputs, so that nothing can be evaluated"
-        ):
+        with pytest.raises(TypeError, match="the model must return outputs to be evaluated, got only a loss"):
             trainer.fit([Train(), Evaluate()])
         Trainer(step, [batch]).fit([Train()])
     else:
         assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
 
 
-def test_a_model_without_its_loss_is_refused() -> None:
+def test_a_model_without_a_loss_is_rejected() -> None:
     for returned, got in (
         ({"logits": torch.zeros(3)}, r"a dict of \['logits'\]"),
         ({"loss": None, "logits": torch.zeros(3)}, r"a dict of \['loss', 'logits'\]"),
@@ -357,15 +354,15 @@ def test_a_model_without_its_loss_is_refused() -> None:
         (SimpleNamespace(loss=None), "a SimpleNamespace"),
         ((0.5, torch.zeros(3)), "a tuple of 2 with 0.5 as the loss"),
     ):
-        with pytest.raises(TypeError, match=f"must return its loss, as loss, .*, got {got}"):
+        with pytest.raises(TypeError, match=f"must return its loss: loss, .*, got {got}"):
             own_loss(returned)
-    with pytest.raises(ValueError, match=r"the loss must be one number, got shape \[32\]"):
+    with pytest.raises(ValueError, match=r"the loss must be a scalar, got shape \[32\]"):
         step_of(Model(), None)(batch_of())
-    with pytest.raises(ValueError, match="the objective 'a' has no loss"):
+    with pytest.raises(ValueError, match="the objective 'a' must have a loss, got None"):
         step_of(Model(), {"a": Objective(loss=None)})
 
 
-def test_a_loss_is_given_whatever_the_model_returns() -> None:
+def test_a_loss_receives_any_output_of_the_model() -> None:
     def pair(logits: Tensor, batch: Batch) -> Any:
         return logits[:, 0], logits.square().mean()
 
@@ -397,25 +394,26 @@ def test_a_loss_is_given_whatever_the_model_returns() -> None:
         assert losses(Model(shape=form), batch, loss) == pytest.approx(expected(), rel=1e-6)
         trainer = Trainer(step_of(Model(shape=form), loss), [batch], [batch], metrics={"auc": AUC()})
         assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
-        # Rows that only fill up count in none of them.
+        # Padding rows do not count.
         padded, cut = {**batch, "mask": mask}, {name: values[:20] for name, values in batch.items()}
         first, second = (step_of(Model(shape=form), loss) for _ in range(2))
         torch.testing.assert_close(first(padded)["loss"], second(cut)["loss"])
         assert len(first.predict(padded)[""].scores) == 20
-        # In lower precision a loss is given float32 all the same.
+        # A loss receives float32 in lower precision too.
         assert losses(Model(shape=form), batch, loss, precision="bfloat16") == pytest.approx(expected(), rel=0.02)
     with pytest.raises(Exception) as caught:  # noqa: PT011
         step_of(Model(shape=pair))(batch_of())
     assert "arguments of the loss: outputs a tuple of 2" in caught.value.__notes__[0]
 
-    def unclear(logits: Tensor, batch: Batch) -> Any:
+    def ambiguous(logits: Tensor, batch: Batch) -> Any:
         return {"a": logits[:, 0], "b": logits[:, 0]}
 
-    trainer = Trainer(step_of(Model(shape=unclear), lambda o, y: bce(o["a"], y)), [batch_of()], metrics={"auc": AUC()})
+    step = step_of(Model(shape=ambiguous), lambda o, y: bce(o["a"], y))
+    trainer = Trainer(step, [batch_of()], metrics={"auc": AUC()})
     with pytest.raises(TypeError, match=r"metrics need one output, but the model returns a dict of \['a', 'b'\]; name"):
         trainer.fit([Train()])
     linked = Objective(loss=lambda o, y: bce(o["a"], y), link=lambda o: o["a"].sigmoid())
-    trainer = Trainer(step_of(Model(shape=unclear), linked), [batch_of()], [batch_of()], metrics={"auc": AUC()})
+    trainer = Trainer(step_of(Model(shape=ambiguous), linked), [batch_of()], [batch_of()], metrics={"auc": AUC()})
     assert trainer.fit([Train(epochs=20), Evaluate()])["eval"]["auc"] == 1.0
     assert main_output([1, torch.ones(2)]) is not None
 
@@ -428,14 +426,14 @@ def test_a_step_without_labels() -> None:
     scored = step.predict(batch)[""]
     assert scored.labels is None
     assert scored.scores.shape == (ROWS,)
-    with pytest.raises(ValueError, match=r"the metric 'auc' needs labels; name their column, as TorchStep\(label=\)"):
+    with pytest.raises(ValueError, match=r"the metric 'auc' needs labels; set TorchStep\(label=\) to their column"):
         evaluate(step, [batch], {"auc": AUC()})  # type: ignore[list-item]
     trainer = Trainer(step_of(Model(), lambda outputs: outputs.mean(), label=None), [batch], metrics={"auc": AUC()})  # type: ignore[list-item]
     with pytest.raises(ValueError, match="the metric 'auc' needs labels"):
         trainer.fit([Train()])
 
 
-def test_objectives_groups_and_masks_with_labels_of_all_kinds() -> None:
+def test_objectives_groups_and_masks_with_labels_of_different_dtypes() -> None:
     def heads(logits: Tensor, batch: Batch) -> Any:
         return {"click": logits[:, :1], "buy": logits[:, 1]}
 
@@ -455,7 +453,7 @@ def test_objectives_groups_and_masks_with_labels_of_all_kinds() -> None:
         figures.append(trainer.fit([Train(epochs=3), Evaluate()])["eval"])
         assert set(figures[0]) == {"click.auc", "click.gauc", "buy.auc", "buy.gauc"}
     assert figures[0] == pytest.approx(figures[1])
-    # A feature of the user's that is called mask is none of rows.
+    # A user's feature called mask is not a row mask.
     lists = {**batch, "mask": torch.ones(ROWS, 5, dtype=torch.bool)}
     assert float(step_of(Model(2, heads), objectives)(lists)["loss"]) > 0
 
@@ -468,7 +466,7 @@ def test_a_batch_of_one_row_that_the_model_squeezes() -> None:
     assert step.predict(one)[""].scores.shape == (1,)
 
 
-def test_labels_of_csv(tmp_path: Path) -> None:
+def test_labels_from_csv(tmp_path: Path) -> None:
     path = tmp_path / "rows.csv"
     path.write_text("id,label\n" + "".join(f"{n % 7},{'true' if n % 7 % 2 else 'false'}\n" for n in range(ROWS)))
     data = ColumnDataset(path, ["id", "label"], ROWS)
@@ -479,7 +477,7 @@ def test_labels_of_csv(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("words", [("false", "true"), ("0", "1"), ("0.0", "1.0")])
-def test_labels_of_a_configuration(tmp_path: Path, words: tuple[str, str]) -> None:
+def test_labels_in_a_configuration(tmp_path: Path, words: tuple[str, str]) -> None:
     rows = "".join(f"{n % 7},{words[n % 7 % 2]}\n" for n in range(ROWS))
     (tmp_path / "rows.csv").write_text("id,clicked\n" + rows)
     config = tmp_path / "config.yaml"
@@ -492,14 +490,14 @@ def test_labels_of_a_configuration(tmp_path: Path, words: tuple[str, str]) -> No
     assert trainer_of(loaded, quiet=True).fit(stages_of(loaded))["eval"]["auc"] == 1.0
 
 
-def test_a_step_of_ones_own_may_return_labels_in_a_column() -> None:
-    class Own(TorchStep):
+def test_a_custom_step_may_return_labels_in_a_column() -> None:
+    class CustomStep(TorchStep):
         def predict(self, batch: Batch) -> Any:
             scored = super().predict(batch)[""]
             return {"": SimpleNamespace(scores=scored.scores[:, None], labels=batch["label"], groups=batch["user"])}
 
     model = Model()
-    step = Own(model, bce, [])
+    step = CustomStep(model, bce, [])
     batch = batch_of(binary(torch.int64, (ROWS, 1)))
     reference = evaluate(TorchStep(model, bce, [], groups="user"), [batch], {"auc": AUC(), "gauc": GAUC()})
     assert evaluate(step, [batch], {"auc": AUC(), "gauc": GAUC()}) == reference
@@ -514,15 +512,15 @@ def test_an_accumulated_batch_without_rows_changes_nothing() -> None:
         dense = torch.optim.SGD(dense_parameters(model), lr=0.5)
         step = TorchStep(model, None, [dense, optim.SGD(model.engine.parameters(), lr=0.5)])
         model.engine.register_forward_hook(lambda module, args, out, step=step: step.log("mean", out["id"].mean()))
-        watched = step(*batches)
-        tensors = [watched["loss"], watched["mean"], *(p.detach() for p in dense_parameters(model))]
+        figures = step(*batches)
+        tensors = [figures["loss"], figures["mean"], *(p.detach() for p in dense_parameters(model))]
         results.append([*tensors, step.score(batch)[""]])
     assert all(bool(value.isfinite().all()) for value in results[1])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-def test_a_step_without_rows_has_no_loss_and_no_gradient() -> None:
+def test_a_step_without_rows_has_zero_loss_and_no_gradient() -> None:
     empty: Batch = {"id": torch.arange(0), "label": torch.zeros(0)}
     for with_own_loss in (True, False):
         model = Model(shape=with_loss("tuple")) if with_own_loss else Model()
@@ -534,7 +532,7 @@ def test_a_step_without_rows_has_no_loss_and_no_gradient() -> None:
         assert all(torch.equal(p, q) for p, q in zip(dense_parameters(model), before, strict=True))
 
 
-def test_lists_of_numbers_are_columns_and_others_are_refused_by_name() -> None:
+def test_lists_of_numbers_are_accepted_as_columns_and_scalars_rejected() -> None:
     losses = []
     for ids, label in ((torch.arange(4), torch.tensor([0, 1, 1, 0])), ([0, 1, 2, 3], [0, 1, 1, 0])):
         model = Model()

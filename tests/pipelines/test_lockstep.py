@@ -1,4 +1,4 @@
-"""Batches of ranks that have run out: the same columns without rows, whatever their types."""
+"""Empty batches for ranks that have run out of data, with columns of all types."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class Pair(NamedTuple):
     labels: Any
 
 
-def test_an_empty_batch_has_the_columns_of_the_first() -> None:
+def test_an_empty_batch_has_the_same_columns() -> None:
     lists = RaggedTensor.from_lists([[[1], [2, 3]], [[4]]])
     batch = {
         "id": torch.tensor([1, 2]),
@@ -36,12 +36,12 @@ def test_an_empty_batch_has_the_columns_of_the_first() -> None:
     assert (empty["text"], empty["array"].shape, empty["epoch"], float(empty["scalar"])) == ([], (0,), 3, 1.0)
     assert [empty["nested"][0].shape, empty["nested"][1][0].shape] == [(0, 1), (0,)]
     assert _rows({name: empty[name] for name in ("id", "matrix", "lists", "text", "array", "nested")}) == 0
-    # It keeps nothing of the batch alive.
+    # It does not keep the memory of the batch alive.
     assert empty["id"].untyped_storage().nbytes() == empty["array"].nbytes == 0
     assert empty["array"].base is None
 
 
-def test_equal_batches_are_known_by_their_digest() -> None:
+def test_equal_batches_have_equal_digests() -> None:
     lists = RaggedTensor.from_lists([[1], [2, 3]])
     batch = {"id": torch.tensor([1, 2]), "lists": lists, "text": ["a", "b"]}
     other = {**batch, "id": torch.tensor([1, 3])}
@@ -50,14 +50,14 @@ def test_equal_batches_are_known_by_their_digest() -> None:
     assert digest_of({**batch, "lists": RaggedTensor.from_lists([[1, 2], [3]])}) != digest_of(batch)
 
 
-def test_what_a_transform_makes_a_batch_of() -> None:
+def test_an_empty_batch_of_a_named_tuple() -> None:
     pair = Pair(torch.zeros(4, 2), torch.ones(4))
     empty = without_rows(pair)
     assert isinstance(empty, Pair)
     assert (_rows(pair), empty.inputs.shape, empty.labels.shape) == (4, (0, 2), (0,))
 
 
-def test_one_process_reads_what_there_is() -> None:
+def test_one_process_reads_its_data_unchanged() -> None:
     batches = [{"id": torch.tensor([number])} for number in range(3)]
     state = torch.get_rng_state()
     assert list(in_lockstep(batches)) == batches

@@ -1,4 +1,4 @@
-"""Contents of the lines of the log."""
+"""Contents of the records of the log."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ from recis_hybrid.saver import Saver
 from tests.support.small import Records, bce, make_batches, make_step
 
 
-def test_eviction_and_admissions_are_counted() -> None:
-    step, seen = make_step(), Records()
+def test_evictions_and_admissions_are_counted() -> None:
+    step, records = make_step(), Records()
     first, second = make_batches(2), make_batches(2, seed=1)
     for batch in second:
         batch["id"] = batch["id"] + 100  # type: ignore[operator]
-    trainer = Trainer(step, callbacks=[seen], log_every=2)
+    trainer = Trainer(step, callbacks=[records], log_every=2)
     trainer.fit([Train(data=first), Train(data=second), Evict(Unused(steps=2), compact=True), Train(data=second)])
-    rows = [record["rows/id"] for record in seen.of("train")]
+    rows = [record["rows/id"] for record in records.of("train")]
     assert rows == [20, 40, 20]
-    assert [record["admitted"] for record in seen.of("train")] == [20, 20, 0]
-    assert [record["evicted"] for record in seen.of("train")] == [0, 0, 20]
-    assert seen.of("evict")[0]["evicted"] == 20
-    (tables,) = seen.of("tables")
+    assert [record["admitted"] for record in records.of("train")] == [20, 20, 0]
+    assert [record["evicted"] for record in records.of("train")] == [0, 0, 20]
+    assert records.of("evict")[0]["evicted"] == 20
+    (tables,) = records.of("tables")
     assert tables["tables"]["id"]["rows"] == sum(tables["tables"]["id"]["frequency"]) == 20
 
 
-def test_a_line_of_the_log() -> None:
-    seen = Records()
+def test_a_record_has_all_figures() -> None:
+    records = Records()
     trainer = Trainer(
-        make_step(clip_grad_norm=1.0), make_batches(5), callbacks=[seen], log_every=2, transform=lambda batch: batch
+        make_step(clip_grad_norm=1.0), make_batches(5), callbacks=[records], log_every=2, transform=lambda batch: batch
     )
     trainer.fit([Train()])
-    lines = seen.of("train")
+    lines = records.of("train")
     assert [line["step"] for line in lines] == [2, 4, 5]
     expected = {
         "event",
@@ -73,39 +73,38 @@ def test_a_line_of_the_log() -> None:
     }
     phases = {"time/features", "time/lookup", "time/towers", "time/update"}
     assert set(lines[0]) == expected | phases
-    assert set(lines[2]) == expected  # the stage's end, which was not a step to be logged
+    assert set(lines[2]) == expected  # at the end of the stage, phases are not measured
     assert all(line["samples_per_s"] > 0 for line in lines)
 
 
 FIGURES = ("step", "loss", "grad_norm", "auc", "mean_output", "clicks")
 
 
-def watching(step: TorchStep) -> list[dict[str, float]]:
-    """Return a list that collects what each later call of a step returns, as numbers."""
-    seen: list[dict[str, float]] = []
+def record_figures(step: TorchStep) -> list[dict[str, float]]:
+    """Return a list that collects the figures of each later forward pass of a step."""
+    figures: list[dict[str, float]] = []
     forward = step._forward
 
-    def noted(batch: Batch) -> Any:
-        total, watched = forward(batch)
-        seen.append({name: float(value) for name, value in watched.items()})
-        return total, watched
+    def recorded(batch: Batch) -> Any:
+        total, values = forward(batch)
+        figures.append({name: float(value) for name, value in values.items()})
+        return total, values
 
-    step._forward = noted  # type: ignore[method-assign]
-    return seen
+    step._forward = recorded  # type: ignore[method-assign]
+    return figures
 
 
-def test_figures_are_means_over_the_steps_since_the_last_line() -> None:
-    step, shown = make_step(groups="user"), Records()
-    losses, seen = watching(step), []
+def test_figures_are_means_over_the_steps_since_the_last_record() -> None:
+    step, records = make_step(groups="user"), Records()
+    losses = record_figures(step)
 
-    class Notes(Callback):
+    class LogSteps(Callback):
         def after_step(self, trainer: Trainer) -> None:
-            seen.append(float(trainer.steps_done))
-            step.log("done", trainer.steps_done)  # of the next step: this one has ended
+            step.log("done", trainer.steps_done)  # counts for the next step, because this one has ended
 
-    trainer = Trainer(step, make_batches(7), callbacks=[Notes(), shown], log_every=3)
+    trainer = Trainer(step, make_batches(7), callbacks=[LogSteps(), records], log_every=3)
     trainer.fit([Train()])
-    lines = shown.of("train")
+    lines = records.of("train")
     assert [line["step"] for line in lines] == [3, 6, 7]
     values = [each["loss"] for each in losses]
     for line, (a, b) in zip(lines, ((0, 3), (3, 6), (6, 7)), strict=True):
@@ -113,24 +112,24 @@ def test_figures_are_means_over_the_steps_since_the_last_line() -> None:
     assert [line["done"] for line in lines] == [1.5, 4.0, 6.0]
     every = Records()
     step = make_step()
-    losses = watching(step)
+    losses = record_figures(step)
     Trainer(step, make_batches(3), callbacks=[every], log_every=1).fit([Train()])
     assert [line["loss"] for line in every.of("train")] == [each["loss"] for each in losses]
 
 
-def test_the_mean_of_accumulated_and_of_stages() -> None:
-    step, shown = make_step(), Records()
-    losses = watching(step)
-    Trainer(step, make_batches(6), callbacks=[shown], log_every=2, accumulate=2).fit([Train(), Train(max_steps=1)])
+def test_means_with_accumulation_and_several_stages() -> None:
+    step, records = make_step(), Records()
+    losses = record_figures(step)
+    Trainer(step, make_batches(6), callbacks=[records], log_every=2, accumulate=2).fit([Train(), Train(max_steps=1)])
     values = [each["loss"] for each in losses]
     updates = [(a + b) / 2 for a, b in zip(values[::2], values[1::2], strict=True)]
-    assert [line["loss"] for line in shown.of("train")] == [
+    assert [line["loss"] for line in records.of("train")] == [
         pytest.approx(expected, rel=1e-6) for expected in ((updates[0] + updates[1]) / 2, updates[2], updates[3])
     ]
 
 
-def own_figures(step_of: Any = make_step, **options: Any) -> TorchStep:
-    """Return a step that logs additional figures of several kinds."""
+def step_with_figures(step_of: Any = make_step, **options: Any) -> TorchStep:
+    """Return a step that logs additional figures and metrics."""
 
     def loss(outputs: Tensor, labels: Tensor) -> Tensor:
         step.log("mean_output", outputs.mean())
@@ -141,38 +140,38 @@ def own_figures(step_of: Any = make_step, **options: Any) -> TorchStep:
     return step
 
 
-def test_figures_and_metrics_of_the_models_own() -> None:
-    step, shown, batches = own_figures(), Records(), make_batches(5)
+def test_figures_and_metrics_logged_by_a_step() -> None:
+    step, records, batches = step_with_figures(), Records(), make_batches(5)
     scored: list[Any] = []
     outputs: list[float] = []
     forward = step.model.forward
 
-    def noted(batch: Batch) -> Any:
+    def recorded(batch: Batch) -> Any:
         found = forward(batch)
         if step.model.training:
             scored.append((found.detach().sigmoid(), batch["label"]))
             outputs.append(float(found.detach().mean()))
         return found
 
-    step.model.forward = noted
-    trainer = Trainer(step, batches, batches, metrics={"auc": AUC()}, callbacks=[shown], log_every=2)
+    step.model.forward = recorded
+    trainer = Trainer(step, batches, batches, metrics={"auc": AUC()}, callbacks=[records], log_every=2)
     trainer.fit([Train(), Evaluate()])
-    for line, (a, b) in zip(shown.of("train"), ((0, 2), (2, 4), (4, 5)), strict=True):
+    for line, (a, b) in zip(records.of("train"), ((0, 2), (2, 4), (4, 5)), strict=True):
         scores, labels = (torch.cat([pair[n] for pair in scored[a:b]]) for n in range(2))
         assert line["auc"] == auc(labels, scores)
         assert line["clicks"] == pytest.approx(float(scores.double().mean() / labels.double().mean()), rel=1e-6)
         assert line["mean_output"] == pytest.approx(sum(outputs[a:b]) / (b - a), rel=1e-6)
         assert line["rows"] == 64.0
-    # What an evaluation would log is no figure of training.
+    # Figures logged during the evaluation are ignored; this one, logged after it, counts.
     step.log("mean_output", torch.tensor(5.0))
     assert float(step(batches[0])["mean_output"]) == pytest.approx((5.0 + outputs[-1]) / 2, rel=1e-6)
 
 
 def test_the_bar_and_the_report_show_the_means(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    shown = Records()
-    callbacks = [ProgressBar(), JsonLog(tmp_path / "log.jsonl"), shown]
-    Trainer(own_figures(), make_batches(4), callbacks=callbacks, log_every=4).fit([Train()])
-    (line,) = shown.of("train")
+    records = Records()
+    callbacks = [ProgressBar(), JsonLog(tmp_path / "log.jsonl"), records]
+    Trainer(step_with_figures(), make_batches(4), callbacks=callbacks, log_every=4).fit([Train()])
+    (line,) = records.of("train")
     error = capfd.readouterr().err
     for figure in (f"loss {line['loss']:.4f}", f"auc {line['auc']:.4g}", f"mean_output {line['mean_output']:.4g}"):
         assert figure in error
@@ -182,46 +181,46 @@ def test_the_bar_and_the_report_show_the_means(tmp_path: Path, capfd: pytest.Cap
     assert f"<b>{line['loss']:.4f}</b>" in page
 
 
-def test_an_update_that_overflows_is_in_no_mean_of_norms() -> None:
-    step, shown = make_step(precision="float16", loss_scale=2.0**40, clip_grad_norm=1.0), Records()
-    Trainer(step, make_batches(8) * 5, callbacks=[shown], log_every=40).fit([Train()])
-    (line,) = shown.of("train")
-    assert step._scaler.get_scale() < 2.0**40  # the first ones did
+def test_an_overflowing_update_is_excluded_from_the_mean_norm() -> None:
+    step, records = make_step(precision="float16", loss_scale=2.0**40, clip_grad_norm=1.0), Records()
+    Trainer(step, make_batches(8) * 5, callbacks=[records], log_every=40).fit([Train()])
+    (line,) = records.of("train")
+    assert step._scaler.get_scale() < 2.0**40  # the first updates overflowed
     assert 0 < line["grad_norm"] < 100
 
 
-def test_what_cannot_be_logged_is_named() -> None:
+def test_log_rejects_reserved_names_and_wrong_values() -> None:
     step = make_step()
     for name in ("loss", "samples_per_s", "time/data", "loss/click"):
         with pytest.raises(ValueError, match=f"the log uses '{name}' itself"):
             step.log(name, 1.0)
-    with pytest.raises(ValueError, match=r"value of 'gate' must be one number, got shape \[3\]; take its mean"):
+    with pytest.raises(ValueError, match=r"value of 'gate' must be a scalar, got shape \[3\]; take its mean"):
         step.log("gate", torch.zeros(3))
     with pytest.raises(TypeError, match="the value of 'gate' must be a number, got 'high'"):
         step.log("gate", "high")  # type: ignore[arg-type]
     with pytest.raises(TypeError, match=r"'auc' must be a number, got an AUC; pass it .*metrics=\{'auc': AUC\(\)\}"):
         step.log("auc", AUC())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match=r"metrics must be a mapping of metrics by name, as .*, got an AUC; name it"):
+    with pytest.raises(TypeError, match=r"metrics must be a mapping of metrics by name, .*, got an AUC; name it"):
         make_step(metrics=AUC())
-    with pytest.raises(TypeError, match=r"the metric 'auc' must be a metric, as AUC\(\), got the class AUC"):
+    with pytest.raises(TypeError, match=r"the metric 'auc' must be a metric, such as AUC\(\), got the class AUC"):
         make_step(metrics={"auc": AUC})
     with pytest.raises(ValueError, match="the log uses 'loss' itself; give the metric another name"):
         make_step(metrics={"loss": LogLoss()})
-    with pytest.raises(ValueError, match="the metric 'gauc' needs groups; name their column by groups="):
+    with pytest.raises(ValueError, match="the metric 'gauc' needs groups; set groups= to their column"):
         make_step(metrics={"gauc": GAUC()})
-    with pytest.raises(ValueError, match="the metric 'auc' needs labels; name their column by label="):
+    with pytest.raises(ValueError, match="the metric 'auc' needs labels; set label= to their column"):
         make_step(label=None, metrics={"auc": AUC()})
 
 
-def test_a_step_that_returns_no_loss_is_named() -> None:
-    class Own(TorchStep):
+def test_a_step_must_return_a_loss() -> None:
+    class WithoutLoss(TorchStep):
         def __call__(self, *batches: Batch) -> Any:
             return {name: value for name, value in super().__call__(*batches).items() if name != "loss"}
 
     step = make_step()
-    own = Own(step.model, bce, step.optimizers)
-    with pytest.raises(TypeError, match="a step must return a mapping with a tensor of one number as 'loss', got {}"):
-        Trainer(own, make_batches(1)).fit([Train()])
+    without_loss = WithoutLoss(step.model, bce, step.optimizers)
+    with pytest.raises(TypeError, match="a step must return a mapping with a scalar tensor 'loss', got {}"):
+        Trainer(without_loss, make_batches(1)).fit([Train()])
 
 
 class Interrupt(Callback):
@@ -231,54 +230,54 @@ class Interrupt(Callback):
 
 
 @pytest.mark.parametrize("at", [2, 5])
-def test_the_lines_of_a_resumed_run_are_those_of_an_undisturbed_one(tmp_path: Path, at: int) -> None:
+def test_a_resumed_run_logs_the_same_records(tmp_path: Path, at: int) -> None:
     def fit(folder: str, *callbacks: Callback, **options: Any) -> list[Record]:
-        shown = Records()
+        records = Records()
         trainer = Trainer(
-            own_figures(),
+            step_with_figures(),
             make_batches(4),
             saver=Saver(tmp_path / folder, keep=None),
             log_every=4,
             seed=1,
-            callbacks=[PeriodicCheckpoint(steps=at), shown, *callbacks],
+            callbacks=[PeriodicCheckpoint(steps=at), records, *callbacks],
         )
         try:
             trainer.fit([Train(epochs=3)], **options)
         except KeyboardInterrupt:
             pass
         trainer.saver = None
-        return [{name: line[name] for name in FIGURES} for line in shown.of("train")]
+        return [{name: line[name] for name in FIGURES} for line in records.of("train")]
 
     whole = fit("whole")
     assert [line["step"] for line in whole] == [4, 8, 12]
-    first = fit("cut", Interrupt())
-    resumed = fit("cut", resume="latest")
+    first = fit("interrupted", Interrupt())
+    resumed = fit("interrupted", resume="latest")
     assert first == whole[: len(first)]
-    assert [line["step"] for line in resumed] == {2: [12], 5: [8, 12]}[at]  # from the steps 8 and 5
+    assert [line["step"] for line in resumed] == {2: [12], 5: [8, 12]}[at]  # resumed from steps 8 and 5
     assert resumed == whole[-len(resumed) :]
 
 
-def test_a_resumed_run_may_have_other_metrics_of_training(tmp_path: Path) -> None:
+def test_a_resumed_run_may_have_different_training_metrics(tmp_path: Path) -> None:
     def fit(metrics: dict[str, Any], steps: int) -> Record:
-        shown, options = Records(), {"log_every": 3, "saver": Saver(tmp_path)}
+        records, options = Records(), {"log_every": 3, "saver": Saver(tmp_path)}
         trainer = Trainer(
-            make_step(metrics=metrics), make_batches(8), callbacks=[shown, PeriodicCheckpoint(steps=2)], **options
+            make_step(metrics=metrics), make_batches(8), callbacks=[records, PeriodicCheckpoint(steps=2)], **options
         )
         trainer.fit([Train(max_steps=steps)], resume="latest")
         trainer.saver = None
-        return shown.of("train")[-1]
+        return records.of("train")[-1]
 
     assert "auc" not in fit({}, 2)
     assert 0 < fit({"auc": AUC(), "loss_of_log": LogLoss()}, 4)["auc"] <= 1
     assert "auc" not in fit({"mean": Calibration()}, 6)
 
 
-def test_a_training_that_begins_anew_forgets_the_last_steps_of_the_one_before() -> None:
-    step, shown = own_figures(), Records()
-    trainer = Trainer(step, make_batches(2), callbacks=[shown, Interrupt()], log_every=50)
+def test_a_new_training_discards_the_figures_of_the_previous_one() -> None:
+    step, records = step_with_figures(), Records()
+    trainer = Trainer(step, make_batches(2), callbacks=[records, Interrupt()], log_every=50)
     with pytest.raises(KeyboardInterrupt):
         trainer.fit([Train(epochs=5)])
-    losses = watching(step)
+    losses = record_figures(step)
     trainer.fit([Train(max_steps=2)])
-    (line,) = shown.of("train")
+    (line,) = records.of("train")
     assert line["loss"] == pytest.approx((losses[0]["loss"] + losses[1]["loss"]) / 2, rel=1e-12)

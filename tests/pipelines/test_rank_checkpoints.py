@@ -1,4 +1,4 @@
-"""A Trainer on two ranks that is killed goes on from its checkpoint, bitwise; one or two ranks go on from it, too."""
+"""A Trainer killed on two ranks continues from its checkpoint bitwise, on the same or another number of ranks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ STEPS, KILLED_AT = 10, 8
 
 
 class Model(nn.Module):
-    """Tables of every sharding, and dropout, whose generators ranks have each for themselves."""
+    """Tables with every kind of sharding, and dropout with one generator per rank."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def on_two_ranks(*arguments: object) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # Forked off a process that has imported what they need, if it is the first time here that one is asked for.
+    # Ranks are forked from a server process that has already imported these modules.
     mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", __name__])
     mp.start_processes(on_rank, (port, *arguments), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
 
@@ -97,19 +97,19 @@ def files(directory: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.quick
-def test_a_killed_run_of_two_ranks_goes_on_bitwise(tmp_path: Path) -> None:
+def test_a_killed_run_of_two_ranks_continues_bitwise(tmp_path: Path) -> None:
     write_data(tmp_path / "data.parquet")
-    on_two_ranks(tmp_path, "undisturbed", False, True)
+    on_two_ranks(tmp_path, "uninterrupted", False, True)
     with pytest.raises(mp.ProcessExitedException):
         on_two_ranks(tmp_path, "killed", True, False)
     assert Saver(tmp_path / "killed").latest() == 6
     on_two_ranks(tmp_path, "killed", False, False)
     last = f"step_{STEPS:06d}"
-    assert files(tmp_path / "killed" / last) == files(tmp_path / "undisturbed" / last)
+    assert files(tmp_path / "killed" / last) == files(tmp_path / "uninterrupted" / last)
     assert "dense/generators%5B1%5D.safetensors" in files(tmp_path / "killed" / last)
-    # One process goes on where two were, and two where one was.
+    # One process continues a run of two, and two continue a run of one.
     (tmp_path / "one").mkdir()
-    (tmp_path / "undisturbed" / "step_000006").rename(tmp_path / "one" / "step_000006")
+    (tmp_path / "uninterrupted" / "step_000006").rename(tmp_path / "one" / "step_000006")
     fit(0, 1, tmp_path, "one", False, False)
     (tmp_path / "two").mkdir()
     (tmp_path / "one" / "step_000009").rename(tmp_path / "two" / "step_000009")

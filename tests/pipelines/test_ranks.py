@@ -1,4 +1,4 @@
-"""A Trainer on two ranks: the same steps as one rank of all rows, one log of both, written and shown by rank 0."""
+"""A Trainer on two ranks takes the same steps as one rank with all rows, and rank 0 writes and shows one log."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def train(rank: int, ranks: int, folder: Path) -> tuple[Trainer, nn.Module]:
     return trainer, model
 
 
-class Asks(Callback):
-    """Asks for an end after a step, or raises."""
+class StopAt(Callback):
+    """Requests a stop after a step, or raises."""
 
     def __init__(self, at: int, error: Exception | None = None) -> None:
         self.at, self.error = at, error
@@ -92,37 +92,37 @@ class Asks(Callback):
             trainer.stop("it is enough")
 
 
-def ends_on_one_rank_end_all(trainer: Trainer, rank: int, folder: Path) -> None:
+def check_stop_of_one_rank(trainer: Trainer, rank: int, folder: Path) -> None:
     """Check that a request of one rank's callback takes effect on both, after the next logged step."""
     step, batches = trainer.steps[""], make_batches(rank, 2)
-    stopped = Trainer(step, batches, callbacks=[Asks(2)] if rank == 0 else [], log_every=4)
+    stopped = Trainer(step, batches, callbacks=[StopAt(2)] if rank == 0 else [], log_every=4)
     stopped.fit([Train()])
-    said = ["it is enough", "requested by the ranks [0]"]
-    assert (stopped.steps_done, stopped.stopped) == (4, said[rank])
+    reasons = ["it is enough", "requested by ranks [0]"]
+    assert (stopped.steps_done, stopped.stopped) == (4, reasons[rank])
     saver = Saver(folder)
-    raising = [Asks(2, OSError("disk is gone"))] if rank == 1 else []
+    raising = [StopAt(2, OSError("disk is gone"))] if rank == 1 else []
     failed = Trainer(step, batches, callbacks=raising, log_every=4, saver=saver)
     with pytest.raises(CallbackError) as caught:
         failed.fit([Train()])
     assert failed.steps_done == 4
-    said = [
-        "a callback on rank 1 raised OSError at step 4 or before: disk is",
-        "the callback Asks raised in after_step at step 4: OSError: disk is",
+    messages = [
+        "a callback on rank 1 raised OSError at or before step 4: disk is",
+        "the callback StopAt raised in after_step at step 4: OSError: disk is",
     ]
-    assert said[rank] in str(caught.value)
+    assert messages[rank] in str(caught.value)
     assert "the state of step 4 is saved" in str(caught.value)
     assert saver.steps() == [4]
     saver.wait()
-    # In the last step of a stage, too, which is not logged.
-    for at, callbacks in enumerate(([Asks(6)], [Asks(6, OSError("disk is gone"))])):
+    # The same in the last step of a stage, which is not logged.
+    for raises, callbacks in ((False, [StopAt(6)]), (True, [StopAt(6, OSError("disk is gone"))])):
         last = Trainer(step, batches, callbacks=callbacks if rank == 0 else [], log_every=4)
-        with pytest.raises(CallbackError) if at else nullcontext():
+        with pytest.raises(CallbackError) if raises else nullcontext():
             last.fit([Train(), Train()])
         assert last.steps_done == 6
 
 
-class Notes(Dense):
-    """Logs a figure on all ranks, and one on rank 0 alone."""
+class LoggingModel(Dense):
+    """Logs a figure on all ranks, and another on rank 0 only."""
 
     step: TorchStep
 
@@ -137,17 +137,17 @@ class Notes(Dense):
         return super().forward(batch)
 
 
-def figures_are_means_over_ranks(rank: int, folder: Path) -> None:
-    """Check that log lines have means over the steps of all ranks, whichever rank logs, also after a save."""
+def check_means_over_ranks(rank: int, folder: Path) -> None:
+    """Check that records contain means over the steps of all ranks, even if only some ranks log, and after a save."""
     torch.manual_seed(0)
-    model, shown = Notes(rank), Records()
+    model, records = LoggingModel(rank), Records()
     model.step = TorchStep(model, bce, [torch.optim.SGD(model.parameters(), lr=0.0)], metrics={"auc": AUC()})
     batches = make_batches(rank, 2)
     trainer = Trainer(
-        model.step, batches, callbacks=[shown, PeriodicCheckpoint(steps=4)], log_every=6, saver=Saver(folder)
+        model.step, batches, callbacks=[records, PeriodicCheckpoint(steps=4)], log_every=6, saver=Saver(folder)
     )
     trainer.fit([Train()])
-    (line,) = shown.of("train")
+    (line,) = records.of("train")
     rows = [batch for r in range(2) for batch in make_batches(r, 2)]
     labels = [batch["label"] for batch in rows]
     with torch.no_grad():
@@ -179,7 +179,7 @@ def as_configured(rank: int, port: int, config: Path, figures: dict[str, float])
         assert (device, dist.get_world_size(), dist.get_backend()) == ("cpu", 2, "gloo")
         trainer = configured(config, 128)
         assert trainer.steps_done == 40
-        # Of the last batch, 16 rows, one rank has all, and counts half of it.
+        # One rank has all 16 rows of the last batch, and counts half of it.
         assert trainer.figures["eval"] == pytest.approx(figures, abs=5e-3)
     assert not dist.is_initialized()
 
@@ -195,14 +195,14 @@ def on_rank(
         assert_near(trainer.figures["eval"][name], value, where=name)
     assert trainer.samples == 6 * 16 * 2
     assert trainer.steps[""].parts()["model"] is model
-    ends_on_one_rank_end_all(trainer, rank, folder / "rescued")
-    figures_are_means_over_ranks(rank, folder / "figures")
+    check_stop_of_one_rank(trainer, rank, folder / "rescued")
+    check_means_over_ranks(rank, folder / "figures")
     dist.destroy_process_group()
     as_configured(rank, ports[1], folder / "config.yaml", configured)
 
 
 @pytest.mark.slow
-def test_two_ranks_train_as_one_and_keep_one_log(tmp_path: Path) -> None:
+def test_two_ranks_train_like_one_and_write_one_log(tmp_path: Path) -> None:
     trainer, model = train(0, 1, tmp_path)
     of_config = dict(configured(write_starter(tmp_path), 256).figures["eval"])
     ports = [free_port(), free_port()]
@@ -240,11 +240,11 @@ def test_the_command_under_torchrun(tmp_path: Path, root: Path, capsys: pytest.C
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     assert (json.loads(line)["steps"], done.stderr.count("step 20, eval: auc")) == (20, 1)
-    # On as many ranks an evaluation gives the figures of training's, bit for bit.
+    # An evaluation on the same number of ranks returns bitwise the metrics of the training.
     evaluated = run("evaluate", str(tmp_path / "run"))
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     figures = {name: value for name, value in json.loads(line).items() if name.startswith("eval/")}
     assert json.loads(evaluated.stdout) == {"step": 20, **figures}
-    # One process goes on where two were.
+    # One process continues a run of two.
     assert cli.main(["train", str(config), "train.epochs=2", "--resume", "--quiet"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["steps"] == 20 + 40

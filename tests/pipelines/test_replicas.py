@@ -1,4 +1,4 @@
-"""Ranks without DistributedDataParallel: towers are bitwise the same, and those of one process on all rows."""
+"""Without DistributedDataParallel, towers are bitwise equal on all ranks and match one process with all rows."""
 
 from __future__ import annotations
 
@@ -49,12 +49,12 @@ from recis_hybrid.pipelines import (
 from recis_hybrid.ragged import Batch
 from tests.support.small import bce
 
-ROWS, SIZE = 16, 9  # rows of a batch on each rank, batches
+ROWS, SIZE = 16, 9  # rows of each batch, number of batches
 RANKS = 2
 
 
 class Model(nn.Module):
-    """Two heads; a parameter that nothing uses, one that only some batches do, a frozen one, and a buffer."""
+    """Two heads, an unused parameter, one that only some batches use, a frozen one, and a buffer."""
 
     def __init__(
         self, *, norm: bool = False, jax: bool = False, private: bool = False, overflows: bool = False
@@ -87,7 +87,7 @@ class Model(nn.Module):
         hidden = self.norm(torch.tanh(self.hidden(embeddings["id"])))
         outputs = self.head(hidden) * self.constant.mean() + self.frozen.mean()
         if self.overflows:
-            # Gradients of one row, which one rank has, are beyond float32 once they are scaled.
+            # The scaled gradient of one row overflows float32 on the rank that owns the row.
             huge = 3e38 * (ids == 7).float()
             outputs = outputs + (embeddings["same"] * huge[:, None]).sum(1, keepdim=True)
         if bool((ids > 34).any()):
@@ -95,7 +95,7 @@ class Model(nn.Module):
         return {"a": outputs[:, 0], "b": outputs[:, 1]}
 
 
-class Loose(nn.Module):
+class LearnedLoss(nn.Module):
     """A loss with a parameter and a buffer."""
 
     def __init__(self) -> None:
@@ -111,26 +111,26 @@ def whole(batches: int = SIZE, seed: int = 0) -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     result: list[Batch] = []
     for number in range(batches):
-        # The last one is short.
+        # The last batch is short.
         ids = torch.randint(0, 40, (ROWS if number < batches - 1 else 5,), generator=generator)
         result.append({"id": ids, "same": ids, "label": (ids % 2).float(), "other": (ids % 3 == 0).float()})
     return result
 
 
-def joined(batches: list[Batch]) -> Batch:
+def joint(batches: list[Batch]) -> Batch:
     return {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}  # type: ignore[misc]
 
 
-def dealt(batches: list[Batch]) -> list[Batch]:
-    """Return the batches of this rank, of which the last one has one less; one process takes each turn's as one."""
+def rank_batches(batches: list[Batch]) -> list[Batch]:
+    """Return this rank's batches; rank 1 has one less. One process gets the batches of each step joined."""
     if distributed.world_size() == 1:
-        return [joined(batches[turn : turn + RANKS]) for turn in range(0, len(batches), RANKS)]
+        return [joint(batches[turn : turn + RANKS]) for turn in range(0, len(batches), RANKS)]
     return batches[distributed.rank() :: RANKS]
 
 
 @dataclass
 class Case:
-    """A training."""
+    """Settings of a training."""
 
     model: dict[str, bool] = field(default_factory=dict)
     step: dict[str, Any] = field(default_factory=dict)
@@ -138,7 +138,7 @@ class Case:
     decay: float = 0.0
     ddp: Callable[[Model], nn.Module] = lambda model: model
     close: bool = True
-    """True if one process computes the same numbers."""
+    """True if one process computes the same values."""
     prefetch: int | None = None
 
 
@@ -169,7 +169,7 @@ CASES = {
     ),
     "bfloat16": Case(step={"precision": "bfloat16"}, close=False),
     "norm": Case(model={"norm": True}, close=False),
-    # DistributedDataParallel weighs ranks alike, whatever they have.
+    # DistributedDataParallel weights ranks equally, regardless of their numbers of rows.
     "partly in DDP": Case(ddp=partly, close=False),
     "in DDP": Case(ddp=wholly, close=False),
     "jax": Case(model={"jax": True}),
@@ -179,33 +179,34 @@ if importlib.util.find_spec("jax") is None:
 
 
 def run(case: Case) -> dict[str, Tensor]:
-    """Trains, and returns all that ranks must have alike."""
-    # Each rank begins elsewhere, but for the one whose numbers are to be compared.
+    """Train, and return all values that must be equal on all ranks."""
+    # Ranks start with different parameters. Rank 0 starts with those of the single process.
     torch.manual_seed(distributed.rank())
     model = Model(**case.model)
     options = dict(case.step)
     weights = UncertaintyWeights(["a", "b"])
-    learnt = []
+    weight_parameters = []
     if options.pop("weighting", False):
-        options["weighting"], learnt = weights, [*weights.parameters()]
-    loose = Loose()  # belongs to no model
+        options["weighting"], weight_parameters = weights, [*weights.parameters()]
+    learned_loss = LearnedLoss()  # belongs to no model
     if case.prefetch and model.engine.prefetch_depth:
         model.engine.prefetch_depth = (case.prefetch + 1) * case.accumulate
         model.engine._prefetcher._depth = model.engine.prefetch_depth  # type: ignore[union-attr]
     wrapped = case.ddp(model)
 
-    dense = torch.optim.SGD([*dense_parameters(model), *learnt, *loose.parameters()], lr=0.5, weight_decay=case.decay)
+    dense_and_loss = [*dense_parameters(model), *weight_parameters, *learned_loss.parameters()]
+    dense = torch.optim.SGD(dense_and_loss, lr=0.5, weight_decay=case.decay)
     sparse = optim.SGD(model.engine.parameters(), lr=0.5)
     step = TorchStep(
         wrapped,
-        {"a": Objective(loss=loose), "b": Objective(loss=bce, label="other", weight=0.5)},
+        {"a": Objective(loss=learned_loss), "b": Objective(loss=bce, label="other", weight=0.5)},
         {"dense": dense, "sparse": sparse},
         **options,
     )
     trainer = Trainer(
         step,
-        dealt(whole()),
-        dealt(whole(3, seed=1)),
+        rank_batches(whole()),
+        rank_batches(whole(3, seed=1)),
         accumulate=case.accumulate,
         log_every=2,
         prefetch=case.prefetch,
@@ -213,49 +214,49 @@ def run(case: Case) -> dict[str, Tensor]:
     )
     figures = trainer.fit([Train(epochs=2), Evaluate()])
     rows = (SIZE - 1) * ROWS + 5
-    counted = torch.tensor(trainer.samples)
+    samples = torch.tensor(trainer.samples)
     if distributed.world_size() > 1:
-        dist.all_reduce(counted)
-    assert int(counted) == 2 * rows
+        dist.all_reduce(samples)
+    assert int(samples) == 2 * rows
     assert trainer.steps_done == 2 * math.ceil(math.ceil(SIZE / RANKS) / case.accumulate)
     with tables_apart():
         names = {name.replace("module.", ""): value for name, value in model.state_dict().items()}
-    found = {name: value for name, value in names.items() if isinstance(value, Tensor)}
-    found |= {"loose": loose.factor.detach(), "weights": weights.log_variances.detach()}
-    found |= {name: torch.tensor(value) for name, value in figures["eval"].items()}
+    values = {name: value for name, value in names.items() if isinstance(value, Tensor)}
+    values |= {"loss": learned_loss.factor.detach(), "weights": weights.log_variances.detach()}
+    values |= {name: torch.tensor(value) for name, value in figures["eval"].items()}
     if options.get("precision") == "float16":
-        found["scale"] = torch.tensor(step._scaler.get_scale())
-        # Some updates were left out, and others not.
-        assert 2.0**-30 < float(found["scale"]) < options["loss_scale"]
-    return found
+        values["scale"] = torch.tensor(step._scaler.get_scale())
+        # Some updates were skipped, but not all.
+        assert 2.0**-30 < float(values["scale"]) < options["loss_scale"]
+    return values
 
 
-def refusals(rank: int, folder: Path) -> None:
-    """Check that models that cannot be trained on several ranks are refused on all, and none hangs."""
+def check_errors(rank: int, folder: Path) -> None:
+    """Check that all ranks raise, and none hangs, for models that cannot be trained on several ranks."""
 
     def trainer(model: Model, data: Any, **options: Any) -> Trainer:
         optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.SGD(model.engine.parameters(), lr=0.1)]
         return Trainer(TorchStep(model, {"a": Objective(loss=bce)}, optimizers), data, **options)
 
-    with pytest.raises(ValueError, match="the tables of the step are shared by 1, so that ranks would train different"):
-        trainer(Model(private=True), dealt(whole())).fit([Train()])
+    with pytest.raises(ValueError, match="the tables of the step are shared by 1, and ranks would train different"):
+        trainer(Model(private=True), rank_batches(whole())).fit([Train()])
     model = Model()
     if rank == 1:
         model.head = nn.Linear(4, 2, bias=False)
     with pytest.raises(ValueError, match="parameters or buffers of towers differ"):
-        trainer(model, dealt(whole())).fit([Train()])
+        trainer(model, rank_batches(whole())).fit([Train()])
     model = Model()
     dense = torch.optim.Adam(dense_parameters(model), lr=0.1 * (1 + rank))
     sparse = optim.SGD(model.engine.parameters(), lr=0.1)
     with pytest.raises(
         ValueError, match=f"hyperparameters of optimizers differ.* Rank {rank} has .*{dense.defaults['lr']}"
     ):
-        Trainer(TorchStep(model, {"a": Objective(loss=bce)}, [dense, sparse]), dealt(whole())).fit([Train()])
+        Trainer(TorchStep(model, {"a": Objective(loss=bce)}, [dense, sparse]), rank_batches(whole())).fit([Train()])
     for stage in (Train(), Evaluate(data="train")):
-        given: list[Batch] = whole(3) if rank == 0 else []
-        with pytest.raises(ValueError, match=r"the ranks \[1\] have no batch, but others do"):
-            trainer(Model(), given).fit([stage])
-        with pytest.raises(ValueError, match="gave no"):
+        data: list[Batch] = whole(3) if rank == 0 else []
+        with pytest.raises(ValueError, match=r"ranks \[1\] have no batch, but others do"):
+            trainer(Model(), data).fit([stage])
+        with pytest.raises(ValueError, match="yielded no"):
             trainer(Model(), []).fit([stage])
 
     def failing() -> Iterator[Batch]:
@@ -271,7 +272,7 @@ def refusals(rank: int, folder: Path) -> None:
     for stage in (Train(epochs=1), Evaluate(data="train")):
         with pytest.raises((OSError, ExchangeError)) as caught:
             trainer(Model(), Failing()).fit([stage])
-        expected = ["the ranks [1] could not read their next batch", "the disk is gone"]
+        expected = ["ranks [1] could not read their next batch", "the disk is gone"]
         assert expected[rank] in str(caught.value)
 
     class NoSync:
@@ -300,23 +301,23 @@ def refusals(rank: int, folder: Path) -> None:
             return {"a": outputs["a"] + self.pooled(batch["id"][:, None])[:, 0]}  # type: ignore[index]
 
     with pytest.raises(ValueError, match="the gradient of pooled.weight is sparse"):
-        trainer(Sparse(), dealt(whole())).fit([Train()])
+        trainer(Sparse(), rank_batches(whole())).fit([Train()])
 
 
-def other_sources(rank: int, folder: Path) -> None:
-    """Loaders, mixtures and windows of unequal length: every row once, and ranks end together."""
+def check_sources(rank: int, folder: Path) -> None:
+    """Check that every row of loaders, mixtures and windows of unequal length is read once, and ranks end together."""
 
-    def trained(data: Any, stages: Any, **options: Any) -> tuple[int, list[int]]:
+    def train(data: Any, stages: Any, **options: Any) -> tuple[int, list[int]]:
         model = Model()
         optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.SGD(model.engine.parameters(), lr=0.1)]
         seen: list[int] = []
 
-        def note(batch: Batch) -> Batch:
+        def record(batch: Batch) -> Batch:
             seen.extend(batch["id"].tolist())  # type: ignore[union-attr]
             return batch
 
         step = TorchStep(model, {"a": Objective(loss=bce)}, optimizers)
-        trainer = Trainer(step, data, transform=note, **options)
+        trainer = Trainer(step, data, transform=record, **options)
         trainer.fit(stages)
         digests = [""] * RANKS
         dist.all_gather_object(digests, digest({name: p.detach() for name, p in model.named_parameters()}))
@@ -325,34 +326,34 @@ def other_sources(rank: int, folder: Path) -> None:
         dist.all_gather_object(every, seen)
         return trainer.steps_done, sorted(row for rows in every for row in rows)
 
-    ids = sorted(joined(whole())["id"].tolist())  # type: ignore[union-attr]
-    loader: Any = DataLoader(dealt(whole()), batch_size=None)  # type: ignore[arg-type]
-    assert trained(loader, [Train()]) == (5, ids)
-    steps, rows = trained(Mixture({"a": dealt(whole()), "b": whole(2)}, {"a": 1, "b": 1}, seed=1), [Train(max_steps=8)])
+    ids = sorted(joint(whole())["id"].tolist())  # type: ignore[union-attr]
+    loader: Any = DataLoader(rank_batches(whole()), batch_size=None)  # type: ignore[arg-type]
+    assert train(loader, [Train()]) == (5, ids)
+    steps, rows = train(
+        Mixture({"a": rank_batches(whole()), "b": whole(2)}, {"a": 1, "b": 1}, seed=1), [Train(max_steps=8)]
+    )
     assert (steps, len(rows) > 0) == (8, True)
     days = WindowStages(
         Windows([["0"], ["1"]]), lambda day: [Evaluate(window=day, metrics={}), Train(window=day, epochs=1)]
     )
-    steps, rows = trained(None, days, open_window=lambda day: dealt(whole(3, seed=int(day.name))))
+    steps, rows = train(None, days, open_window=lambda day: rank_batches(whole(3, seed=int(day.name))))
     assert (steps, len(rows)) == (4, 2 * 2 * (2 * ROWS + 5))
-    # Rows of a file, of which the last turn has fewer than there are ranks.
+    # A file whose last step has fewer rows than there are ranks.
     data = ColumnDataset(folder / "rows.parquet", ["id", "label", "other"], 8)
     assert len(data) == 4
-    assert trained(data, [Train(), Evaluate(data="train", metrics={"a": {"auc": AUC()}})])[1] == sorted(
-        [*range(49)] * 2
-    )
+    assert train(data, [Train(), Evaluate(data="train", metrics={"a": {"auc": AUC()}})])[1] == sorted([*range(49)] * 2)
 
 
-def same_batches(rank: int) -> None:
-    """Ranks that all train on the same rows are told, once."""
+def check_warning_for_same_batches(rank: int) -> None:
+    """Check that rank 0 warns once if all ranks train on the same rows."""
     model = Model()
     optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.SGD(model.engine.parameters(), lr=0.1)]
-    for given, times in ((whole(), 1 - rank), (dealt(whole()), 0)):
+    for data, count in ((whole(), 1 - rank), (rank_batches(whole()), 0)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            Trainer(TorchStep(model, {"a": Objective(loss=bce)}, optimizers), given).fit([Train(epochs=2)])
-        said = [each for each in caught if "have the same first batch" in str(each.message)]
-        assert len(said) == times
+            Trainer(TorchStep(model, {"a": Objective(loss=bce)}, optimizers), data).fit([Train(epochs=2)])
+        matching = [each for each in caught if "have the same first batch" in str(each.message)]
+        assert len(matching) == count
 
 
 def digest(tensors: dict[str, Tensor]) -> str:
@@ -363,23 +364,23 @@ def on_rank(rank: int, port: int, folder: Path, expected: dict[str, dict[str, np
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     for name, case in CASES.items():
-        found = run(case)
+        values = run(case)
         digests = [""] * RANKS
-        dist.all_gather_object(digests, digest(found))
+        dist.all_gather_object(digests, digest(values))
         assert digests[0] == digests[1], name
         if case.close:
-            for key, value in found.items():
+            for key, value in values.items():
                 np.testing.assert_allclose(
                     value.numpy(), expected[name][key], rtol=2e-5, atol=2e-6, err_msg=f"{name}.{key}"
                 )
-    refusals(rank, folder)
-    other_sources(rank, folder)
-    same_batches(rank)
+    check_errors(rank, folder)
+    check_sources(rank, folder)
+    check_warning_for_same_batches(rank)
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_ranks_train_as_one_process_without_ddp(tmp_path: Path) -> None:
+def test_ranks_train_like_one_process_without_ddp(tmp_path: Path) -> None:
     pq.write_table(
         pa.table({"id": range(49), "label": [float(n % 2) for n in range(49)], "other": [0.0] * 49}),
         tmp_path / "rows.parquet",
@@ -390,6 +391,6 @@ def test_ranks_train_as_one_process_without_ddp(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = int(free.getsockname()[1])
-    # Forked off a process that has imported what they need, if it is the first time here that one is asked for.
+    # Ranks are forked from a server process that has already imported these modules.
     mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", __name__])
     mp.start_processes(on_rank, (port, tmp_path, expected), nprocs=RANKS, start_method="forkserver")  # type: ignore[no-untyped-call]

@@ -1,4 +1,4 @@
-"""Runs that were interrupted or stopped end bitwise where undisturbed ones do."""
+"""Interrupted or stopped runs, when resumed, finish bitwise identical to uninterrupted ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Interrupt(Callback):
             raise KeyboardInterrupt
 
 
-def training(folder: Path | None, data: Any, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
+def make_trainer(folder: Path | None, data: Any, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
     step = make_step()
     saver = None if folder is None else Saver(folder, keep=None)
     checkpoint = options.pop("checkpoint", None) or PeriodicCheckpoint(steps=5)
@@ -63,10 +63,10 @@ def training(folder: Path | None, data: Any, callbacks: Sequence[Callback] = (),
     return Trainer(step, data, make_batches(2), saver=saver, callbacks=[*more, *callbacks], **options)
 
 
-def interrupted(trainer: Trainer, stages: Any, **options: Any) -> None:
+def fit_until_interrupt(trainer: Trainer, stages: Any, **options: Any) -> None:
     with pytest.raises(KeyboardInterrupt):
         trainer.fit(stages, **options)
-    trainer.saver = None  # as the end of a process does, this lets another save there
+    trainer.saver = None  # releases the folder, like the exit of a process
 
 
 def dataset(tmp_path: Path, **options: Any) -> ColumnDataset:
@@ -92,16 +92,16 @@ def mixture(tmp_path: Path) -> Mixture:
     [*((kind, at) for kind in ("list", "dataset") for at in (3, 7, 9, 20)), ("loader", 7)],
 )
 @pytest.mark.parametrize("prefetch", [0, 2])
-def test_a_resumed_run_ends_bitwise_as_an_undisturbed_one(tmp_path: Path, kind: str, at: int, prefetch: int) -> None:
+def test_a_resumed_run_finishes_bitwise_identical(tmp_path: Path, kind: str, at: int, prefetch: int) -> None:
     def data() -> Any:
         return make_batches(9) if kind == "list" else {"dataset": dataset, "loader": workers}[kind](tmp_path)
 
-    whole = training(None, data())
+    whole = make_trainer(None, data())
     stages = [stage for stage in epochs_of(whole)]
     whole.fit([stage for stage in stages if not isinstance(stage, SaveCheckpoint)])
-    cut = training(tmp_path / "run", data(), [Interrupt(at)], prefetch=prefetch)
-    interrupted(cut, epochs(cut))
-    resumed = training(tmp_path / "run", data(), prefetch=prefetch)
+    stopped = make_trainer(tmp_path / "run", data(), [Interrupt(at)], prefetch=prefetch)
+    fit_until_interrupt(stopped, epochs(stopped))
+    resumed = make_trainer(tmp_path / "run", data(), prefetch=prefetch)
     resumed.fit(epochs(resumed), resume="latest")
     assert resumed.steps_done == 36
     assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
@@ -113,16 +113,16 @@ def epochs_of(trainer: Trainer) -> list[Stage]:
     return [stage for number in range(4) for stage in (Train(epochs=1, name=f"epoch {number}"), Evaluate())]
 
 
-def test_a_run_is_resumed_from_what_changed(tmp_path: Path) -> None:
+def test_a_run_resumes_from_an_incremental_checkpoint(tmp_path: Path) -> None:
     def train(*callbacks: Callback) -> Trainer:
         deltas = PeriodicCheckpoint(steps=2, whole_every=50)
-        return training(tmp_path / "run", make_batches(9), callbacks, checkpoint=deltas)
+        return make_trainer(tmp_path / "run", make_batches(9), callbacks, checkpoint=deltas)
 
     stages = [Train(epochs=4)]
-    whole = training(None, make_batches(9))
+    whole = make_trainer(None, make_batches(9))
     whole.fit(stages)
-    interrupted(train(Interrupt(15)), stages)
-    interrupted(train(Interrupt(25)), stages, resume="latest")
+    fit_until_interrupt(train(Interrupt(15)), stages)
+    fit_until_interrupt(train(Interrupt(25)), stages, resume="latest")
     assert "previous" in json.loads((tmp_path / "run" / step_name(24) / "manifest.json").read_text())
     resumed = train()
     resumed.fit(stages, resume="latest")
@@ -130,18 +130,18 @@ def test_a_run_is_resumed_from_what_changed(tmp_path: Path) -> None:
     assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
 
 
-def test_a_mixture_is_resumed_in_its_middle(tmp_path: Path) -> None:
-    whole = training(None, mixture(tmp_path))
+def test_a_mixture_resumes_at_its_position(tmp_path: Path) -> None:
+    whole = make_trainer(None, mixture(tmp_path))
     whole.fit([Train(max_steps=23)])
-    cut = training(tmp_path / "run", mixture(tmp_path), [Interrupt(14)])
-    interrupted(cut, [Train(max_steps=23)])
-    resumed = training(tmp_path / "run", mixture(tmp_path))
+    stopped = make_trainer(tmp_path / "run", mixture(tmp_path), [Interrupt(14)])
+    fit_until_interrupt(stopped, [Train(max_steps=23)])
+    resumed = make_trainer(tmp_path / "run", mixture(tmp_path))
     resumed.fit([Train(max_steps=23)], resume="latest")
     assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("at", [None, 2, 6, 8, 13])
-def test_test_then_train_is_resumed_in_its_window(tmp_path: Path, at: int | None) -> None:
+def test_test_then_train_resumes_in_its_window(tmp_path: Path, at: int | None) -> None:
     opened: list[str] = []
 
     def open_window(window: Window) -> list[Batch]:
@@ -149,13 +149,13 @@ def test_test_then_train_is_resumed_in_its_window(tmp_path: Path, at: int | None
         return make_batches(4, seed=int(window.name))
 
     def run(folder: Path | None, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
-        trainer = training(folder, None, callbacks, open_window=open_window)
+        trainer = make_trainer(folder, None, callbacks, open_window=open_window)
         stages = WindowStages(
             Windows([["a"], ["b"], ["c"], ["d"]]),
             lambda w: [Evaluate(window=w), Train(window=w), *([] if folder is None else [SaveCheckpoint()])],
         )
         if callbacks:
-            interrupted(trainer, stages)
+            fit_until_interrupt(trainer, stages)
         else:
             trainer.fit(stages, **options)
         return trainer
@@ -166,7 +166,7 @@ def test_test_then_train_is_resumed_in_its_window(tmp_path: Path, at: int | None
         run(tmp_path / "run", [Interrupt(at)])
     opened.clear()
     resumed = run(tmp_path / "run", resume="latest")
-    # The checkpoint before: within a window every fifth step, and at a window's end.
+    # Checkpoints are saved every five steps and at the end of each window.
     assert "".join(opened) == {None: "00112233", 2: "00112233", 6: "12233", 8: "12233", 13: "33"}[at]
     assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
     assert resumed.figures == whole.figures
@@ -179,9 +179,9 @@ class StopAt(Interrupt):
 
 
 @pytest.mark.parametrize("own", [False, True])
-def test_a_stopped_run_is_saved_and_goes_on_in_its_stage(tmp_path: Path, own: bool) -> None:
+def test_a_stopped_run_is_saved_and_continues_in_its_stage(tmp_path: Path, own: bool) -> None:
     def run(folder: Path | None, *callbacks: Callback, **options: Any) -> Trainer:
-        trainer = training(folder, make_batches(9), callbacks)
+        trainer = make_trainer(folder, make_batches(9), callbacks)
         trainer.fit([Train(data=dataset(tmp_path) if own else "train", epochs=2), Evaluate()], **options)
         trainer.saver = None
         return trainer
@@ -195,37 +195,37 @@ def test_a_stopped_run_is_saved_and_goes_on_in_its_stage(tmp_path: Path, own: bo
     assert resumed.figures == whole.figures
 
 
-def test_resume_begins_anew_where_there_is_nothing_and_never_over_what_is_there(tmp_path: Path) -> None:
-    trainer = training(tmp_path, make_batches(3))
+def test_resume_starts_from_scratch_without_checkpoints_and_never_overwrites_them(tmp_path: Path) -> None:
+    trainer = make_trainer(tmp_path, make_batches(3))
     trainer.fit([Train(), SaveCheckpoint()], resume="latest")
     assert trainer.saver is not None
     assert trainer.saver.steps() == [3]
-    again = training(tmp_path, make_batches(3))
+    again = make_trainer(tmp_path, make_batches(3))
     with pytest.raises(ValueError, match=r'there are checkpoints of the steps \[3\]; continue .* resume="latest"'):
         again.fit([Train(), SaveCheckpoint()])
     again.fit([Train(), SaveCheckpoint()], resume="latest")
     assert again.steps_done == 3
     with pytest.raises(ValueError, match="resume needs a saver"):
-        training(None, make_batches(3)).fit([Train()], resume="latest")
-    with pytest.raises(ValueError, match="there is no saver; give"):
-        training(None, make_batches(3)).fit([SaveCheckpoint()])
+        make_trainer(None, make_batches(3)).fit([Train()], resume="latest")
+    with pytest.raises(ValueError, match="there is no saver; pass"):
+        make_trainer(None, make_batches(3)).fit([SaveCheckpoint()])
 
 
-def test_a_resumed_trainer_goes_on_by_the_rates_of_the_checkpoint_unless_a_callback_sets_others(tmp_path: Path) -> None:
+def test_a_resumed_trainer_uses_the_saved_learning_rates_unless_a_callback_sets_others(tmp_path: Path) -> None:
     def rates(lr: float, *callbacks: Callback) -> list[float]:
         step = make_step(lr=lr)
         trainer = Trainer(step, make_batches(2), saver=Saver(tmp_path, keep=None), callbacks=callbacks)
         trainer.fit([Train(), SaveCheckpoint(), Train()], resume="latest")
         return [optimizer.param_groups[0]["lr"] for optimizer in step.optimizers.values()]
 
-    class Rates(Callback):
+    class SetRates(Callback):
         def before_fit(self, trainer: Trainer) -> None:
             for optimizer in step_of(trainer).optimizers.values():
                 optimizer.param_groups[0]["lr"] = 0.7
 
     assert rates(0.5) == [0.5, 0.5]
-    assert rates(0.1) == [0.5, 0.5]  # as torch's load_state_dict does
-    assert rates(0.1, Rates()) == [0.7, 0.7]
+    assert rates(0.1) == [0.5, 0.5]  # like torch's load_state_dict
+    assert rates(0.1, SetRates()) == [0.7, 0.7]
 
 
 def step_of(trainer: Trainer) -> TorchStep:
@@ -235,25 +235,27 @@ def step_of(trainer: Trainer) -> TorchStep:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_evaluating_the_training_data_leaves_the_place_of_training_alone(tmp_path: Path, wrapped: bool) -> None:
+def test_evaluating_the_training_data_does_not_move_the_training_position(tmp_path: Path, wrapped: bool) -> None:
     ids = torch.randint(0, 40, (320,), generator=torch.Generator().manual_seed(0))
     pq.write_table(pa.table({"id": ids.numpy(), "label": (ids % 2).float().numpy()}), tmp_path / "a.parquet")
 
     def run(stages: list[Stage], folder: str, resume: str | None = None) -> Trainer:
         data: Any = ColumnDataset(str(tmp_path / "a.parquet"), ["id", "label"], 16, shuffle=True)
         data = DataLoader(data, batch_size=None) if wrapped else data
-        trainer = training(tmp_path / folder, data, checkpoint=PeriodicCheckpoint(steps=1000))
+        trainer = make_trainer(tmp_path / folder, data, checkpoint=PeriodicCheckpoint(steps=1000))
         trainer.fit(stages, resume="latest" if resume else None)  # type: ignore[arg-type]
         return trainer
 
-    train, look = Train(max_steps=13), Evaluate(data="train", name="train")
-    plain = run([look, train, look, SaveCheckpoint(), look, train, look, train, SaveCheckpoint()], "a")
-    bare = run([train, SaveCheckpoint(), train, train, SaveCheckpoint()], "b")
-    assert_same(state_of(plain.steps[""]), state_of(bare.steps[""]))  # type: ignore[arg-type]
-    run([look, train, look, SaveCheckpoint()], "c")
-    gc.collect()  # the saver of the first half, or it would hold the folder
-    resumed = run([look, train, look, SaveCheckpoint(), look, train, look, train, SaveCheckpoint()], "c", "latest")
-    assert_same(state_of(plain.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
-    assert resumed.figures["train"] == plain.figures["train"]
-    list(plain.predict("train"))
-    assert_same(state_of(plain.steps[""]), state_of(bare.steps[""]))  # type: ignore[arg-type]
+    train, evaluate = Train(max_steps=13), Evaluate(data="train", name="train")
+    first_half = [evaluate, train, evaluate, SaveCheckpoint()]
+    stages = [*first_half, evaluate, train, evaluate, train, SaveCheckpoint()]
+    whole = run(stages, "a")
+    without_evaluation = run([train, SaveCheckpoint(), train, train, SaveCheckpoint()], "b")
+    assert_same(state_of(whole.steps[""]), state_of(without_evaluation.steps[""]))  # type: ignore[arg-type]
+    run(first_half, "c")
+    gc.collect()  # the first half's saver, which would otherwise lock the folder
+    resumed = run(stages, "c", "latest")
+    assert_same(state_of(whole.steps[""]), state_of(resumed.steps[""]))  # type: ignore[arg-type]
+    assert resumed.figures["train"] == whole.figures["train"]
+    list(whole.predict("train"))
+    assert_same(state_of(whole.steps[""]), state_of(without_evaluation.steps[""]))  # type: ignore[arg-type]

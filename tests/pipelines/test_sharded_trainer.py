@@ -1,4 +1,4 @@
-"""A Trainer over tables that two ranks share: one rank's numbers, one log of both, and the time of the exchange."""
+"""A Trainer with tables sharded over two ranks trains like one rank, writes one log, and times the exchange."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ class StopAt14(Callback):
             trainer.stop("it is enough")
 
 
-class Ahead(Callback):
-    """Number of batches in flight before each step, its own included."""
+class RecordInFlight(Callback):
+    """Records the number of batches in flight before each step, including that of the step."""
 
     def __init__(self) -> None:
         self.batches: set[int] = set()
@@ -74,7 +74,7 @@ class Ahead(Callback):
         self.batches.add(0 if prefetcher is None else len(prefetcher))
 
 
-def as_it_is(batch: Batch) -> Batch:
+def unchanged(batch: Batch) -> Batch:
     return batch
 
 
@@ -87,9 +87,9 @@ def renamed(batch: Batch) -> Batch:
 
 
 def train(
-    rank: int, ranks: int, folder: Path, prefetch: int | None = 0, read: Callable[[Batch], Batch] = as_it_is
+    rank: int, ranks: int, folder: Path, prefetch: int | None = 0, read: Callable[[Batch], Batch] = unchanged
 ) -> tuple[Trainer, set[int]]:
-    # As few batches as the trainer needs on their way; None: what engines and trainers do if nothing is said.
+    # Use the smallest prefetch_depth that the trainer needs. None: the defaults of engines and trainers.
     model, batches = Model(prefetch + 1 if prefetch else prefetch, read), make_batches(rank, ranks)
     if read is renamed:
         batches = [{"item": batch["id"], "label": batch["label"]} for batch in batches]
@@ -98,44 +98,44 @@ def train(
     optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.5), optim.SGD(model.engine.parameters(), lr=0.5)]
     step = TorchStep(model, bce, optimizers, clip_grad_norm=1.0)
     run = folder / f"{ranks}.{prefetch}"
-    callbacks = [JsonLog(run / "log.jsonl"), StopAt14(), ahead := Ahead()]
-    if ranks > 1 and prefetch is None and read is as_it_is:
+    callbacks = [JsonLog(run / "log.jsonl"), StopAt14(), in_flight := RecordInFlight()]
+    if ranks > 1 and prefetch is None and read is unchanged:
         callbacks += [ProgressBar(), TensorBoard(run / "tensorboard"), Profile(run / "trace.json", first=3, steps=1)]
     trainer = Trainer(
         step, batches, batches, metrics={"auc": AUC()}, log_every=2, callbacks=callbacks, prefetch=prefetch
     )
     trainer.fit([Train(epochs=2), Evaluate(), Evict(Unused(steps=100)), Train(epochs=1)])
-    return trainer, ahead.batches
+    return trainer, in_flight.batches
 
 
 def on_rank(rank: int, port: int, folder: Path, auc: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
-    (first, ahead_of_first), *others = (train(rank, 2, folder, prefetch) for prefetch in (0, 1, 2, None))
+    (first, first_in_flight), *others = (train(rank, 2, folder, prefetch) for prefetch in (0, 1, 2, None))
     assert_near(first.figures["eval"]["auc"], auc)
-    assert ahead_of_first == {0}
-    # At the end of a stage there is nothing to come.
-    assert [ahead for _, ahead in others] == [{0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2}]
+    assert first_in_flight == {0}
+    # There is none before the first update, and their number falls at the end of a stage.
+    assert [in_flight for _, in_flight in others] == [{0, 1, 2}, {0, 1, 2, 3}, {0, 1, 2}]
     for trainer, _ in others:
         assert trainer.figures == first.figures
-        trainer.fit([Train(max_steps=2), Evaluate()])  # nothing is left on its way by the stop
+        trainer.fit([Train(max_steps=2), Evaluate()])  # the stop left no batch in flight
         assert trainer.steps_done == 16
-    # Models that compute the columns of ids: nothing is sent ahead.
+    # Models that compute the columns of ids themselves train without prefetching.
     for read in (copied, renamed):
-        trainer, ahead = train(rank, 2, folder / "made", None, read)
+        trainer, in_flight = train(rank, 2, folder / "computed", None, read)
         assert trainer.figures == first.figures
-        assert ahead == {0}
+        assert in_flight == {0}
     shallow, none = (
         Trainer(trainer.steps[""], make_batches(rank, 2), prefetch=1, accumulate=2) for trainer in (others[0][0], first)
     )
     with pytest.raises(ValueError, match="prefetch=1 with accumulate=2 sends 4 .* build it with prefetch_depth=4"):
         shallow.fit([Train()])
-    none.fit([Train()])  # its engine sends nothing ahead
+    none.fit([Train()])  # its engine does not prefetch
     dist.destroy_process_group()
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_tables_train_as_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_ranks_that_share_tables_train_like_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     trainer, _ = train(0, 1, tmp_path)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -156,15 +156,15 @@ def test_two_ranks_that_share_tables_train_as_one(tmp_path: Path, capfd: pytest.
             assert first.get(name) == second.get(name), name
         if "loss" in first:
             assert_near(second["loss"], first["loss"])
-    # The wait for the other rank is shown wherever the split of a step's time is; and by one rank alone.
+    # The time of the exchange appears in the report and in TensorBoard, written by one rank.
     run = tmp_path / "2.None"
     assert sorted(path.name for path in run.iterdir()) == ["log.jsonl", "tensorboard", "trace.json"]
     assert re.search(r"<title>exchange: [\d.e-]+ ms on the average", write_report(run).read_text())
-    found = EventAccumulator(str(run / "tensorboard"))
-    found.Reload()
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
     waits = [record["time/exchange"] for record in ahead if "time/exchange" in record]
-    assert [event.value for event in found.Scalars("time/exchange")] == pytest.approx(waits)
-    shown = capfd.readouterr()
-    assert shown.out == ""
-    assert len(re.findall(r"train: 100%.*12/12", shown.err)) == 1
-    assert shown.err.count("step 12, eval: auc") == 1
+    assert [event.value for event in events.Scalars("time/exchange")] == pytest.approx(waits)
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert len(re.findall(r"train: 100%.*12/12", captured.err)) == 1
+    assert captured.err.count("step 12, eval: auc") == 1

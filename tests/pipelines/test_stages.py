@@ -1,4 +1,4 @@
-"""Trainings of other orders: warm-up, teacher and student, several sources."""
+"""Trainings with several stages: warm-up, teacher and student, several sources."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from recis_hybrid.ragged import Batch
 from tests.support.small import Records, make_batches, make_step
 
 
-def test_frozen_towers_stand_still_while_tables_warm_up() -> None:
+def test_frozen_towers_do_not_change_while_tables_warm_up() -> None:
     step, batches = make_step(), make_batches()
     before = [p.detach().clone() for p in step.model.tower.parameters()]  # type: ignore[union-attr]
     trainer = Trainer(step, batches)
@@ -35,20 +35,20 @@ def test_frozen_towers_stand_still_while_tables_warm_up() -> None:
 @pytest.mark.slow
 def test_a_student_learns_from_its_teacher() -> None:
     teacher = make_step()
-    student = make_step(label="taught")
+    student = make_step(label="teacher_score")
     batches = make_batches()
 
-    def taught(batch: Batch) -> Batch:
-        return {**batch, "taught": teacher.predict(batch)[""].scores}
+    def add_scores(batch: Batch) -> Batch:
+        return {**batch, "teacher_score": teacher.predict(batch)[""].scores}
 
     trainer = Trainer({"teacher": teacher, "student": student}, batches, batches)
     trainer.fit(
         [
             Train(epochs=10, step="teacher"),
             Evaluate(name="teacher", step="teacher", metrics={"auc": AUC()}),
-            Evaluate(name="before", step="student", transform=taught, metrics={"mse": MSE()}),
-            Train(epochs=10, step="student", transform=taught),
-            Evaluate(name="after", step="student", transform=taught, metrics={"mse": MSE()}),
+            Evaluate(name="before", step="student", transform=add_scores, metrics={"mse": MSE()}),
+            Train(epochs=10, step="student", transform=add_scores),
+            Evaluate(name="after", step="student", transform=add_scores, metrics={"mse": MSE()}),
         ]
     )
     assert trainer.figures["teacher"]["auc"] > 0.99
@@ -56,13 +56,13 @@ def test_a_student_learns_from_its_teacher() -> None:
     assert {"teacher.model", "teacher.engine", "student.dense", "trainer"} <= set(trainer.parts())
 
 
-def test_sources_by_proportion() -> None:
+def test_a_mixture_draws_sources_by_proportion() -> None:
     ads, organic = make_batches(3, seed=1), make_batches(5, seed=2)
     mixture = Mixture({"ads": ads, "organic": organic}, {"ads": 1, "organic": 3}, seed=4)
-    seen = Records()
-    Trainer(make_step(), mixture, callbacks=[seen]).fit([Train(max_steps=400)])
-    of_ads = sum(any(batch is one for one in ads) for batch in seen.batches)
-    assert abs(of_ads - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
+    records = Records()
+    Trainer(make_step(), mixture, callbacks=[records]).fit([Train(max_steps=400)])
+    ads_count = sum(any(batch is one for one in ads) for batch in records.batches)
+    assert abs(ads_count - 100) < 4 * math.sqrt(400 * 0.25 * 0.75)
     for name, share in (("organic", 0.0), ("organic", math.inf)):
         with pytest.raises(ValueError, match=f"the proportion of '{name}' must be a finite number above 0, got"):
             Mixture({"ads": ads, "organic": organic}, {"ads": 1, name: share})

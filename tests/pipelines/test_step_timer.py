@@ -1,4 +1,4 @@
-"""Parts of a step's time; a step that is not logged waits for nothing."""
+"""The time of a step by phase; a step that is not logged does not synchronize."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ from recis_hybrid.ragged import Batch, batch_to
 from tests.support.small import Model, Records, bce, make_batches, make_step
 
 
-def test_the_time_of_a_step_is_booked_where_it_goes(monkeypatch: pytest.MonkeyPatch) -> None:
-    step, seen = make_step(), Records()
+def test_the_time_of_a_step_is_split_by_phase(monkeypatch: pytest.MonkeyPatch) -> None:
+    step, records = make_step(), Records()
     pauses = {"data": 0.02, "features": 0.03, "lookup": 0.04, "towers": 0.05, "update": 0.06}
 
-    def pausing(phase: str, function: Any) -> Any:
-        def paused(*args: Any) -> Any:
+    def with_pause(phase: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
             time.sleep(pauses[phase])
             return function(*args)
 
-        return paused
+        return call
 
     class Slow(list[Batch]):
         def __iter__(self) -> Iterator[Batch]:
@@ -39,49 +39,53 @@ def test_the_time_of_a_step_is_booked_where_it_goes(monkeypatch: pytest.MonkeyPa
                 yield batch
 
     model = step.model
-    monkeypatch.setattr(model.engine, "forward", pausing("lookup", model.engine.forward))  # type: ignore[union-attr]
-    monkeypatch.setattr(model.tower, "forward", pausing("towers", model.tower.forward))  # type: ignore[union-attr]
-    monkeypatch.setattr(step.optimizers["sparse"], "step", pausing("update", step.optimizers["sparse"].step))
+    monkeypatch.setattr(model.engine, "forward", with_pause("lookup", model.engine.forward))  # type: ignore[union-attr]
+    monkeypatch.setattr(model.tower, "forward", with_pause("towers", model.tower.forward))  # type: ignore[union-attr]
+    monkeypatch.setattr(step.optimizers["sparse"], "step", with_pause("update", step.optimizers["sparse"].step))
     trainer = Trainer(
-        step, Slow(make_batches(1)), callbacks=[seen], log_every=1, transform=pausing("features", lambda batch: batch)
+        step,
+        Slow(make_batches(1)),
+        callbacks=[records],
+        log_every=1,
+        transform=with_pause("features", lambda batch: batch),
     )
-    begin = time.perf_counter()
+    start = time.perf_counter()
     trainer.fit([Train()])
-    elapsed = time.perf_counter() - begin
-    (line,) = seen.of("train")
-    booked = {phase: line[f"time/{phase}"] for phase in pauses}
-    assert all(booked[phase] >= pause for phase, pause in pauses.items())
-    assert sum(booked.values()) <= elapsed  # no time is booked twice
+    elapsed = time.perf_counter() - start
+    (line,) = records.of("train")
+    seconds = {phase: line[f"time/{phase}"] for phase in pauses}
+    assert all(seconds[phase] >= pause for phase, pause in pauses.items())
+    assert sum(seconds.values()) <= elapsed  # no time is counted twice
 
 
-def test_a_step_that_does_not_log_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_step_that_is_not_logged_reads_no_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
     step = make_step()
-    fetched: set[int] = set()
-    # torch's Adam keeps a counter on the host and reads that.
+    reading_steps: set[int] = set()
+    # torch's Adam reads a counter that it keeps on the host.
     step.optimizers["dense"] = torch.optim.SGD(dense_parameters(step.model), lr=0.1)
     trainer = Trainer(step, make_batches(6), callbacks=[Records()], log_every=3)
-    # On a CPU, where nothing has to be waited for, the loss and the range of labels are read at once; not on a GPU.
+    # On a CPU, where reading does not block, the loss and the range of labels are read immediately; not on a GPU.
     monkeypatch.setattr("recis_hybrid.pipelines.steps.loss_guard.LossGuard.watch", lambda *args: None)
     monkeypatch.setattr("recis_hybrid.pipelines.steps.model_outputs.check_labels", lambda *args, **kwargs: None)
 
-    def counted(function: Any) -> Any:
-        def count(self: torch.Tensor, *args: Any) -> Any:
-            fetched.add(trainer.steps_done)
+    def recorded(function: Any) -> Any:
+        def call(self: torch.Tensor, *args: Any) -> Any:
+            reading_steps.add(trainer.steps_done)
             return function(self, *args)
 
-        return count
+        return call
 
     for name in ("item", "tolist", "__float__", "__int__", "__bool__"):
-        monkeypatch.setattr(torch.Tensor, name, counted(getattr(torch.Tensor, name)))
-    trainer.fit([Train()])  # tables that grow look at how many rows they have
-    fetched.clear()
+        monkeypatch.setattr(torch.Tensor, name, recorded(getattr(torch.Tensor, name)))
+    trainer.fit([Train()])  # growing tables read their number of rows
+    reading_steps.clear()
     trainer.fit([Train()])
-    assert fetched == {9, 12}
+    assert reading_steps == {9, 12}
 
 
-class NoWaiting(Callback):
+class ForbidSynchronization(Callback):
     def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
-        if trainer.steps_done >= 10:  # the first steps make workspaces
+        if trainer.steps_done >= 10:  # the first steps allocate workspaces
             torch.cuda.set_sync_debug_mode("error")
 
     def after_step(self, trainer: Trainer) -> None:
@@ -89,17 +93,17 @@ class NoWaiting(Callback):
 
 
 @pytest.mark.gpu
-def test_a_step_on_a_gpu_does_not_wait() -> None:
-    class OnGpu(Model):
+def test_a_step_on_a_gpu_does_not_synchronize() -> None:
+    class GpuModel(Model):
         def __init__(self) -> None:
             super().__init__()
             self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer=optim.Adam, device="cuda")
             self.tower.cuda()
 
-    model = OnGpu()
+    model = GpuModel()
     optimizers = [torch.optim.Adam(dense_parameters(model)), optim.Adam(model.engine.parameters())]
     step = TorchStep(model, bce, optimizers, clip_grad_norm=1.0)
     batches = [batch_to(batch, "cuda") for batch in make_batches(30)]
-    trainer = Trainer(step, batches, callbacks=[NoWaiting()], log_every=1000)
+    trainer = Trainer(step, batches, callbacks=[ForbidSynchronization()], log_every=1000)
     trainer.fit([Train()])
     assert trainer.steps_done == 30

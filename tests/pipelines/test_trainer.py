@@ -14,7 +14,7 @@ from recis_hybrid.pipelines import (
 from tests.support.small import Records, assert_same, bce, make_batches, make_step, state_of
 
 
-def test_it_learns_and_evaluates() -> None:
+def test_a_trainer_learns_and_evaluates() -> None:
     step, batches = make_step(groups="user"), make_batches()
     metrics = {"auc": AUC(), "logloss": LogLoss(), "gauc": GAUC()}
     trainer = Trainer(step, batches, batches, metrics=metrics)
@@ -39,28 +39,28 @@ def test_evaluation_inserts_nothing() -> None:
         ([Train(epochs=2)], [0, 1, 2, 3] * 2),
         ([Train(max_steps=6)], [0, 1, 2, 3, 0, 1]),
         ([Train(max_steps=6, epochs=1)], [0, 1, 2, 3]),
-        ([Train(max_steps=3), Train(epochs=1)], [0, 1, 2, 3]),  # goes on with the pass begun
-        ([Train(max_steps=4), Train(epochs=1)], [0, 1, 2, 3] * 2),  # which is at its end
+        ([Train(max_steps=3), Train(epochs=1)], [0, 1, 2, 3]),  # continues the unfinished pass
+        ([Train(max_steps=4), Train(epochs=1)], [0, 1, 2, 3] * 2),  # the first pass has ended
         ([Train(max_steps=3), Train(max_steps=3)], [0, 1, 2, 3, 0, 1]),
     ],
 )
 @pytest.mark.parametrize("prefetch", [0, 1, 3, 9])
 def test_the_bounds_of_a_stage(stages: list[Stage], read: list[int], prefetch: int) -> None:
-    batches, seen = make_batches(4), Records()
-    Trainer(make_step(), batches, callbacks=[seen], prefetch=prefetch).fit(stages)
-    assert [next(n for n, b in enumerate(batches) if b is batch) for batch in seen.batches] == read
+    batches, records = make_batches(4), Records()
+    Trainer(make_step(), batches, callbacks=[records], prefetch=prefetch).fit(stages)
+    assert [next(n for n, b in enumerate(batches) if b is batch) for batch in records.batches] == read
 
 
 def test_accumulation_ends_with_the_pass() -> None:
-    batches, seen = make_batches(5), Records()
-    trainer = Trainer(make_step(), batches, callbacks=[seen], accumulate=2, log_every=1)
+    batches, records = make_batches(5), Records()
+    trainer = Trainer(make_step(), batches, callbacks=[records], accumulate=2, log_every=1)
     trainer.fit([Train(epochs=2)])
     assert trainer.steps_done == 6  # 2 + 2 + 1, twice
-    assert len(seen.batches) == 10
-    assert [record["samples"] for record in seen.of("train")] == [128, 256, 320, 448, 576, 640]
+    assert len(records.batches) == 10
+    assert [record["samples"] for record in records.of("train")] == [128, 256, 320, 448, 576, 640]
 
 
-def test_a_seed_fixes_a_run() -> None:
+def test_a_seed_makes_runs_reproducible() -> None:
     runs = []
     for seed in (1, 1, 2):
         step = make_step()
@@ -70,7 +70,7 @@ def test_a_seed_fixes_a_run() -> None:
     assert not torch.equal(runs[0]["tower.2.weight"], runs[2]["tower.2.weight"])
 
 
-def test_each_objective_has_figures_of_its_own() -> None:
+def test_each_objective_has_its_own_figures() -> None:
     objectives = {"click": Objective(loss=bce, groups="user"), "buy": Objective(loss=bce, label="other")}
     batches = make_batches()
     trainer = Trainer(make_step(objectives, ("click", "buy")), batches, batches, metrics={"loss": LogLoss()})
@@ -81,11 +81,11 @@ def test_each_objective_has_figures_of_its_own() -> None:
     assert set(trainer.figures["by_user"]) == {"click.gauc"}
     with pytest.raises(ValueError, match=r"there are metrics of \['sell'\], but the objectives are"):
         trainer.fit([Evaluate(metrics={"sell": {"auc": AUC()}})])
-    with pytest.raises(ValueError, match="the metric 'gauc' needs groups; name their column"):
+    with pytest.raises(ValueError, match=r"the metric 'gauc' needs groups; set TorchStep\(groups=\)"):
         trainer.fit([Evaluate(metrics={"gauc": GAUC()})])
 
 
-def test_tables_that_two_steps_share_are_saved_once() -> None:
+def test_tables_shared_by_two_steps_are_saved_once() -> None:
     first, second = make_step(), make_step()
     second.model.engine = first.model.engine  # type: ignore[union-attr]
     parts = Trainer({"first": first, "second": second}).parts()

@@ -1,4 +1,4 @@
-"""Callbacks of the package: checkpoints, early stopping, logs, progress, profiles.
+"""Built-in callbacks: checkpoints, early stopping, logs, progress, profiles.
 
-Scripts and ``app`` may import it; the trainer does not, it only knows ``pipelines.callback``.
+Scripts and ``app`` may import it. The trainer does not; it depends on ``pipelines.callback`` only.
 """

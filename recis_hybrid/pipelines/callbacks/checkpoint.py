@@ -13,21 +13,21 @@ from recis_hybrid.validation import check_integer, check_number
 
 
 class PeriodicCheckpoint(Callback):
-    """Saves every N steps or seconds, so that a restarted run continues in the middle of its stage.
+    """Saves every N steps or seconds, so that a restarted run can continue within a stage.
 
     Args:
-        steps: Steps between two checkpoints; None: by time.
-        seconds: Seconds between two checkpoints, for one process; None: by steps.
-        whole_every: Every ``whole_every``-th checkpoint is whole. The others hold only the table rows that changed
-            since the checkpoint before, and build on it (``delta`` of :meth:`Saver.save`). With 1 all are whole.
+        steps: Steps between two checkpoints; None: save by time.
+        seconds: Seconds between two checkpoints, on one process only; None: save by steps.
+        whole_every: Every ``whole_every``-th checkpoint is whole. The others contain only the table rows that changed
+            since the previous checkpoint and build on it (``delta`` of :meth:`Saver.save`). With 1, all are whole.
 
     Raises:
-        ValueError: Not exactly one of ``steps`` and ``seconds`` is given, or a value is out of range.
+        ValueError: Neither or both of ``steps`` and ``seconds`` are set, or a value is out of range.
     """
 
     def __init__(self, *, steps: int | None = None, seconds: float | None = None, whole_every: int = 1) -> None:
         if (steps is None) == (seconds is None):
-            raise ValueError(f"PeriodicCheckpoint: give either steps or seconds, got steps={steps}, seconds={seconds}")
+            raise ValueError(f"PeriodicCheckpoint: pass either steps or seconds, got steps={steps}, seconds={seconds}")
         if steps is not None:
             check_integer("PeriodicCheckpoint", "steps", steps, low=1)
         if seconds is not None:
@@ -40,16 +40,16 @@ class PeriodicCheckpoint(Callback):
         self._last = time.monotonic()
 
     def before_fit(self, trainer: Run) -> None:
-        """Start the clock; several ranks save together, and cannot go by their clocks."""
+        """Start the clock. Several ranks must save at the same step, which their clocks cannot ensure."""
         if self._seconds is not None and distributed.world_size() > 1:
-            raise ValueError("PeriodicCheckpoint: ranks save at the same step; give steps instead of seconds")
+            raise ValueError("PeriodicCheckpoint: ranks must save at the same step; pass steps instead of seconds")
         self._last = time.monotonic()
 
     def after_step(self, trainer: Run) -> None:
         """Save if a checkpoint is due."""
         due = self._steps is not None and trainer.steps_done % self._steps == 0
         if due or (self._seconds is not None and time.monotonic() - self._last >= self._seconds):
-            # Counted over the whole training: a job that is restarted often must write whole checkpoints, too.
+            # Counted over the whole training, so that a job that is restarted often also writes whole checkpoints.
             self._saves = self._saves + 1 if self._steps is None else trainer.steps_done // self._steps
             trainer.save(delta=self._saves % self._whole_every != 0)
             self._last = time.monotonic()

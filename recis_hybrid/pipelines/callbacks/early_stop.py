@@ -1,4 +1,4 @@
-"""Callbacks that follow a metric of an evaluation: early stopping, and learning rates that wait for a plateau."""
+"""Callbacks that monitor a metric of an evaluation: early stopping and learning-rate reduction on a plateau."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from recis_hybrid.validation import check_choice, check_integer, check_number, c
 
 class _OnMetric(Callback):
     def __init__(self, metric: str) -> None:
-        check_type(type(self).__name__, "metric", metric, str, "STAGE/METRIC, as 'eval/auc'")
+        check_type(type(self).__name__, "metric", metric, str, "STAGE/METRIC, such as 'eval/auc'")
         stage, _, name = metric.partition("/")
         if not name:
-            raise ValueError(f"{type(self).__name__}: metric must be STAGE/METRIC, as 'eval/auc', got {metric!r}")
+            raise ValueError(f"{type(self).__name__}: metric must be STAGE/METRIC, such as 'eval/auc', got {metric!r}")
         self.metric = metric
         self._stage, self._name = stage, name
 
     def after_stage(self, trainer: Run, stage: Stage) -> None:
-        """Take the metric after its evaluation."""
+        """Call :meth:`on_metric` after the metric's evaluation."""
         if not isinstance(stage, Evaluate) or stage.name != self._stage:
             return
         figures = trainer.figures[stage.name]
@@ -36,13 +36,13 @@ class _OnMetric(Callback):
 
 
 class EarlyStop(_OnMetric):
-    """Stops the training when a metric has not improved for a number of evaluations; NaN is no improvement.
+    """Stops the training when a metric has not improved for a number of evaluations. NaN is no improvement.
 
     Args:
-        metric: Name of the evaluation and of the metric, as ``eval/auc``.
-        mode: Whether a larger or a smaller value is better.
-        patience: Evaluations in a row without an improvement before it stops.
-        min_delta: Smallest difference that counts as an improvement.
+        metric: Names of the evaluation and the metric, such as ``eval/auc``.
+        mode: Whether larger or smaller values are better.
+        patience: Number of consecutive evaluations without an improvement after which the training stops.
+        min_delta: An improvement must exceed this difference.
 
     Raises:
         ValueError: An argument is out of range, or ``metric`` names no stage.
@@ -63,7 +63,7 @@ class EarlyStop(_OnMetric):
         """Evaluations since the best one."""
 
     def on_metric(self, trainer: Run, value: float) -> None:
-        """Count evaluations without an improvement, and stop after too many."""
+        """Count evaluations without an improvement and stop after too many."""
         gain = self._sign * (value - self.best)
         if gain > self._min_delta or (math.isnan(self.best) and not math.isnan(value)):
             self.best, self.bad = value, 0
@@ -74,7 +74,7 @@ class EarlyStop(_OnMetric):
     def before_fit(self, trainer: Run) -> None:
         """Stop a resumed run that this callback had already stopped."""
         if self.bad >= self._patience:
-            trainer.stop(f"{self.metric} has not been better than {self.best:.6g} for {self.bad} evaluations")
+            trainer.stop(f"{self.metric} has not improved on {self.best:.6g} for {self.bad} evaluations")
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best value and the number of evaluations since."""
@@ -89,8 +89,8 @@ class PlateauSchedule(_OnMetric):
     """Steps torch's ReduceLROnPlateau schedules with a metric.
 
     Args:
-        metric: Name of the evaluation and of the metric, as ``eval/auc``.
-        schedules: One for each optimizer, built with the ``mode`` that suits the metric.
+        metric: Names of the evaluation and the metric, such as ``eval/auc``.
+        schedules: One per optimizer, built with the ``mode`` that fits the metric.
 
     Raises:
         TypeError: An item is not a ReduceLROnPlateau.
@@ -116,7 +116,7 @@ class PlateauSchedule(_OnMetric):
                 f"schedules[{number}]",
                 schedule,
                 ReduceLROnPlateau,
-                "a torch.optim.lr_scheduler.ReduceLROnPlateau; others step with updates, TorchStep(schedules=[...])",
+                "a torch.optim.lr_scheduler.ReduceLROnPlateau (pass others to TorchStep(schedules=[...]))",
             )
 
     def on_metric(self, trainer: Run, value: float) -> None:

@@ -1,4 +1,4 @@
-"""JsonLog: the log as a file of JSON lines, which ``recis-hybrid report`` reads."""
+"""JsonLog: the log as a JSON Lines file, which ``recis-hybrid report`` reads."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ from recis_hybrid.saver.format.location import RemotePath
 class JsonLog(Callback):
     """Appends each record of the log to a file, one JSON object per line, on rank 0.
 
-    Numbers that are not finite become null. A resumed run appends to the file after removing the lines of steps that
-    it repeats.
+    Non-finite numbers become null. A resumed run removes the lines of the steps that it repeats, then appends.
 
     Args:
-        path: The file; its folder is created if needed. An object store cannot append: there the file is rewritten
+        path: The file; its folder is created if needed. Object stores cannot append, so there the file is rewritten
             with each checkpoint and at the end.
     """
 
@@ -53,7 +52,7 @@ class JsonLog(Callback):
             self._file.flush()
 
     def after_save(self, trainer: Run, path: Location) -> None:
-        """Rewrite the file in an object store."""
+        """Rewrite the file if it is in an object store."""
         if isinstance(self._file, io.StringIO) and not isinstance(self._path, Path):
             self._path.write_bytes(self._file.getvalue().encode())
 
@@ -69,7 +68,7 @@ def _step(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
-        return 2**63  # a last line cut short by a crash
+        return 2**63  # a last line truncated by a crash
 
 
 def _finite(value: Any) -> Any:

@@ -19,9 +19,9 @@ class Profile(Callback):
     """Records steps with torch.profiler and writes a trace for Perfetto (ui.perfetto.dev), on rank 0.
 
     Args:
-        path: The trace, ``*.json`` or ``*.json.gz``.
-        first: First step to record, counted from 1; choose one after warm-up.
-        steps: Number of steps.
+        path: File of the trace, ``*.json`` or ``*.json.gz``.
+        first: First step to record, counted from 1; choose one after the warm-up.
+        steps: Number of steps to record.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, first: int = 10, steps: int = 3) -> None:
@@ -32,19 +32,19 @@ class Profile(Callback):
         self._profiler: profile | None = None
 
     def before_step(self, trainer: Run, batches: Sequence[Batch]) -> None:
-        """Start recording before the first step."""
+        """Start recording before the first step to record."""
         if self._profiler is None and distributed.rank() == 0 and trainer.steps_done + 1 == self._steps.start:
             activities = supported_activities() & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
             self._profiler = profile(activities=activities)
             self._profiler.start()
 
     def after_step(self, trainer: Run) -> None:
-        """Write the trace after the last step."""
+        """Write the trace after the last step to record."""
         if self._profiler is not None and trainer.steps_done >= self._steps.stop - 1:
             self._write()
 
     def after_fit(self, trainer: Run) -> None:
-        """Write the steps recorded if the training ended early."""
+        """Write the recorded steps if the training ended early."""
         if self._profiler is not None:
             self._write()
 

@@ -1,4 +1,4 @@
-"""ProgressBar: the progress of the stage on stderr."""
+"""ProgressBar: progress of the current stage on stderr."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from recis_hybrid.pipelines.stages import Run, Stage
 
 
 class ProgressBar(Callback):
-    """Shows steps, loss, figures of the model and samples/s on stderr, and a line per evaluation, on rank 0.
+    """Shows steps, loss, logged figures and samples/s on stderr, and a line per evaluation, on rank 0.
 
-    Figures are means over the steps since the last line of the log.
+    Figures are means over the steps since the last record of the log.
     """
 
     def __init__(self) -> None:
@@ -39,8 +39,8 @@ class ProgressBar(Callback):
         if distributed.rank() != 0:
             return
         if self._bar is not None and record["event"] == "train":
-            own = "".join(f", {name} {value:.4g}" for name, value in record.items() if not is_reserved(name))
-            self._bar.set_postfix_str(f"loss {record['loss']:.4f}{own}, {record['samples_per_s']:,.0f} samples/s")
+            figures = "".join(f", {name} {value:.4g}" for name, value in record.items() if not is_reserved(name))
+            self._bar.set_postfix_str(f"loss {record['loss']:.4f}{figures}, {record['samples_per_s']:,.0f} samples/s")
         elif record["event"] == "eval":
             prefix = f"{record['name']}/"
             shown = ", ".join(f"{k.removeprefix(prefix)} {v:.5f}" for k, v in record.items() if k.startswith(prefix))
@@ -51,7 +51,7 @@ class ProgressBar(Callback):
         self._close()
 
     def after_fit(self, trainer: Run) -> None:
-        """Close the bar if the stage did not end."""
+        """Close the bar if the stage did not end normally."""
         self._close()
 
     def _close(self) -> None:

@@ -1,4 +1,4 @@
-"""TensorBoard: the log as curves."""
+"""TensorBoard: the log as TensorBoard scalars."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from recis_hybrid.pipelines.stages import Run
 class TensorBoard(Callback):
     """Writes every number of the log as a TensorBoard scalar, on rank 0.
 
-    Needs ``pip install recis_hybrid[tensorboard]``.
+    Requires ``pip install recis_hybrid[tensorboard]``.
 
     Args:
-        path: The folder of event files.
+        path: Folder for the event files.
 
     Raises:
         ImportError: tensorboard is not installed.
@@ -36,7 +36,7 @@ class TensorBoard(Callback):
         self._writer: Any = None
 
     def before_fit(self, trainer: Run) -> None:
-        """Open the event file; entries of steps that a resumed run repeats are dropped."""
+        """Open the event file and drop the entries of steps that a resumed run repeats."""
         if distributed.rank() == 0:
             self._writer = self._make(trainer.steps_done + 1)
 

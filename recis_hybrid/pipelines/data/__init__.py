@@ -1,4 +1,4 @@
-"""Sources of batches, and the position in each.
+"""Sources of batches and their reading positions.
 
-The trainer and scripts may import it; it does not know the trainer.
+The trainer and scripts may import it. It imports ``pipelines.steps``, but not the trainer.
 """

@@ -1,4 +1,4 @@
-"""Mixture: several sources read as one, by proportion."""
+"""Mixture: several sources mixed by proportion."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from recis_hybrid.validation import check_integer, check_number, check_type
 
 
 class Mixture:
-    """An endless stream of batches, each from a source drawn by proportion; a source that ends starts again.
+    """An endless stream of batches, each from a randomly drawn source. A source that ends starts again.
 
-    The draws depend on the seed only, so that all ranks draw the same source at the same step. The positions of the
-    draws and of the sources can be saved.
+    The draws depend only on the seed, so all ranks draw the same source at the same step. The state of the draws and
+    the positions of the sources can be saved.
 
     Args:
         sources: Sources by name.
@@ -41,7 +41,7 @@ class Mixture:
         self, sources: Mapping[str, Iterable[Batch]], proportions: Mapping[str, float], *, seed: int = 0
     ) -> None:
         for name, mapping in (("sources", sources), ("proportions", proportions)):
-            check_type("Mixture", name, mapping, Mapping, "a mapping by name, as {'ads': ...}")
+            check_type("Mixture", name, mapping, Mapping, "a mapping by name, such as {'ads': ...}")
         if set(sources) != set(proportions) or not sources:
             raise ValueError(
                 f"Mixture: sources and proportions must have the same names, got {sorted(sources)} and "
@@ -58,7 +58,7 @@ class Mixture:
         self._generator = torch.Generator().manual_seed(seed)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Continue where the last iterator was left."""
+        """Continue where the last iterator stopped."""
         names = list(self._readers)
         while True:
             drawn = int(torch.multinomial(self._shares, 1, generator=self._generator))
@@ -72,12 +72,12 @@ class Mixture:
         return batch
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the positions of the draws and of the sources."""
+        """Return the state of the draws and the positions of the sources."""
         readers = {name: reader.state_dict() for name, reader in self._readers.items()}
         return {"generator": self._generator.get_state(), "readers": readers}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore the positions that :meth:`state_dict` returned."""
+        """Restore the state that :meth:`state_dict` returned."""
         self._generator.set_state(state["generator"])
         for name, reader in self._readers.items():
             reader.load_state_dict(state["readers"][name])

@@ -1,4 +1,4 @@
-"""ReadAhead: reads the batches of later steps during a step."""
+"""ReadAhead: reads the batches of later steps in advance."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from recis_hybrid.ragged import Batch
 
 @dataclass(frozen=True)
 class _Group:
-    """The batches of one step, and the progress of the stage after it."""
+    """The batches of one step and the progress of the stage after it."""
 
     batches: list[Batch]
     rows: list[list[int]]
-    """For each batch, its rows on each rank; empty on one process."""
+    """For each batch, its number of rows on each rank; empty on one process."""
     stage_passes: int
     pass_batches: int
     position: dict[str, Any] | None
@@ -34,16 +34,16 @@ class _Group:
 class ReadAhead:
     """Reads the batches of a stage a number of steps ahead, but not beyond the stage's bound.
 
-    A checkpoint stores the position after the last batches that were taken. Several ranks agree on each step: the
-    batches of the following step are read and announced early, so that the announcements of the other ranks have
-    arrived when they are needed.
+    A checkpoint stores the position after the last batches taken. Several ranks agree on each step. The batches of the
+    following step are read and announced early, so that the announcements of the other ranks have arrived by the time
+    they are needed.
 
     Args:
         stage: The stage.
         reader: Source of the batches.
         progress: Progress of the training; updated as batches are taken.
-        accumulate: Batches of a step.
-        depth: Steps to read ahead.
+        accumulate: Number of batches per step.
+        depth: Number of steps to read ahead.
         interruption: Interrupts waits for batches.
     """
 
@@ -53,13 +53,13 @@ class ReadAhead:
         self._stage, self._reader, self._progress = stage, reader, progress
         self._accumulate = accumulate
         self.depth = depth
-        """Steps to read ahead."""
+        """Number of steps to read ahead."""
         self.rows: list[list[int]] = []
-        """For each batch of the last step taken, its rows on each rank; empty on one process."""
+        """For each batch of the last step taken, its number of rows on each rank; empty on one process."""
         self._interruption = interruption
         self._together = distributed.world_size() > 1
         self._last = replace(progress)
-        """Progress after everything that was read."""
+        """Progress after all batches read so far."""
         self._groups: deque[_Group] = deque()
         self._announcement: tuple[list[Batch], Announcement, dict[str, Any]] | None = None
         self._failure: Exception | None = None
@@ -70,21 +70,21 @@ class ReadAhead:
             reader.set_checkpoint(reader.state_dict())
 
     def __len__(self) -> int:
-        """Return the number of steps whose batches were read and not taken."""
+        """Return the number of steps whose batches are read but not taken."""
         return len(self._groups)
 
     def wants_more(self) -> bool:
-        """Return whether to read the batches of one more step."""
+        """Return whether to read the batches of another step."""
         return len(self._groups) <= self.depth and not self._last.reached(self._stage)
 
     def read(self) -> list[Batch]:
-        """Return the batches of a step, equally many on all ranks; fewer at the end of a pass, none after it.
+        """Return the batches of a step, the same number on all ranks: fewer at the end of a pass, none after it.
 
         Raises:
             ExchangeError: Another rank failed or died.
-            RanksInterrupted: A rank received a signal to end.
+            RanksInterrupted: A rank received a signal to terminate.
             ValueError: A pass has no batch, or a rank has none at all.
-            WaitInterrupted: This process received a signal to end, and is the only one.
+            WaitInterrupted: This process, the only one, received a signal to terminate.
         """
         if self._together:
             return self._read_together()
@@ -96,7 +96,7 @@ class ReadAhead:
         return batches
 
     def _read_own(self) -> tuple[list[Batch], bool]:
-        """Return this rank's batches of a step, and whether its pass has ended."""
+        """Return this rank's batches of a step and whether its pass has ended."""
         batches: list[Batch] = []
         while len(batches) < self._accumulate:
             batch = self._reader.next()
@@ -109,7 +109,7 @@ class ReadAhead:
         last = self._last
         last.pass_batches += batches
         if ended:
-            # A pass without a batch for this stage belongs to an earlier stage.
+            # If this stage took no batch, an earlier stage has read the pass.
             last.stage_passes += last.pass_batches > 0
             last.pass_batches = 0
         last.stage_steps += batches > 0
@@ -119,12 +119,12 @@ class ReadAhead:
             self._announce()
         assert self._announcement is not None
         (batches, announcement, self._read_position), self._announcement = self._announcement, None
-        # A failure is raised only now: until then the other ranks, and this one, are still at earlier steps.
+        # A failure is raised only now, because until now all ranks were still training on earlier steps.
         agreement = announcement.wait(self._failure)
         if agreement.alike and distributed.rank() == 0:
             warnings.warn(
-                f"Trainer: all {distributed.world_size()} ranks have the same first batch, so that every rank seems to "
-                f"train on the same rows; give each rank its own, as batches[rank::world_size], or use a ColumnDataset",
+                f"Trainer: all {distributed.world_size()} ranks have the same first batch and seem to train on the "
+                f"same rows; give each rank its own rows, such as batches[rank::world_size], or use a ColumnDataset",
                 RuntimeWarning,
                 stacklevel=2,
             )
@@ -135,8 +135,8 @@ class ReadAhead:
         if agreement.ended:
             if self._reader.batches == 0:
                 raise ValueError(
-                    f"the source {type(self._reader.data).__name__} gave no rank a batch in pass "
-                    f"{self._reader.passes + 1}; give one that yields batches each time it is iterated"
+                    f"the source {type(self._reader.data).__name__} yielded no batch on any rank in pass "
+                    f"{self._reader.passes + 1}; use one that yields batches each time it is iterated"
                 )
             self._reader.end_pass()
         if len(agreement.rows) > announcement.batches or agreement.ended:
@@ -148,7 +148,7 @@ class ReadAhead:
         return batches
 
     def _announce(self) -> None:
-        """Read this rank's batches of one more step, and announce them to the other ranks."""
+        """Read this rank's batches of another step and announce them to the other ranks."""
         batches: list[Batch] = []
         interrupted = False
         try:
@@ -171,14 +171,14 @@ class ReadAhead:
         self._announcement = batches, announcement, self._reader.position()
 
     def put(self, batches: list[Batch]) -> None:
-        """Store what was read last, until its turn comes."""
+        """Store the batches read last until :meth:`take` returns them."""
         last = self._last
         self._groups.append(
             _Group(batches, self._agreed_rows, last.stage_passes, last.pass_batches, self._read_position)
         )
 
     def take(self) -> list[Batch]:
-        """Return the batches of the next step, and update the progress."""
+        """Return the batches of the next step and update the progress."""
         group = self._groups.popleft()
         self._progress.stage_passes, self._progress.pass_batches = group.stage_passes, group.pass_batches
         if group.position is not None:
@@ -188,15 +188,15 @@ class ReadAhead:
 
 
 def steps_ahead(step: Step, requested: int | None, accumulate: int) -> int:
-    """Return how many steps ahead batches are read.
+    """Return the number of steps to read ahead.
 
     Args:
-        step: Sends ids ahead if it can.
+        step: The step, whose engines may send ids ahead.
         requested: Number of steps; None: as many as the step's engines can send.
-        accumulate: Batches of a step.
+        accumulate: Number of batches per step.
 
     Raises:
-        ValueError: The engines that send ids ahead cannot send so many batches.
+        ValueError: An engine that sends ids ahead cannot send that many batches.
     """
     depths = [engine.prefetch_depth for engine in step.engines] if isinstance(step, Prefetching) else []
     if requested is None:

@@ -17,31 +17,31 @@ class Reader:
     """Reads a source pass after pass, with a position that can be saved.
 
     A source with ``state_dict`` and ``load_state_dict`` (a ColumnDataset, or a DataLoader over one) is restored to its
-    position; from any other source, the batches before that position are read and dropped.
+    position. From any other source, the batches before that position are read and discarded.
 
     Args:
-        data: Gives the batches of one pass each time it is iterated.
-        together: Whether several ranks read, whose passes end together: :meth:`next` then returns None until
-            :meth:`end_pass` is called.
+        data: Yields the batches of one pass each time it is iterated.
+        together: Whether several ranks read and end their passes together. At the end of its data, :meth:`next` then
+            returns None until :meth:`end_pass` is called.
     """
 
     def __init__(self, data: Iterable[Batch], *, together: bool = False) -> None:
         self.data = data
         self.empty: Batch | None = None
-        """With several ranks, an empty batch with the first one's columns; None before it."""
+        """With several ranks, an empty batch with the columns of the first batch; None before the first batch."""
         self.digest = 0
         """With several ranks, the digest of the first batch until it is announced."""
         self._together, self._ended = together, False
         self.passes = 0
-        """Passes that have ended."""
+        """Completed passes."""
         self.batches = 0
-        """Batches read of the current pass."""
+        """Batches read from the current pass."""
         self._iterator: Iterator[Batch] | None = None
         self._start = 0
         self._checkpoint: dict[str, Any] | None = None
         loader = isinstance(data, DataLoader)
         self._source: Any = data.dataset if isinstance(data, DataLoader) else data
-        # Workers read with copies of the source, so that the position counted here is the one that counts.
+        # Workers read copies of the source, so the source itself does not know the position.
         self._in_workers = loader and data.num_workers > 0  # type: ignore[attr-defined]
         self._stateful = hasattr(self._source, "state_dict") and hasattr(self._source, "load_state_dict")
 
@@ -49,10 +49,10 @@ class Reader:
         return f"Reader({type(self.data).__name__}, passes={self.passes}, batches={self.batches})"
 
     def next(self) -> Batch | None:
-        """Return the next batch; None once at the end of each pass.
+        """Return the next batch, or None once at the end of each pass.
 
         Raises:
-            ValueError: The pass had no batch.
+            ValueError: The pass has no batch.
         """
         if self._ended:
             return None
@@ -68,7 +68,7 @@ class Reader:
         elif batch is None:
             if self.batches == 0:
                 raise ValueError(
-                    f"the source {type(self.data).__name__} gave no batch in pass {self.passes + 1}; give one that "
+                    f"the source {type(self.data).__name__} yielded no batch in pass {self.passes + 1}; use one that "
                     f"yields batches each time it is iterated"
                 )
             self.end_pass()
@@ -77,7 +77,7 @@ class Reader:
         return batch
 
     def skip(self) -> None:
-        """Count a batch of other ranks after this rank's last one."""
+        """Count a batch that only other ranks have."""
         self.batches += 1
 
     @property
@@ -90,8 +90,8 @@ class Reader:
             self.empty, self.digest = without_rows(batch), digest_of(batch)
 
     def _start_pass(self) -> Iterator[Batch]:
-        # A DataLoader draws a seed when it starts. It draws from a fork of the generator: a restarted run, which starts
-        # a pass in its middle, would otherwise leave the generator in another state.
+        # A DataLoader draws a seed when it starts. Without the fork, a restarted run, which starts in the middle of a
+        # pass, would leave the generator in a different state.
         with torch.random.fork_rng(devices=[]):
             iterator = iter(self.data)
         self._start = self.batches
@@ -102,7 +102,7 @@ class Reader:
         return iterator
 
     def end_pass(self) -> None:
-        """Go on to the next pass."""
+        """Start the next pass."""
         self._iterator, self._ended = None, False
         self.passes, self.batches = self.passes + 1, 0
         if self._in_workers and hasattr(self._source, "set_epoch"):
@@ -110,15 +110,15 @@ class Reader:
 
     @property
     def has_cheap_position(self) -> bool:
-        """True if taking the position is cheap enough to do it at every step, so that any wait can be interrupted."""
+        """True if the position can be taken at every step, which allows interrupting any wait."""
         return not self._stateful or type(self._source).__module__.startswith("recis_hybrid.")
 
     def set_checkpoint(self, state: dict[str, Any]) -> None:
-        """Set the position that :meth:`state_dict` returns, because later batches were read but not used yet."""
+        """Set the position that :meth:`state_dict` returns if later batches were read but not used yet."""
         self._checkpoint = state
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the position for a checkpoint: that of :meth:`set_checkpoint`, or else the current one."""
+        """Return the position for a checkpoint: that of :meth:`set_checkpoint`, or the current one."""
         return self.position() if self._checkpoint is None else self._checkpoint
 
     def position(self) -> dict[str, Any]:
@@ -139,7 +139,7 @@ class Reader:
             self._source.load_state_dict(state["place"])
 
     def close(self) -> None:
-        """Leave the current pass."""
+        """Close the iterator of the current pass."""
         close = getattr(self._iterator, "close", None)
         if close is not None:
             close()
@@ -147,5 +147,5 @@ class Reader:
 
 
 def is_endless(data: Iterable[Batch]) -> bool:
-    """Return whether a pass over a source is known never to end."""
+    """Return whether a pass over a source is known to be infinite."""
     return bool(getattr(data, "endless", False)) or isinstance(data, itertools.cycle | itertools.repeat)

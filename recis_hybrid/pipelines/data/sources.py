@@ -1,4 +1,4 @@
-"""Sources: the sources of a trainer and the position in each."""
+"""Sources: the sources of a trainer and their reading positions."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from recis_hybrid.ragged import Batch
 
 
 class Sources:
-    """The named sources of a trainer, which stages read on one after another, and the source of the current stage.
+    """The named sources of a trainer, which successive stages continue to read, and the current stage's own source.
 
     Args:
         named: Sources by name.
@@ -54,13 +54,13 @@ class Sources:
             return stage.data
         if stage.data not in self._named:
             raise ValueError(
-                f"{type(stage).__name__}: there is no source {stage.data!r}, there are {sorted(self._named)}; give it "
+                f"{type(stage).__name__}: there is no source {stage.data!r}, there are {sorted(self._named)}; pass it "
                 f"to Trainer"
             )
         return self._named[stage.data]
 
     def whole_pass(self, stage: Evaluate) -> Iterable[Batch]:
-        """Return the source of a stage, read from its start; the training's position in that source stays.
+        """Return the source of a stage, read from its start. The training's position in the source does not change.
 
         Raises:
             ValueError: There is no such source.
@@ -70,12 +70,12 @@ class Sources:
             return copy.copy(data)
         if isinstance(data, DataLoader) and isinstance(data.dataset, ColumnDataset) and not data.persistent_workers:
             loader = copy.copy(data)
-            object.__setattr__(loader, "dataset", copy.copy(data.dataset))  # DataLoader refuses to set it
+            object.__setattr__(loader, "dataset", copy.copy(data.dataset))  # DataLoader.__setattr__ raises
             return loader
         return data
 
     def reader(self, stage: Train) -> Reader:
-        """Return the reader of a stage; that of a named source continues where the last stage left it.
+        """Return the reader of a stage. For a named source, it continues where the last stage stopped.
 
         Raises:
             ValueError: There is no such source, or the stage would never end.
@@ -95,13 +95,13 @@ class Sources:
         return Reader(data, together=distributed.world_size() > 1)
 
     def leave(self, reader: Reader) -> None:
-        """Close the reader of a stage that has ended, if the stage has its own source."""
+        """Close the reader of a finished stage if the stage has its own source."""
         if reader is self._own:
             reader.close()
             self._own = None
 
     def close(self) -> None:
-        """Leave all passes."""
+        """Close all readers."""
         for reader in (*self._readers.values(), *([] if self._own is None else [self._own])):
             reader.close()
         self._readers.clear()
@@ -126,8 +126,8 @@ def _check_bound(stage: Train, data: Iterable[Batch]) -> None:
         return
     unknown = stage.epochs is None and stage.window is None and not hasattr(data, "__len__")
     if is_endless(data) or unknown:
-        what = "never ends" if is_endless(data) else "has no length and may never end"
+        fault = "never ends" if is_endless(data) else "has no length and may never end"
         raise ValueError(
-            f"Train: the source {type(data).__name__} {what}; give Train(max_steps=), or Train(endless=True) for a "
+            f"Train: the source {type(data).__name__} {fault}; set Train(max_steps=), or Train(endless=True) for a "
             f"stage that a callback stops"
         )

@@ -1,4 +1,4 @@
-"""WindowStages: the same stages for each window of a stream, as for test-then-train."""
+"""WindowStages: the same stages for each window of a stream, for example test-then-train."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from recis_hybrid.validation import describe_value
 class WindowStages:
     """The stages of each window of a stream, one window after another, for ``Trainer.fit``.
 
-    Its position can be saved: a restarted run continues in its window, and does not ask for earlier ones, which may be
-    gone.
+    Its position can be saved. A restarted run continues in its window and does not open earlier ones, which may have
+    been deleted.
 
     Args:
         windows: The stream of windows.
@@ -32,7 +32,7 @@ class WindowStages:
     def __init__(self, windows: Windows, stages: Callable[[Window], Sequence[Stage]]) -> None:
         if not (isinstance(windows, Iterable) and hasattr(windows, "load_state_dict")):
             raise TypeError(
-                f"WindowStages: windows must be Windows, as Windows([['monday.parquet']]), got "
+                f"WindowStages: windows must be Windows, such as Windows([['monday.parquet']]), got "
                 f"{describe_value(windows)}"
             )
         check_callable("WindowStages", "stages", stages, "a function from a window to its stages")
@@ -44,11 +44,11 @@ class WindowStages:
 
     @property
     def window(self) -> str | None:
-        """Name of the last stage's window."""
+        """Name of the window of the last stage yielded."""
         return self._window
 
     def __iter__(self) -> Iterator[Stage]:
-        """Start with the last stage before the checkpoint if a state was loaded."""
+        """Yield the stages. If a state was loaded, start with the last stage before the checkpoint."""
         for window in self._windows:
             first = 0
             if self._resume_at is not None and self._resume_at[0] == window.name:
@@ -60,11 +60,11 @@ class WindowStages:
                     yield stage
 
     def stop(self) -> None:
-        """End the stages instead of waiting for another window; see :meth:`Windows.stop`."""
+        """End iteration instead of waiting for another window; see :meth:`Windows.stop`."""
         self._windows.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the windows done, and the number of the last stage."""
+        """Return the completed windows and the number of the last stage."""
         return {"windows": self._windows.state_dict(), "window": self._window, "number": self._number}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Training steps: forward, backward, update, and the sum of gradients over ranks.
+"""Training steps: forward, backward, update, and gradient averaging over ranks.
 
-The trainer, scripts and ``app`` may import it; it knows neither stages nor the trainer.
+The trainer, ``pipelines.data``, scripts and ``app`` may import it. It imports neither stages nor the trainer.
 """

@@ -1,7 +1,7 @@
 """GradientSync: keeps replicated parameters bitwise equal on all ranks.
 
-It does for unwrapped modules what DistributedDataParallel does for wrapped ones: gradients are averaged after backward,
-in one collective per dtype.
+The counterpart of DistributedDataParallel for unwrapped modules: gradients are averaged after backward, in one
+collective per dtype and device.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from recis_hybrid.embedding import Anchor
 
 
 class GradientSync:
-    """Averages the gradients of dense parameters over all ranks, and broadcasts rank 0's buffers.
+    """Averages the gradients of dense parameters over all ranks and broadcasts rank 0's buffers.
 
-    Excluded are parameters that DistributedDataParallel or FSDP synchronizes, and embedding tables, which exchange
-    gradients themselves.
+    Parameters that DistributedDataParallel or FSDP synchronizes are excluded, and so are embedding tables, which
+    exchange their gradients themselves.
 
     Args:
         modules: Modules with the parameters and buffers.
@@ -38,25 +38,24 @@ class GradientSync:
         self._parameters: dict[str, nn.Parameter] | None = None
         self._sums: list[Tensor] = []
         # For each bucket and parameter, whether this rank has a gradient.
-        self._has: list[list[bool]] = []
+        self._has_gradient: list[list[bool]] = []
 
     def broadcast(self) -> None:
         """Copy rank 0's parameters and buffers to all ranks; collective.
 
         Raises:
-            ValueError: Names, shapes or dtypes of parameters or buffers differ between ranks, or hyperparameters of
-                optimizers.
+            ValueError: Names, shapes or dtypes of parameters or buffers, or hyperparameters of optimizers, differ
+                between ranks.
         """
         self._parameters = self._named_parameters()
         tensors = {**self._parameters, **self._named_buffers()}
-        described = [(name, list(t.shape), str(t.dtype), t.device.type) for name, t in tensors.items()]
         _check_equal(
-            "the parameters or buffers of towers differ between ranks, in names, shapes or dtypes; build the same "
+            "the parameters or buffers of towers differ between ranks in names, shapes or dtypes; build the same "
             "model on all ranks",
-            described,
+            [(name, list(t.shape), str(t.dtype), t.device.type) for name, t in tensors.items()],
         )
         _check_equal(
-            "the hyperparameters of optimizers differ between ranks, so that towers would drift apart; build the same "
+            "the hyperparameters of optimizers differ between ranks, and towers would diverge; build the same "
             "optimizers on all ranks",
             [_hyperparameters(optimizer) for optimizer in self._optimizers],
         )
@@ -64,45 +63,47 @@ class GradientSync:
 
     def clear(self) -> None:
         """Discard gradients of an unfinished step."""
-        self._sums, self._has = [], []
+        self._sums, self._has_gradient = [], []
 
     def add(self, share: float) -> None:
-        """Move this rank's gradients out of the parameters; :meth:`finish` puts their mean back.
+        """Move this rank's gradients out of the parameters; :meth:`finish` writes their mean back.
 
         Args:
-            share: Weight of the gradients, this rank's share of the samples. With 0, NaN and infinities do not count
-                either.
+            share: Weight of the gradients: this rank's share of the samples. With 0, even NaN and infinite gradients
+                are ignored.
 
         Raises:
             ValueError: A gradient is sparse.
         """
         for number, bucket in enumerate(self._buckets()):
-            values, has = [], []
+            values, has_gradient = [], []
             for name, parameter in bucket:
                 gradient = parameter.grad
                 if gradient is not None and gradient.layout is not torch.strided:
                     raise ValueError(
-                        f"TorchStep: the gradient of {name} is sparse, and {distributed.world_size()} ranks average "
-                        f"dense ones; use an EmbeddingEngine for its ids, or build it with sparse=False"
+                        f"TorchStep: the gradient of {name} is sparse, but {distributed.world_size()} ranks can only "
+                        f"average dense ones; use an EmbeddingEngine for its ids, or build it with sparse=False"
                     )
-                has.append(gradient is not None)
+                has_gradient.append(gradient is not None)
                 values.append(parameter.new_zeros(parameter.shape) if gradient is None else gradient.detach())
                 parameter.grad = None
-            # One flag per parameter at the end: whether it has a gradient.
             flat = torch.cat([_flat(value) for value in values])
             flat = torch.zeros_like(flat) if share == 0 else flat.mul_(share)
-            flat = torch.cat([flat, torch.tensor(has, dtype=flat.dtype).to(flat.device, non_blocking=True)])
+            # One flag per parameter follows the gradients: whether the parameter has one.
+            flags = torch.tensor(has_gradient, dtype=flat.dtype).to(flat.device, non_blocking=True)
+            flat = torch.cat([flat, flags])
             if number < len(self._sums):
                 self._sums[number] += flat
-                self._has[number] = [one or other for one, other in zip(self._has[number], has, strict=True)]
+                earlier = self._has_gradient[number]
+                self._has_gradient[number] = [a or b for a, b in zip(earlier, has_gradient, strict=True)]
             else:
                 self._sums.append(flat)
-                self._has.append(has)
+                self._has_gradient.append(has_gradient)
 
     def finish(self) -> None:
-        """Set each parameter's gradient to the sum over ranks, None if no rank has one; collective.
+        """Set each parameter's gradient to the sum over ranks, or to None if no rank has one; collective.
 
-        Buffers are overwritten with rank 0's.
+        Buffers are overwritten with those of rank 0.
         """
         works = []
         for number, flat in enumerate(self._sums):
@@ -110,14 +111,14 @@ class GradientSync:
             works.append(dist.all_reduce(flat, async_op=True))
         for work in works:
             work.wait()
-        for bucket, flat, own in zip(self._buckets(), self._sums, self._has, strict=True):
+        for bucket, flat, has_gradient in zip(self._buckets(), self._sums, self._has_gradient, strict=True):
             parameters = [parameter for _, parameter in bucket]
             flat = flat.to(parameters[0].device)
             sizes = [_flat(parameter.detach()).numel() for parameter in parameters]
-            *gradients, has = flat.split([*sizes, len(bucket)])
-            # Reading the flags synchronizes the device: only if this rank lacks a gradient.
-            exist = own if all(own) else has.tolist()
-            for parameter, gradient, exists in zip(parameters, gradients, exist, strict=True):
+            *gradients, flags = flat.split([*sizes, len(bucket)])
+            # Reading the flags synchronizes the device. Avoid it if this rank has all gradients.
+            any_rank_has = has_gradient if all(has_gradient) else flags.tolist()
+            for parameter, gradient, exists in zip(parameters, gradients, any_rank_has, strict=True):
                 if exists:
                     parameter.grad = _like(gradient, parameter)
         self.clear()
@@ -125,7 +126,7 @@ class GradientSync:
             _broadcast(buffers)
 
     def _buckets(self) -> list[list[tuple[str, nn.Parameter]]]:
-        """Return the parameters that may have gradients, by dtype and device, in the same order on all ranks."""
+        """Return the parameters that may have gradients by dtype and device, in the same order on all ranks."""
         found: dict[tuple[torch.dtype, torch.device], list[tuple[str, nn.Parameter]]] = {}
         if self._parameters is None:
             self._parameters = self._named_parameters()
@@ -135,7 +136,7 @@ class GradientSync:
         return list(found.values())
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
-        excluded = self._synchronised_elsewhere()
+        excluded = self._synchronized_elsewhere()
         result: dict[str, nn.Parameter] = {}
         for name, parameter in (pair for module in self._modules for pair in module.named_parameters()):
             if id(parameter) not in excluded and not isinstance(parameter, Anchor):
@@ -155,8 +156,8 @@ class GradientSync:
                     result[name if name not in result else f"{name} ({len(result)})"] = buffer
         return result
 
-    def _synchronised_elsewhere(self) -> set[int]:
-        """Return the ``id()`` of the parameters that wrappers or optimizers synchronise."""
+    def _synchronized_elsewhere(self) -> set[int]:
+        """Return the ``id()`` of the parameters that wrappers or optimizers synchronize."""
         found: set[int] = set()
         for wrapper in self._wrappers():
             ignored = getattr(wrapper, "parameters_to_ignore", ())
@@ -166,7 +167,7 @@ class GradientSync:
                 if name not in ignored
             }
         for optimizer in self._optimizers:
-            # bridge.OptaxOptimizer(group=...) does.
+            # True for bridge.OptaxOptimizer(group=...).
             if getattr(optimizer, "averages_gradients", False):
                 found |= {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         found |= {id(p) for module in self._modules for p in module.parameters() if _is_dtensor(p)}
@@ -182,18 +183,19 @@ class GradientSync:
 def unscale_together(
     scaler: torch.amp.GradScaler, optimizers: Sequence[torch.optim.Optimizer], has_gradients: Sequence[bool]
 ) -> list[bool]:
-    """Unscale gradients, and skip the update on all ranks if any overflows; collective.
+    """Unscale gradients, and skip the update on all ranks if a gradient overflows on any; collective.
 
-    Ranks own different rows of a table, so that only some of them may see an overflow; without this, their scales would
-    diverge.
+    Ranks own different rows of a table, so an overflow may occur on only some of them. Without this function, their
+    loss scales would diverge.
 
     Args:
-        scaler: The same on all ranks; call ``scaler.step`` afterwards for optimizers with gradients.
+        scaler: Gradient scaler, with the same state on all ranks. Call ``scaler.step`` afterwards for optimizers with
+            gradients.
         optimizers: The model's optimizers.
-        has_gradients: For each, whether it has gradients on this rank.
+        has_gradients: For each optimizer, whether it has gradients on this rank.
 
     Returns:
-        For each, whether it has gradients on some rank.
+        For each optimizer, whether it has gradients on any rank.
     """
     overflow_flags = []
     for optimizer in optimizers:
@@ -202,13 +204,13 @@ def unscale_together(
             scaler.unscale_(optimizer)
         overflow_flags.append(state["found_inf_per_device"])
     overflows = [max((float(flag) for flag in flags.values()), default=0.0) for flags in overflow_flags]
-    both = distributed.sendable(torch.tensor([list(map(float, has_gradients)), overflows]))
-    dist.all_reduce(both, op=dist.ReduceOp.MAX)
-    has, overflows = both.tolist()
+    maxima = distributed.sendable(torch.tensor([list(map(float, has_gradients)), overflows]))
+    dist.all_reduce(maxima, op=dist.ReduceOp.MAX)
+    any_rank_has, overflows = maxima.tolist()
     for optimizer, flags, overflow in zip(optimizers, overflow_flags, overflows, strict=True):
         device = optimizer.param_groups[0]["params"][0].device
         flags.update({each: torch.full((1,), overflow, device=each) for each in flags or [device]})
-    return [there > 0 for there in has]
+    return [flag > 0 for flag in any_rank_has]
 
 
 def _flat(tensor: Tensor) -> Tensor:
@@ -216,7 +218,7 @@ def _flat(tensor: Tensor) -> Tensor:
 
 
 def _like(flat: Tensor, parameter: nn.Parameter) -> Tensor:
-    """Return a gradient in its own memory, with the parameter's layout: JAX imports aligned memory without a copy."""
+    """Copy a gradient into memory with the parameter's layout: JAX imports only aligned memory without a copy."""
     gradient = torch.empty_like(parameter)
     shape = torch.view_as_real(gradient).shape if gradient.is_complex() else gradient.shape
     (torch.view_as_real(gradient) if gradient.is_complex() else gradient).copy_(flat.view(shape))
@@ -224,14 +226,14 @@ def _like(flat: Tensor, parameter: nn.Parameter) -> Tensor:
 
 
 def _is_dtensor(tensor: Tensor) -> bool:
-    # Without an import of the module, which is slow, nothing can be a DTensor.
+    # Importing the module is slow, and unless it has been imported, no DTensor exists.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 @torch.no_grad()
 def _broadcast(tensors: Sequence[Tensor]) -> None:
-    """Overwrite tensors with rank 0's bytes, in one collective for each device."""
+    """Overwrite tensors with rank 0's, in one collective per device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for tensor in tensors:
         by_device.setdefault(tensor.device, []).append(tensor)
@@ -242,7 +244,7 @@ def _broadcast(tensors: Sequence[Tensor]) -> None:
             continue
         parts = flat.to(device).split([tensor.numel() * tensor.element_size() for tensor in group])
         for tensor, part in zip(group, parts, strict=True):
-            # A copy, because the part may not start at a multiple of its item size.
+            # The clone aligns the part, which may not start at a multiple of the item size.
             tensor.copy_(part.clone().view(tensor.dtype).view(tensor.shape))
 
 
@@ -251,7 +253,7 @@ def _bytes(tensor: Tensor) -> Tensor:
 
 
 def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[Any]:
-    """Return the numbers of an optimizer's parameter groups."""
+    """Return the class and hyperparameters of an optimizer, in a form that ranks can compare."""
     groups = [
         {key: repr(value) for key, value in group.items() if key != "params" and isinstance(value, _NUMBERS)}
         for group in optimizer.param_groups
@@ -262,16 +264,16 @@ def _hyperparameters(optimizer: torch.optim.Optimizer) -> list[Any]:
 _NUMBERS = (bool, int, float, tuple, Tensor, type(None))
 
 
-def _check_equal(fault: str, described: Sequence[Any]) -> None:
-    """Raise ValueError with a message if the ranks' descriptions differ; collective."""
-    digest = int.from_bytes(hashlib.sha256(repr(described).encode()).digest()[:7], "little")
+def _check_equal(fault: str, description: Sequence[Any]) -> None:
+    """Raise ValueError if the ranks' descriptions differ; collective."""
+    digest = int.from_bytes(hashlib.sha256(repr(description).encode()).digest()[:7], "little")
     extremes = distributed.sendable(torch.tensor([digest, -digest]))
     dist.all_reduce(extremes, op=dist.ReduceOp.MAX)
     if extremes.tolist() != [digest, -digest]:
-        text = repr(list(described))
+        text = repr(list(description))
         text = text if len(text) <= _MOST_CHARACTERS else text[:_MOST_CHARACTERS] + "..."
         raise ValueError(f"TorchStep: {fault}. Rank {distributed.rank()} has {text}")
 
 
 _MOST_CHARACTERS = 400
-"""Characters of a description in a message."""
+"""Maximum length of a description in a message."""

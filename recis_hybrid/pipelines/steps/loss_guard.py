@@ -1,4 +1,4 @@
-"""LossGuard: ends the training when the loss is not finite, with a diagnosis of the batch."""
+"""LossGuard: ends the training when the loss is not finite and diagnoses the batch."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from recis_hybrid.ragged import Batch, RaggedTensor
 
 
 class NonFiniteLossError(FloatingPointError):
-    """The loss is NaN or infinite; the message names the step and the columns with such values."""
+    """The loss is NaN or infinite. The message names the step and the columns with non-finite values."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,22 +22,22 @@ class _PendingLoss:
     step: int
     batches: Sequence[Batch]
     loss: Tensor
-    """On the CPU; the value of a GPU step is valid after the event ``copied``."""
+    """On the CPU. The loss of a GPU step is valid after the event ``copied``."""
     copied: Any
 
 
 class LossGuard:
     """Checks the loss of every step without blocking the host.
 
-    On a CPU it is checked at once. On a GPU it is copied asynchronously and checked when it has arrived, a few steps
-    later; until then the step's batches are kept for the error message.
+    A loss on the CPU is checked immediately. A loss on a GPU is copied asynchronously and checked when it has arrived,
+    a few steps later. Until then the step's batches are kept for the error message.
     """
 
     def __init__(self) -> None:
         self._waiting: deque[_PendingLoss] = deque()
 
     def watch(self, step: int, loss: Tensor, batches: Sequence[Batch]) -> None:
-        """Add the loss of a step, and check the losses that have arrived.
+        """Add the loss of a step and check the losses that have arrived.
 
         Raises:
             NonFiniteLossError: A loss is not finite.
@@ -53,7 +53,7 @@ class LossGuard:
         self.check()
 
     def check(self, *, wait: bool = False) -> None:
-        """Check the losses that have arrived; with ``wait``, all of them.
+        """Check the losses that have arrived, or with ``wait`` all losses.
 
         Raises:
             NonFiniteLossError: A loss is not finite.
@@ -72,14 +72,14 @@ def _check(pending: _PendingLoss) -> None:
     where = f"the loss is {loss} at step {pending.step}"
     if found:
         raise NonFiniteLossError(
-            f"{where}: the columns {', '.join(found)} of its batch are not finite; fix the data, or put FillNull and "
+            f"{where}: the columns {', '.join(found)} of its batch are not finite; fix the data, or apply FillNull and "
             f"Clip before the model"
         )
     raise NonFiniteLossError(f"{where}: its batch is finite; lower the learning rate, or clip gradients")
 
 
 def non_finite_columns(batch: Batch) -> list[str]:
-    """Return the columns of a batch that hold NaN or infinities, with counts, as text."""
+    """Describe the columns of a batch that contain NaN or infinities, with counts."""
     found = []
     for name, column in batch.items():
         values = column.values if isinstance(column, RaggedTensor) else column

@@ -23,19 +23,21 @@ def check_metrics(where: str, metrics: object) -> None:
     """Check that metrics are a mapping by name, or by objective and name.
 
     Raises:
-        TypeError: They are not; the message names what was expected.
+        TypeError: They have another type.
         ValueError: Some are by name and others by objective.
     """
-    expected = "a mapping of metrics by name, as {'auc': AUC()}, or by objective and name"
+    expected = "a mapping of metrics by name, such as {'auc': AUC()}, or by objective and name"
     if not isinstance(metrics, Mapping):
         hint = "; name it" if isinstance(metrics, Metric) else ""
         raise TypeError(f"{where}: metrics must be {expected}, got {describe_value(metrics)}{hint}")
     nested = [name for name, value in metrics.items() if isinstance(value, Mapping)]
     if nested and len(nested) < len(metrics):
-        raise ValueError(f"{where}: give metrics by name, or by objective and name, not mixed")
+        raise ValueError(
+            f"{where}: metrics must be all by name or all by objective and name, got both: only {nested} are mappings"
+        )
     for name, value in metrics.items():
         for inner, metric in value.items() if isinstance(value, Mapping) else [(name, value)]:
-            check_type(where, f"the metric {inner!r}", metric, Metric, "a metric, as AUC()")
+            check_type(where, f"the metric {inner!r}", metric, Metric, "a metric, such as AUC()")
 
 
 def by_objective(
@@ -43,19 +45,19 @@ def by_objective(
     objectives: Sequence[str],
     *,
     where: str = "evaluate",
-    others: Literal["refuse", "ignore"] = "refuse",
+    others: Literal["raise", "ignore"] = "raise",
 ) -> dict[str, dict[str, Metric]]:
     """Return metrics by objective and name.
 
     Args:
-        metrics: By name, for every objective, each of which then gets empty copies; or by objective and name.
+        metrics: By name, of which each objective gets empty copies; or by objective and name.
         objectives: Names of the objectives.
         where: The caller, for messages.
-        others: Treatment of metrics of other objectives.
+        others: Whether metrics of unknown objectives raise or are ignored.
 
     Raises:
-        TypeError: They are not a mapping of metrics.
-        ValueError: They are mixed, or belong to an unknown objective.
+        TypeError: The argument is not a mapping of metrics.
+        ValueError: The two forms are mixed, or metrics belong to an unknown objective.
     """
     check_metrics(where, metrics)
     nested: dict[str, Any] = {name: value for name, value in metrics.items() if isinstance(value, Mapping)}
@@ -63,15 +65,15 @@ def by_objective(
         return {objective: {name: empty_copy(metric) for name, metric in metrics.items()} for objective in objectives}  # type: ignore[arg-type]
     nested = nested or {objective: dict(metrics) for objective in objectives}
     unknown = sorted(set(nested) - set(objectives))
-    if unknown and others == "refuse":
+    if unknown and others == "raise":
         raise ValueError(f"{where}: there are metrics of {unknown}, but the objectives are {list(objectives)}")
-    return {objective: dict(of) for objective, of in nested.items() if objective not in unknown}
+    return {objective: dict(by_name) for objective, by_name in nested.items() if objective not in unknown}
 
 
 def training_metrics(
     where: str, metrics: Metrics | None, objectives: Mapping[str, Objective]
 ) -> dict[str, dict[str, Metric]]:
-    """Return metrics that a step updates while it trains, by objective and name.
+    """Return the metrics that a step updates while it trains, by objective and name.
 
     Args:
         where: The caller, for messages.
@@ -79,8 +81,8 @@ def training_metrics(
         objectives: The step's objectives.
 
     Raises:
-        TypeError: They are not a mapping of metrics.
-        ValueError: The log uses the name of a metric, or its objective has no labels or groups.
+        TypeError: The argument is not a mapping of metrics.
+        ValueError: The log uses the name of a metric itself, or the metric's objective has no labels or groups.
     """
     nested = by_objective(metrics, list(objectives), where=where) if metrics else {}
     for objective, by_name in nested.items():
@@ -88,30 +90,30 @@ def training_metrics(
             if is_reserved(name):
                 raise ValueError(f"{where}: the log uses {name!r} itself; give the metric another name")
             if objectives[objective].label is None:
-                raise ValueError(f"{where}: the metric {name!r} needs labels; name their column by label=")
+                raise ValueError(f"{where}: the metric {name!r} needs labels; set label= to their column")
             if metric.takes_groups and objectives[objective].groups is None:
-                raise ValueError(f"{where}: the metric {name!r} needs groups; name their column by groups=")
+                raise ValueError(f"{where}: the metric {name!r} needs groups; set groups= to their column")
     return nested
 
 
 def try_metrics(metrics: Mapping[str, Metric], predictions: Predictions) -> None:
-    """Update copies of metrics with predictions, without collectives.
+    """Update copies of metrics with predictions to check that they fit; no collectives.
 
     Raises:
         ValueError: A metric does not accept the shapes or dtypes.
     """
     for name, metric in metrics.items():
         groups = predictions.groups
-        if metric.takes_groups and groups is None:  # only the data of evaluations may have them
+        if metric.takes_groups and groups is None:  # perhaps only evaluation data has groups
             groups = torch.zeros(len(predictions.scores), dtype=torch.int64, device=predictions.scores.device)
         update_metric(name, empty_copy(metric), Predictions(predictions.scores, predictions.labels, groups))
 
 
 def empty_copy(metric: Metric) -> Metric:
     """Return a copy of a metric without its state."""
-    fresh = copy.copy(metric)
-    fresh.reset()
-    return fresh
+    result = copy.copy(metric)
+    result.reset()
+    return result
 
 
 def update_metric(name: str, metric: Any, predictions: Predictions) -> None:
@@ -123,12 +125,12 @@ def update_metric(name: str, metric: Any, predictions: Predictions) -> None:
         predictions: The predictions.
 
     Raises:
-        ValueError: There are no labels or no groups, or the metric does not accept the shapes or dtypes.
+        ValueError: Labels or groups are missing, or the metric does not accept the shapes or dtypes.
     """
     if predictions.labels is None:
-        raise ValueError(f"evaluate: the metric {name!r} needs labels; name their column, as TorchStep(label=)")
+        raise ValueError(f"evaluate: the metric {name!r} needs labels; set TorchStep(label=) to their column")
     if metric.takes_groups and predictions.groups is None:
-        raise ValueError(f"evaluate: the metric {name!r} needs groups; name their column, as TorchStep(groups=)")
+        raise ValueError(f"evaluate: the metric {name!r} needs groups; set TorchStep(groups=) to their column")
     scores, labels = squeeze_column(predictions.scores), squeeze_column(predictions.labels)
     try:
         if metric.takes_groups and predictions.groups is not None:
@@ -140,6 +142,6 @@ def update_metric(name: str, metric: Any, predictions: Predictions) -> None:
             raise
         raise ValueError(
             f"evaluate: the metric {name!r} cannot take scores {list(predictions.scores.shape)} and labels "
-            f"{list(predictions.labels.shape)}: {error}. Reduce the outputs to one score per row by Objective(link=), "
-            f"and give each column of labels its own objective"
+            f"{list(predictions.labels.shape)}: {error}. Reduce the outputs to one score per row with Objective(link=) "
+            f"and use one objective per column of labels"
         ) from error

@@ -15,7 +15,7 @@ from recis_hybrid.ragged import Batch
 from recis_hybrid.validation import describe_value
 
 _LOGITS = "logits"
-# Torch losses, as functions and as modules.
+# torch's losses, as functions and modules.
 _OF_LOGITS = (F.binary_cross_entropy_with_logits, nn.BCEWithLogitsLoss)
 _OF_PROBABILITIES = (F.binary_cross_entropy, nn.BCELoss)
 _OF_NUMBERS = (
@@ -33,9 +33,9 @@ _ELEMENTWISE = (*_BINARY, *_OF_NUMBERS)
 
 
 def row_mask(batch: Batch) -> Tensor | None:
-    """Return the column ``mask``, bool ``[B]``, which is False for padding rows; None without one.
+    """Return the column ``mask``, bool ``[B]``, which is False for padding rows; None if there is none.
 
-    A column of that name with another dtype, or with several values per row, is a feature.
+    A column ``mask`` of another dtype, or with several values per row, is a feature.
     """
     mask = batch.get("mask")
     if not isinstance(mask, Tensor) or mask.dtype is not torch.bool:
@@ -57,7 +57,7 @@ def without_padding(value: Any, mask: Tensor | None) -> Any:
 
 
 def in_float32(value: Any) -> Any:
-    """Return a tensor, or the tensors of a tuple, list, dict or dataclass, with half precision raised to float32."""
+    """Return a tensor, or the tensors of a tuple, list, dict or dataclass, with half precision cast to float32."""
     return _mapped(value, lambda tensor: tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor)
 
 
@@ -70,7 +70,7 @@ def _mapped(value: Any, function: Callable[[Tensor], Tensor]) -> Any:
         return value._make(_mapped(each, function) for each in value)
     if isinstance(value, Mapping):
         fields = {name: _mapped(each, function) for name, each in value.items()}
-        # Outputs of Hugging Face models are both mappings and dataclasses, which take keywords.
+        # Outputs of Hugging Face models are both mappings and dataclasses, so they are built from keywords.
         return type(value)(**fields) if dataclasses.is_dataclass(value) else fields
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         names = [field.name for field in dataclasses.fields(value) if field.init]
@@ -89,7 +89,7 @@ def own_loss(returned: Any) -> tuple[Tensor, Any]:
         The loss, and the outputs or None.
 
     Raises:
-        TypeError: It contains no loss.
+        TypeError: The value contains no loss.
     """
     outputs: Any = None
     if isinstance(returned, tuple | list) and not hasattr(returned, "loss"):
@@ -105,18 +105,18 @@ def own_loss(returned: Any) -> tuple[Tensor, Any]:
         loss, outputs = getattr(returned, "loss", None), getattr(returned, _LOGITS, None)
     if not isinstance(loss, Tensor):
         raise TypeError(
-            f"TorchStep: without a loss function the model must return its loss, as loss, (loss, outputs), or a dict "
-            f"or object with 'loss' and 'logits', got {_what(returned)}"
+            f"TorchStep: without a loss function the model must return its loss: loss, (loss, outputs), or a dict "
+            f"or object with 'loss' and 'logits', got {_describe(returned)}"
             + ("" if loss is None else f" with {describe_value(loss)} as the loss")
         )
     return loss, outputs
 
 
 def main_output(outputs: Any) -> Tensor | None:
-    """Return the tensor that labels and metrics refer to; None if ambiguous.
+    """Return the output that labels and metrics refer to; None if it is ambiguous.
 
-    It is the output itself; its ``logits``, by key or attribute; the first tensor of a tuple or list; or the only
-    tensor of a dict.
+    This is the output itself if it is a tensor, its ``logits`` (key or attribute), the first tensor of a tuple or list,
+    or the only tensor of a dict.
     """
     if isinstance(outputs, Tensor):
         return outputs
@@ -134,8 +134,8 @@ def scores_of(outputs: Any, link: Callable[[Any], Any] | None, loss: Callable[..
 
     Args:
         outputs: Outputs of the model.
-        link: Function from the outputs to scores. None: the main output for losses of numbers and probabilities
-            (``mse_loss``, ``binary_cross_entropy`` and the like), its sigmoid for others.
+        link: Function from the outputs to scores. None: the main output for regression losses and losses of
+            probabilities (``mse_loss``, ``binary_cross_entropy``); its sigmoid for all others.
         loss: Loss of the objective.
         where: The caller, for messages.
 
@@ -146,8 +146,8 @@ def scores_of(outputs: Any, link: Callable[[Any], Any] | None, loss: Callable[..
         main = main_output(outputs)
         if main is None:
             raise TypeError(
-                f"{where}: metrics need one output, but the model returns {_what(outputs)}; name that output 'logits', "
-                f"or compute the scores by Objective(link=lambda outputs: ...)"
+                f"{where}: metrics need one output, but the model returns {_describe(outputs)}; name it 'logits', "
+                f"or compute the scores with Objective(link=lambda outputs: ...)"
             )
         return squeeze_column(main if link is None and _is_of_numbers(loss) else torch.sigmoid(main))
     scores = link(outputs)
@@ -157,7 +157,7 @@ def scores_of(outputs: Any, link: Callable[[Any], Any] | None, loss: Callable[..
 
 
 def aligned(outputs: Any, labels: Tensor) -> Tensor:
-    """Return labels with the shape and dtype that losses expect for the outputs; nothing is broadcast.
+    """Return labels with the shape and dtype that losses expect for the outputs, so that nothing is broadcast.
 
     ======================  =====================================  ==========================
     outputs                 labels                                 result
@@ -181,10 +181,10 @@ def aligned(outputs: Any, labels: Tensor) -> Tensor:
         if _same(output.shape, labels.shape):
             dtype = output.dtype if output.is_floating_point() else torch.float32
             return labels.to(output.device, dtype).reshape(output.shape)
-    whole = not labels.is_floating_point() and not labels.is_complex()
+    are_classes = not labels.is_floating_point() and not labels.is_complex()
     for output in candidates:
         flat = squeeze_column(labels)
-        if whole and flat.dim() == output.dim() - 1:
+        if are_classes and flat.dim() == output.dim() - 1:
             return flat.to(output.device, torch.int64)
     device = candidates[0].device if candidates else labels.device
     dtype = torch.float32 if labels.is_floating_point() or labels.dtype is torch.bool else labels.dtype
@@ -192,7 +192,7 @@ def aligned(outputs: Any, labels: Tensor) -> Tensor:
 
 
 def _same(outputs: torch.Size, labels: torch.Size) -> bool:
-    """Return whether two shapes differ at most by a last axis of one element."""
+    """Return whether two shapes are equal up to a last axis of size 1."""
     return outputs == labels or outputs == (*labels, 1) or labels == (*outputs, 1)
 
 
@@ -208,14 +208,14 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def check_labels(loss: Callable[..., Any], outputs: Any, labels: Tensor, column: str, *, first: bool) -> None:
-    """Check the labels of torch losses: their shape, and their values if that needs no synchronization.
+    """Check the labels of torch's losses: shapes always, values only if that does not synchronize.
 
     Args:
         loss: A function or a module.
-        outputs: Outputs that the loss takes.
-        labels: The result of :func:`aligned`.
-        column: Their column.
-        first: Whether to check values on a GPU as well, which synchronizes.
+        outputs: Outputs passed to the loss.
+        labels: Result of :func:`aligned`.
+        column: Name of the label column.
+        first: Whether to check values on a GPU too, which synchronizes.
 
     Raises:
         ValueError: Shapes would be broadcast, or labels of a binary cross-entropy are outside [0, 1].
@@ -225,15 +225,15 @@ def check_labels(loss: Callable[..., Any], outputs: Any, labels: Tensor, column:
     if outputs.shape != labels.shape:
         raise ValueError(
             f"TorchStep: outputs {list(outputs.shape)} and labels {column!r} {labels.dtype} {list(labels.shape)} "
-            f"would be broadcast by {_name(loss)}; give one label per output, or use "
+            f"would be broadcast by {_name(loss)}; provide one label per output, or use "
             f"torch.nn.functional.cross_entropy, with classes as integers"
         )
-    looks = first or labels.device.type == "cpu"
-    if looks and labels.numel() and _is_one(loss, _BINARY):
+    check_values = first or labels.device.type == "cpu"
+    if check_values and labels.numel() and _is_one(loss, _BINARY):
         least, greatest = (float(end) for end in labels.detach().aminmax())
-        if least < 0 or greatest > 1:  # both are false for NaN, which makes the loss NaN
+        if least < 0 or greatest > 1:  # both are false for NaN, which LossGuard reports
             raise ValueError(
-                f"TorchStep: the labels {column!r} of {_name(loss)} must lie in [0, 1], got {least:g} to {greatest:g}; "
+                f"TorchStep: the labels {column!r} of {_name(loss)} must be in [0, 1], got {least:g} to {greatest:g}; "
                 f"map them in a transform, or use another loss"
             )
 
@@ -242,24 +242,24 @@ def checked_loss(loss: Any, column: str | None) -> Tensor:
     """Return a loss as a scalar.
 
     Raises:
-        TypeError: It is not a tensor.
-        ValueError: It has more than one element.
+        TypeError: The loss is not a tensor.
+        ValueError: The loss has more than one element.
     """
     if not isinstance(loss, Tensor):
-        raise TypeError(f"TorchStep: the loss must be a tensor of one number, got {describe_value(loss)}")
+        raise TypeError(f"TorchStep: the loss must be a scalar tensor, got {describe_value(loss)}")
     if loss.numel() != 1:
-        of = "" if column is None else f" of the labels {column!r}"
+        labels = "" if column is None else f" of the labels {column!r}"
         raise ValueError(
-            f"TorchStep: the loss{of} must be one number, got shape {list(loss.shape)}; take its mean"
-            f" (reduction='mean')"
+            f"TorchStep: the loss{labels} must be a scalar, got shape {list(loss.shape)}; take its mean "
+            f"(reduction='mean')"
         )
     return loss.reshape(()).float() if loss.dtype in (torch.float16, torch.bfloat16) else loss.reshape(())
 
 
 def shape_note(outputs: Any, labels: Tensor | None, column: str | None) -> str:
-    """Return a note for the error of a loss: the shapes and dtypes of its arguments."""
+    """Return a note for an error in a loss function: the shapes and dtypes of its arguments."""
     also = f"; labels {column!r} {labels.dtype} {list(labels.shape)}" if labels is not None else ""
-    return f"TorchStep: arguments of the loss: outputs {_what(outputs)}{also}"
+    return f"TorchStep: arguments of the loss: outputs {_describe(outputs)}{also}"
 
 
 def _is_of_numbers(loss: Any) -> bool:
@@ -271,7 +271,7 @@ def _is_one(loss: Any, kinds: tuple[Any, ...]) -> bool:
     return any(loss is kind or (isinstance(kind, type) and isinstance(loss, kind)) for kind in kinds)
 
 
-def _what(value: Any) -> str:
+def _describe(value: Any) -> str:
     if isinstance(value, Tensor):
         return f"{value.dtype} {list(value.shape)}"
     if isinstance(value, Mapping):

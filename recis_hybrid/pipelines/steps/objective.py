@@ -1,4 +1,4 @@
-"""Objectives: losses by name, and their weights."""
+"""Objectives: named losses and their weights."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from recis_hybrid.pipelines.steps.trainable import parameters_of
 from recis_hybrid.validation import check_number, check_type, describe_value
 
 Loss: TypeAlias = Callable[..., Tensor]
-"""(outputs, labels) → scalar; outputs alone if there are no labels."""
+"""(outputs, labels) → scalar; outputs → scalar without labels."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,12 +31,12 @@ class Objective:
     loss: Loss | None
     """(outputs, labels) → scalar, with outputs in float32; None if the model returns its own loss."""
     label: str | None = "label"
-    """Column of labels; None: the loss takes the outputs alone."""
+    """Column of labels; None: the loss takes only the outputs."""
     weight: float | Callable[[int], float] = 1.0
-    """Weight of the loss in the sum: a number, or a function of the number of updates done."""
+    """Weight of the loss in the sum: a number, or a function of the number of completed updates."""
     link: Callable[[Any], Tensor] | None = None
-    """Outputs → scores ``[B]`` for metrics. None: a sigmoid; but the outputs themselves for torch's losses of numbers
-    or probabilities, such as ``mse_loss`` or ``binary_cross_entropy``."""
+    """Outputs → scores ``[B]`` for metrics. None: the outputs themselves for torch's regression losses and losses of
+    probabilities, such as ``mse_loss`` or ``binary_cross_entropy``; their sigmoid for all others."""
     groups: str | None = None
     """Column of the group of each row, int64 ``[B]``, for metrics by group."""
 
@@ -46,7 +46,7 @@ class Objective:
         check_column_name("Objective", "label", self.label)
         check_column_name("Objective", "groups", self.groups)
         if self.link is not None:
-            check_callable("Objective", "link", self.link, "a function of the outputs, as torch.sigmoid")
+            check_callable("Objective", "link", self.link, "a function of the outputs, such as torch.sigmoid")
         if not callable(self.weight):
             check_number("Objective", "weight", self.weight)
 
@@ -54,23 +54,25 @@ class Objective:
         """Return the weight of the loss in an update.
 
         Args:
-            update: Number of updates done before it.
+            update: Number of updates completed before it.
 
         Raises:
             ValueError: The weight is not a finite number.
         """
         weight = float(self.weight(update)) if callable(self.weight) else self.weight
         if not math.isfinite(weight):
-            raise ValueError(f"Objective: the weight of label {self.label!r} is {weight} at update {update}")
+            raise ValueError(
+                f"Objective: the weight of label {self.label!r} must be finite, got {weight} at update {update}"
+            )
         return weight
 
 
 class UncertaintyWeights(nn.Module):
-    r"""Weighs losses by learned uncertainties.
+    r"""Weights losses by learned uncertainties.
 
     .. math:: L = \sum_i e^{-s_i} L_i + \tfrac12 s_i
 
-    with one parameter s per loss, the logarithm of its variance, initially 0. Add the parameters to a dense optimizer.
+    with one parameter s per loss, the log variance, initially 0. Add the parameters to a dense optimizer.
 
     Args:
         names: Names of the objectives.
@@ -91,7 +93,7 @@ class UncertaintyWeights(nn.Module):
             raise TypeError(f"UncertaintyWeights: names must be a sequence of names, got {describe_value(names)}")
         self.names = list(names)
         if not self.names or len(set(self.names)) < len(self.names):
-            raise ValueError(f"UncertaintyWeights: names must be distinct, and at least one, got {self.names}")
+            raise ValueError(f"UncertaintyWeights: names must be at least one distinct name, got {self.names}")
         self.log_variances = nn.Parameter(torch.zeros(len(self.names)))
 
     def forward(self, losses: Mapping[str, Tensor]) -> Tensor:
@@ -105,7 +107,7 @@ class UncertaintyWeights(nn.Module):
 
 
 def objectives_of(where: str, loss: Any, label: str | None, groups: str | None) -> dict[str, Objective]:
-    """Return a step's objectives by name; ``""`` is the only one's.
+    """Return a step's objectives by name. A single unnamed objective has the name ``""``.
 
     Args:
         where: The caller, for messages.
@@ -114,15 +116,16 @@ def objectives_of(where: str, loss: Any, label: str | None, groups: str | None) 
         groups: Column of groups, if ``loss`` is a function or None.
 
     Raises:
-        TypeError: An argument has another type.
-        ValueError: There is no objective, or one of several has no loss.
+        TypeError: An argument has the wrong type.
+        ValueError: There is no objective, or a named objective has no loss.
     """
     if isinstance(loss, Mapping):
         for name, objective in loss.items():
             check_type(where, f"loss[{name!r}]", objective, Objective, "an Objective")
             if objective.loss is None and (name, len(loss)) != ("", 1):
                 raise ValueError(
-                    f"{where}: the objective {name!r} has no loss; only {where}(loss=None) takes the model's own"
+                    f"{where}: the objective {name!r} must have a loss, got None; only {where}(loss=None) uses the "
+                    f"loss that the model returns"
                 )
         if not loss:
             raise ValueError(f"{where}: loss must have at least one objective, got an empty mapping")
@@ -133,7 +136,7 @@ def objectives_of(where: str, loss: Any, label: str | None, groups: str | None) 
     check_column_name(where, "groups", groups)
     if loss is not None and (isinstance(loss, type) or not callable(loss)):
         raise TypeError(
-            f"{where}: loss must be a function (outputs, labels) → scalar, as "
+            f"{where}: loss must be a function (outputs, labels) → scalar, such as "
             f"torch.nn.functional.binary_cross_entropy_with_logits, an Objective, objectives by name, or None if "
             f"the model returns its loss, got {describe_value(loss)}"
         )
@@ -146,7 +149,7 @@ def check_weighting(
     optimizers: Mapping[str, torch.optim.Optimizer],
     objectives: Mapping[str, Objective],
 ) -> None:
-    """Check that a weighting suits the objectives and is trained.
+    """Check that a weighting matches the objectives and is trained.
 
     Args:
         where: The caller, for messages.
@@ -155,14 +158,16 @@ def check_weighting(
         objectives: The step's objectives.
 
     Raises:
-        TypeError: It is not a module.
-        ValueError: Its names are not those of the objectives, or no optimizer has its parameters.
+        TypeError: The weighting is not a module.
+        ValueError: Its names differ from those of the objectives, or no optimizer has its parameters.
     """
-    check_type(where, "weighting", weighting, nn.Module, "UncertaintyWeights of the objectives' names")
+    check_type(where, "weighting", weighting, nn.Module, "UncertaintyWeights with the names of the objectives")
     trained = {id(parameter) for optimizer in optimizers.values() for parameter in parameters_of(optimizer)}
     if optimizers and any(id(parameter) not in trained for parameter in weighting.parameters()):
         raise ValueError(
             f"{where}: no optimizer has the parameters of weighting; add weighting.parameters() to a dense one"
         )
     if set(weighting.names) != set(objectives):
-        raise ValueError(f"{where}: weighting is for {weighting.names}, but the objectives are {list(objectives)}")
+        raise ValueError(
+            f"{where}: weighting must have the names of the objectives, {list(objectives)}, got {weighting.names}"
+        )

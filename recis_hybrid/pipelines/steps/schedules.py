@@ -14,7 +14,7 @@ from recis_hybrid.validation import check_type, describe_value
 
 
 class Scheduler(Protocol):
-    """A learning-rate schedule: torch's, or :class:`LrSchedule`."""
+    """A learning-rate schedule: torch's or :class:`LrSchedule`."""
 
     def step(self) -> Any:
         """Set the learning rate for the next update."""
@@ -29,15 +29,15 @@ class Scheduler(Protocol):
 class LrSchedule:
     """Sets an optimizer's learning rate to a function of the number of updates, such as an optax schedule.
 
-    Works with dense and sparse optimizers. A parameter group whose learning rate differs from the optimizer's own (such
-    as that of a table whose config sets it) keeps its ratio to it.
+    Works with dense and sparse optimizers. A parameter group whose learning rate differs from the optimizer's default,
+    such as that of a table whose config sets it, keeps its ratio to the default.
 
     Args:
         optimizer: The optimizer.
-        rate: Function from the number of updates done to the learning rate; any optax schedule will do.
+        rate: Function from the number of completed updates to the learning rate, such as any optax schedule.
 
     Raises:
-        TypeError: An argument has another type.
+        TypeError: An argument has the wrong type.
         ValueError: The optimizer has no learning rate.
 
     Example:
@@ -51,11 +51,11 @@ class LrSchedule:
 
     def __init__(self, optimizer: Optimizer, rate: Callable[[int], SupportsFloat]) -> None:
         check_type("LrSchedule", "optimizer", optimizer, Optimizer, "an optimizer")
-        check_callable("LrSchedule", "rate", rate, "a function from updates done to the learning rate")
+        check_callable("LrSchedule", "rate", rate, "a function from completed updates to the learning rate")
         if "lr" not in optimizer.defaults:
             raise ValueError(
-                f"LrSchedule: {type(optimizer).__name__} has no learning rate; optax transformations take schedules "
-                f"themselves"
+                f"LrSchedule: {type(optimizer).__name__} has no learning rate; pass the schedule to the optax "
+                f"transformation"
             )
         self._optimizer = optimizer
         self._rate = rate
@@ -65,7 +65,7 @@ class LrSchedule:
         self._set()
 
     def step(self) -> None:
-        """Count an update and set the learning rate for the next."""
+        """Count an update and set the learning rate for the next one."""
         self._steps += 1
         self._set()
 
@@ -74,7 +74,7 @@ class LrSchedule:
         return {"steps": self._steps}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the number of updates, and set the learning rate."""
+        """Restore the number of updates and set the learning rate."""
         self._steps = state_dict["steps"]
         self._set()
 
@@ -94,29 +94,29 @@ def check_schedules(where: str, schedules: Any, optimizers: Mapping[str, Optimiz
 
     Raises:
         TypeError: The argument is not a sequence of schedules.
-        ValueError: A schedule waits for a metric, or belongs to an optimizer of another step.
+        ValueError: A schedule needs a metric, or belongs to an optimizer of another step.
     """
-    expected = "a sequence of schedules, as schedules=[torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]"
+    expected = "a sequence of schedules, such as [torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)]"
     if not isinstance(schedules, Iterable) or isinstance(schedules, str | Mapping):
         hint = "; put it into a list" if hasattr(schedules, "step") else ""
         raise TypeError(f"{where}: schedules must be {expected}, got {describe_value(schedules)}{hint}")
-    listed = list(schedules)
+    result = list(schedules)
     own = {id(p) for optimizer in optimizers.values() for p in parameters_of(optimizer)}
-    for number, schedule in enumerate(listed):
+    for number, schedule in enumerate(result):
         which = f"{where}: schedules[{number}]"
         if isinstance(schedule, ReduceLROnPlateau):
             raise ValueError(
                 f"{which}: ReduceLROnPlateau needs a metric, which a step does not have; pass it to "
-                f"Trainer(callbacks=[PlateauSchedule('eval/auc', [schedule])]), with mode='max' for a metric that grows"
+                f"Trainer(callbacks=[PlateauSchedule('eval/auc', [schedule])]), with mode='max' if larger is better"
             )
         methods = ("step", "state_dict", "load_state_dict")
         if isinstance(schedule, type | Optimizer) or not all(hasattr(schedule, m) for m in methods):
-            hint = "; make it one by LrSchedule(optimizer, function)" if callable(schedule) else ""
+            hint = "; wrap it: LrSchedule(optimizer, function)" if callable(schedule) else ""
             raise TypeError(f"{which} must be a torch schedule or an LrSchedule, got {describe_value(schedule)}{hint}")
         optimizer = getattr(schedule, "optimizer", None)
         if isinstance(optimizer, Optimizer) and not any(id(p) in own for p in parameters_of(optimizer)):
             raise ValueError(
-                f"{which} schedules an optimizer that is not one of this step's; pass it to the step that has the "
-                f"optimizer"
+                f"{which} must schedule an optimizer of this step, got one of another optimizer; pass it to the step "
+                f"that has the optimizer"
             )
-    return listed
+    return result

@@ -1,4 +1,4 @@
-"""Step: one training step, led by torch or JAX, as pipelines see it. Letters: B rows of a batch."""
+"""Step: the interface of a training step, run by torch or JAX. Letters: B rows of a batch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from recis_hybrid.ragged.arrays import as_column
 
 @dataclass(frozen=True, eq=False)
 class Predictions:
-    """Scores of a batch, with the labels and groups that metrics compare them with."""
+    """Scores of a batch, and the labels and groups for metrics."""
 
     scores: Tensor
     """Floating ``[B]``."""
@@ -31,68 +31,70 @@ class Predictions:
 
 
 class Step(Protocol):
-    """One training step. A pipeline sees only this, whether torch or JAX leads the program."""
+    """Interface of a training step, whether torch or JAX runs it."""
 
     @property
     def engines(self) -> Sequence[EmbeddingEngine]:
         """Engines whose tables the step trains."""
 
     def __call__(self, *batches: Batch) -> Mapping[str, Tensor | Metric]:
-        """Do one update from the batches; there are several if gradients are accumulated.
+        """Do one update from one batch, or from several if gradients are accumulated.
+
+        Must not synchronize the device.
 
         Returns:
-            Figures by name, one number each, ``"loss"`` among them, without synchronizing the device; the log shows
-            their means over steps. A metric, which the step updates, is computed and reset for each line of the log.
+            Figures by name, including ``"loss"``. The log shows the means of scalar tensors over steps. A metric, which
+            the step updates, is computed and reset for each record of the log.
         """
 
     def predict(self, batch: Batch) -> Mapping[str, Predictions]:
         """Return predictions by objective (``""`` if there is only one), without changing any state."""
 
     def parts(self) -> Mapping[str, object]:
-        """Return the parts of a checkpoint by name, as ``Saver.save`` takes them."""
+        """Return the parts of a checkpoint by name, for ``Saver.save``."""
 
 
 @runtime_checkable
 class Rehearsing(Protocol):
-    """A step that tries the metrics of evaluations on its first training batch."""
+    """A step that tries evaluation metrics on its first training batch."""
 
     def rehearse(self, metrics: Any) -> None:
-        """Take the metrics of evaluations before the first step."""
+        """Set the evaluation metrics to try; called before the first step."""
 
 
 @runtime_checkable
 class Prefetching(Protocol):
-    """A step that accepts batches before their turn."""
+    """A step that receives batches in advance."""
 
     def prefetch(self, batch: Batch) -> None:
-        """Start sending the batch's ids to the ranks that own them, by ``EmbeddingEngine.prefetch``.
+        """Start sending the batch's ids to the ranks that own them, with ``EmbeddingEngine.prefetch``.
 
-        The mode of training and of gradients must be the one in which the step looks them up.
+        Training mode and gradient mode must be the same as when the step looks the ids up.
         """
 
 
 @runtime_checkable
 class Replicated(Protocol):
-    """A step that keeps its towers bitwise equal on several ranks, as a Trainer with several ranks requires."""
+    """A step that keeps its towers bitwise equal on all ranks; a Trainer on several ranks requires it."""
 
     def synchronise(self) -> None:
         """Copy rank 0's parameters and buffers to all ranks before the first step; collective."""
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
-        """Take the rows of all ranks before each step, so that gradients can be averaged over the samples.
+        """Receive the row counts of all ranks before each step, to average gradients over the samples.
 
         A rank may have an empty batch and no gradient.
 
         Args:
-            rows: For each batch of the step, its rows on each rank.
+            rows: For each batch of the step, its number of rows on each rank.
         """
 
 
 class Observer(Protocol):
-    """Observes a running step; a step with an attribute ``observer`` receives one from the trainer."""
+    """Observes a running step. The trainer sets the attribute ``observer`` of a step that has one."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time the block as a phase: ``lookup``, ``exchange``, ``towers``, ``update``."""
+        """Time the block as a phase: ``lookup``, ``exchange``, ``towers`` or ``update``."""
 
     def backward(self, when: Literal["before", "after"]) -> None:
         """Run before and after each backward pass."""
@@ -102,7 +104,7 @@ class NoObserver:
     """An observer that does nothing."""
 
     def phase(self, name: str) -> AbstractContextManager[None]:
-        """Time nothing."""
+        """Do nothing."""
         return nullcontext()
 
     def backward(self, when: Literal["before", "after"]) -> None:
@@ -117,7 +119,7 @@ def check_replicated(where: str, steps: Mapping[str, Step]) -> None:
         steps: The steps by name.
 
     Raises:
-        ValueError: With several ranks, a step does not average gradients, or the tables of an engine are not shared.
+        ValueError: There are several ranks, and a step does not average gradients or its tables are not shared.
     """
     ranks = distributed.world_size()
     for name, step in steps.items() if ranks > 1 else ():
@@ -125,21 +127,21 @@ def check_replicated(where: str, steps: Mapping[str, Step]) -> None:
         if not isinstance(step, Replicated):
             raise ValueError(
                 f"{where}: {ranks} ranks train together, but {which} ({type(step).__name__}) has no synchronise() and "
-                f"expect(), which keep the towers of the ranks equal (pipelines.Replicated); add them, or train on one "
+                f"expect(), which keep the towers equal on all ranks (pipelines.Replicated); add them, or train on one "
                 f"process"
             )
         for engine in step.engines:
             shared = 1 if engine.group is None else distributed.world_size(engine.group)
             if shared < ranks and any(not table.read_only for table in engine.tables):
                 raise ValueError(
-                    f"{where}: {ranks} ranks train together, but the tables of {which} are shared by {shared}, so that "
-                    f"ranks would train different tables; build the EmbeddingEngine after init_process_group, and "
+                    f"{where}: {ranks} ranks train together, but the tables of {which} are shared by {shared}, and "
+                    f"ranks would train different tables; build the EmbeddingEngine after init_process_group and "
                     f"without group="
                 )
 
 
 def dense_column(batch: Batch, name: str, what: str = "label") -> Tensor:
-    """Return a dense column, ``[B]`` or ``[B, ...]``; a numpy or JAX array, or a list, is copied into a tensor.
+    """Return a dense column, ``[B]`` or ``[B, ...]``. NumPy and JAX arrays and lists are copied into a tensor.
 
     Args:
         batch: Columns by name.
@@ -148,8 +150,8 @@ def dense_column(batch: Batch, name: str, what: str = "label") -> Tensor:
 
     Raises:
         KeyError: The batch has no such column.
-        TypeError: Its rows are lists, text or complex numbers.
-        ValueError: It is a list of lists.
+        TypeError: The rows are lists, text or complex numbers.
+        ValueError: The column is a list of lists.
     """
     column: Any = batch.get(name)
     if isinstance(column, list | tuple):
@@ -159,15 +161,16 @@ def dense_column(batch: Batch, name: str, what: str = "label") -> Tensor:
     if isinstance(column, Tensor):
         if column.is_complex():
             raise TypeError(
-                f"the {what} column {name!r} must hold real numbers, got {column.dtype}; take one of their parts"
+                f"the {what} column {name!r} must hold real numbers, got {column.dtype}; take their real or imaginary "
+                f"part"
             )
         return column
     if name not in batch:
         raise KeyError(f"the {what} column {name!r} must be a dense column of the batch, which has {sorted(batch)}")
-    kind = f"a RaggedTensor of {column.dtype}" if isinstance(column, RaggedTensor) else f"a {type(column).__name__}"
+    kind = f"a {column.dtype} RaggedTensor" if isinstance(column, RaggedTensor) else f"a {type(column).__name__}"
     raise TypeError(
-        f"the {what} column {name!r} must be a dense column of numbers, got lists or text, {kind}; read it as Dense(), "
-        f"or convert it to numbers in a transform"
+        f"the {what} column {name!r} must be a dense column of numbers, got {kind}; read it as Dense(), or convert "
+        f"lists and text to numbers in a transform"
     )
 
 
@@ -175,9 +178,9 @@ def loss_of(figures: Mapping[str, Tensor | Metric]) -> Tensor:
     """Return the loss among a step's figures.
 
     Raises:
-        TypeError: There is none.
+        TypeError: There is no loss.
     """
     loss = figures.get("loss") if isinstance(figures, Mapping) else None
     if not isinstance(loss, Tensor):
-        raise TypeError(f"a step must return a mapping with a tensor of one number as 'loss', got {figures!r}")
+        raise TypeError(f"a step must return a mapping with a scalar tensor 'loss', got {figures!r}")
     return loss

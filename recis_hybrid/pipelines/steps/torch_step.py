@@ -53,41 +53,41 @@ class TorchStep:
     """Forward, backward and update of a torch module, for one objective or several.
 
     Every parameter that requires gradients, and every table, must have exactly one optimizer. Everything else must be
-    frozen explicitly: by ``requires_grad_(False)``, ``EmbeddingConfig(trainable=False)``, or ``freeze``.
+    frozen explicitly with ``requires_grad_(False)``, ``EmbeddingConfig(trainable=False)``, or ``freeze``.
 
-    Labels of any dtype, ``[B]`` or ``[B, 1]``, are converted to the shape and dtype of the outputs; integers with
-    outputs ``[B, K]`` stay classes. Padding rows, where the bool column ``mask`` of a batch is False
-    (``ShardOptions(uneven="pad")`` adds it), count neither in losses nor in predictions; a model that returns its own
-    loss must mask them itself.
+    Labels of any dtype, ``[B]`` or ``[B, 1]``, are converted to the shape and dtype of the outputs. Integer labels for
+    outputs ``[B, K]`` remain classes. Padding rows, where the bool column ``mask`` of a batch is False (added by
+    ``ShardOptions(uneven="pad")``), count neither in losses nor in predictions. A model that returns its own loss must
+    mask them itself.
 
     Args:
-        model: Batch → outputs ``[B]``; by objective if there are several. A loss function receives whatever the model
-            returns, also a tuple or a dict; metrics then use its ``logits``, or the first of a tuple, unless
-            ``Objective(link=)`` is given.
+        model: Batch → outputs ``[B]``, by objective if there are several. Any return value, such as a tuple or a dict,
+            is passed to the loss function. Metrics then use its ``logits``, or the first tensor of a tuple, unless
+            ``Objective(link=)`` is set.
         loss: (outputs, labels) → scalar; an Objective; or objectives by name. None: the model returns its own loss, as
             ``loss``, ``(loss, outputs)``, or a dict or object with ``loss`` and ``logits``.
-        optimizers: Dense and sparse ones: a mapping by the names under which they are saved, or a sequence. An empty
-            one makes a step that only predicts.
-        label: Column of labels, if ``loss`` is a function or None. None: there are none, ``loss`` takes the outputs
-            alone, and nothing can be evaluated.
+        optimizers: Dense and sparse optimizers: a mapping by the names under which they are saved, or a sequence. A
+            step without optimizers only predicts.
+        label: Column of labels, if ``loss`` is a function or None. None: there are no labels, ``loss`` takes only the
+            outputs, and evaluation is impossible.
         groups: Column of groups for metrics by group, int64 ``[B]``, if ``loss`` is a function or None.
-        precision: Precision of the towers (autocast). With float16, losses are scaled, and updates are skipped if
-            gradients, those of rows included, overflow; that synchronizes the device in each step.
-        clip_grad_norm: Maximum global norm of all gradients, those of tables included; None: no clipping.
-        schedules: Stepped after each update.
+        precision: Precision of the towers (autocast). With float16, losses are scaled and an update is skipped if
+            gradients, including row gradients, overflow, which synchronizes the device in each step.
+        clip_grad_norm: Maximum global norm of all gradients, including those of tables; None: no clipping.
+        schedules: Learning-rate schedules, stepped after each update.
         weighting: Learns the weights of the objectives, whose own weights are then ignored.
         compile: Modules, usually towers, to compile in place with ``torch.compile``.
-        loss_scale: Initial scale of losses, for float16.
-        freeze: Modules of the model that this step leaves unchanged because another step trains them. Their parameters
-            require no gradients while the step runs. Under DistributedDataParallel, wrap them separately.
-        metrics: Training metrics, by name, for every objective; or by objective and name. They are updated with each
-            training batch; Trainer computes and resets them for each line of the log. :class:`AUC` keeps all rows since
-            then, :class:`BinnedAUC` keeps counts.
+        loss_scale: Initial loss scale for float16.
+        freeze: Modules of the model that this step does not train because another step does. Their parameters require
+            no gradients while the step runs. Under DistributedDataParallel, wrap them separately.
+        metrics: Training metrics: by name, for every objective; or by objective and name. They are updated with each
+            training batch, and Trainer computes and resets them for each record of the log. :class:`AUC` keeps all
+            rows in between, :class:`BinnedAUC` only counts.
 
     Raises:
-        TypeError: An argument has another type.
+        TypeError: An argument has the wrong type.
         ValueError: The precision is unknown, a parameter or table has no optimizer or more than one, an optimizer has
-            parameters outside the model or the name of another part of checkpoints, or a schedule waits for a metric.
+            parameters outside the model or the name of another part of checkpoints, or a schedule needs a metric.
     """
 
     def __init__(
@@ -108,9 +108,12 @@ class TorchStep:
         metrics: Metrics | None = None,
     ) -> None:
         check_choice("TorchStep", "precision", precision, get_args(Precision))
-        check_type("TorchStep", "model", model, nn.Module, "a torch.nn.Module, as TorchStep(model, loss, [...])")
+        expected = "a torch.nn.Module, the first argument of TorchStep(model, loss, [...])"
+        check_type("TorchStep", "model", model, nn.Module, expected)
         if type(model).__module__ == "torch.nn.modules.loss":
-            raise TypeError(f"TorchStep: model is {describe_value(model)}, a loss; write TorchStep(model, loss, [...])")
+            raise TypeError(
+                f"TorchStep: model must not be a loss, got {describe_value(model)}; write TorchStep(model, loss, [...])"
+            )
         for name, value in (("clip_grad_norm", clip_grad_norm), ("loss_scale", loss_scale)):
             if value is not None:
                 check_number("TorchStep", name, value)
@@ -126,7 +129,7 @@ class TorchStep:
         """Training metrics, by objective and name."""
         self.engines = [module for module in model.modules() if isinstance(module, EmbeddingEngine)]
         self.updates = 0
-        """Number of updates done."""
+        """Number of completed updates."""
         self.observer: Observer = NoObserver()
         self._dtype: torch.dtype = getattr(torch, precision)
         self._device = _device_of(model, self.engines)
@@ -134,21 +137,21 @@ class TorchStep:
         frozen = check_modules("TorchStep", "freeze", freeze, "freeze=[model.tower]")
         self._frozen = list({id(p): p for module in frozen for p in module.parameters()}.values())
         self._sync = GradientSync([module for _, module in self._modules()], self.optimizers.values())
-        self._synchronised = False
+        self._is_synchronized = False
         self._expected_rows: Sequence[Sequence[int]] | None = None
         self._prefetching: list[EmbeddingEngine] | None = None
-        """Engines that read the columns of the batches themselves, known from the first update on."""
+        """Engines that read columns of the batches; None until the first update."""
         if weighting is not None:
             check_weighting("TorchStep", weighting, self.optimizers, self.objectives)
         self._check_trained()
         self._without_gradients = [p for p in self._named_parameters().values() if not p.requires_grad]
-        # Whether parameters and labels were checked since the last evaluation, and evaluation metrics were tried.
+        # Whether parameters and labels have been checked since the last evaluation, and evaluation metrics tried.
         self._is_checked = self._is_rehearsed = False
         self._evaluation_metrics: Metrics = {}
         self._log: dict[str, list[Tensor]] = {}
         self._predicts = False
         self._trained_parameters: tuple[object, list[nn.Parameter]] | None = None
-        self.parts()  # refuses duplicate names
+        self.parts()  # raises if names are duplicate
         for module in check_modules("TorchStep", "compile", compile, "compile=[model.tower]"):
             _compile(module)
 
@@ -163,8 +166,8 @@ class TorchStep:
     def synchronise(self) -> None:
         """Copy rank 0's parameters and buffers to all ranks; collective.
 
-        Those of DistributedDataParallel or FSDP are left to it. From then on each update applies the mean gradient over
-        the samples of all ranks.
+        Modules wrapped in DistributedDataParallel or FSDP are skipped. From then on, each update applies the mean
+        gradient over the samples of all ranks.
 
         Raises:
             ValueError: The names, shapes or dtypes of parameters differ between ranks.
@@ -172,14 +175,14 @@ class TorchStep:
         distributed.mark_gradients_averaged()
         if distributed.world_size() > 1:
             self._sync.broadcast()
-        self._synchronised = True
+        self._is_synchronized = True
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
-        """Take the rows of each rank in each batch of the next update."""
+        """Receive the number of rows on each rank for each batch of the next update."""
         self._expected_rows = rows
 
     def _share(self, number: int, expected: Sequence[Sequence[int]] | None) -> float:
-        """Return this rank's share of the samples of a batch, as its tables count it."""
+        """Return this rank's share of the samples of a batch, the same that its tables use."""
         shared = [engine for engine in self.engines if engine.group is not None]
         if shared:
             return shared[0].share
@@ -191,24 +194,24 @@ class TorchStep:
         """Do one update with the mean gradient over the rows of the batches of all ranks.
 
         Returns:
-            ``loss``; ``loss/NAME`` and, if it changes, ``weight/NAME`` by objective; ``grad_norm`` if it is clipped;
-            the values of :meth:`log`; and the training metrics.
+            ``loss``; by objective ``loss/NAME`` and, if the weight is variable, ``weight/NAME``; ``grad_norm`` if it is
+            clipped; the values of :meth:`log`; and the training metrics.
 
         Raises:
             KeyError: A batch lacks a label column, or the model returns no output for an objective.
             TypeError: The loss is not a tensor, or the output for metrics is ambiguous.
-            ValueError: Labels do not suit the outputs or the metrics, the loss is not one number, parameters without an
+            ValueError: Labels do not fit the outputs or the metrics, the loss is not a scalar, parameters without an
                 optimizer require gradients since the last evaluation, or there are no optimizers.
         """
         if not self.optimizers:
-            raise ValueError("TorchStep: it was built without optimizers and only predicts; pass it optimizers")
+            raise ValueError("TorchStep: a step without optimizers only predicts; pass optimizers to train")
         self.model.train()
         for optimizer in self.optimizers.values():
             optimizer.zero_grad()
         for batch in batches:
             check_batch("TorchStep", batch)
         several, expected, self._expected_rows = distributed.world_size() > 1, self._expected_rows, None
-        if several and not self._synchronised:
+        if several and not self._is_synchronized:
             self.synchronise()
         self._sync.clear()
         own = [batch_size(batch) for batch in batches]
@@ -217,7 +220,7 @@ class TorchStep:
         with self._freezing():
             for number, (batch, count) in enumerate(zip(batches, rows, strict=True)):
                 share = count / max(sum(rows), 1)
-                # A batch without rows adds no figures beside others: means over no rows are NaN.
+                # An empty batch among others adds no figures, because means over no rows are NaN.
                 adds_figures, log = own[number] > 0 or sum(own) == 0, self._log
                 if not adds_figures:
                     self._log = {}
@@ -243,18 +246,18 @@ class TorchStep:
         return {**figures, **self._take_log()}
 
     def log(self, name: str, value: float | Tensor) -> None:
-        """Log a figure of training, from a loss, a model or a callback.
+        """Log a figure of the training from a loss, a model or a callback.
 
-        The log shows its mean over the steps since the last line, without synchronizing the device. Calls while the
-        step predicts are ignored. Metrics go into ``metrics`` instead.
+        The log shows the mean over the steps since the last record. Logging does not synchronize the device. Calls
+        while the step predicts are ignored. Pass metrics as ``metrics`` to the constructor instead.
 
         Args:
-            name: Name in the log; not one that the log uses itself.
-            value: A number, or a tensor of one number.
+            name: Name in the log; must not be one that the log uses itself.
+            value: A number or a scalar tensor.
 
         Raises:
             TypeError: The value is neither.
-            ValueError: It has more than one element, or the log uses the name itself.
+            ValueError: The value has more than one element, or the log uses the name itself.
 
         Example:
             >>> def loss(outputs, labels):
@@ -262,41 +265,41 @@ class TorchStep:
             ...     return torch.nn.functional.binary_cross_entropy_with_logits(outputs, labels)
         """
         if not isinstance(name, str) or not name:
-            raise TypeError(f"TorchStep.log: name must be a name, got {name!r}")
+            raise TypeError(f"TorchStep.log: name must be a non-empty string, got {name!r}")
         if is_reserved(name):
-            raise ValueError(f"TorchStep.log: the log uses {name!r} itself; choose a name beside {list(RESERVED)}")
+            raise ValueError(f"TorchStep.log: the log uses {name!r} itself; choose a name other than {list(RESERVED)}")
         if self._predicts:
             return
         if isinstance(value, Metric):
             raise TypeError(
-                f"TorchStep.log: the value of {name!r} must be a number, got {describe_value(value)}; pass it to the "
-                f"step as TorchStep(metrics={{{name!r}: {type(value).__name__}()}}), which updates it"
+                f"TorchStep.log: the value of {name!r} must be a number, got {describe_value(value)}; pass it as "
+                f"TorchStep(metrics={{{name!r}: {type(value).__name__}()}}), and the step updates it"
             )
         if not isinstance(value, Tensor):
             check_number("TorchStep.log", f"the value of {name!r}", value)
             value = torch.tensor(float(value))
         if value.numel() != 1:
             raise ValueError(
-                f"TorchStep.log: the value of {name!r} must be one number, got shape {list(value.shape)}; take its mean"
+                f"TorchStep.log: the value of {name!r} must be a scalar, got shape {list(value.shape)}; take its mean"
             )
         self._log.setdefault(name, []).append(value.detach().reshape(()).float().clone())
 
     def rehearse(self, metrics: Metrics) -> None:
-        """Try metrics of evaluations on the first training batch, so that unsuitable labels fail early.
+        """Try evaluation metrics on the first training batch, so that unsuitable labels fail early.
 
         Args:
-            metrics: By name, for every objective; or by objective and name. Those of other objectives are ignored.
+            metrics: By name, for every objective; or by objective and name. Those of unknown objectives are ignored.
         """
         self._evaluation_metrics, self._is_rehearsed = metrics, False
 
     def prefetch(self, batch: Batch) -> None:
-        """Start sending the ids of a later batch to the ranks that own them, if several share tables.
+        """Start sending the ids of a later batch to the ranks that own them, if several ranks share the tables.
 
-        Before the first update nothing is sent: it shows which engines read the columns of the batches, and which read
+        Nothing is sent before the first update, which shows which engines read columns of the batches and which read
         columns that the model computes.
         """
         for engine in self._prefetching or ():
-            engine.train()  # the mode when the batch's turn comes
+            engine.train()  # the mode in which the batch will be looked up
             engine.prefetch(batch)
 
     def _forward(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
@@ -348,8 +351,8 @@ class TorchStep:
             return {"": _Outputs(_floating(values), loss)}
         if not isinstance(returned, Mapping):
             raise KeyError(
-                f"TorchStep: with the objectives {list(self.objectives)} the model must return a dict with an output "
-                f"for each, got {describe_value(returned)}"
+                f"TorchStep: with the objectives {list(self.objectives)} the model must return a dict with one output "
+                f"per objective, got {describe_value(returned)}"
             )
         missing = [name for name in self.objectives if name not in returned]
         if missing:
@@ -361,7 +364,7 @@ class TorchStep:
         objective = self.objectives[name]
         where = "TorchStep" if name == "" else f"TorchStep: objective {name!r}"
         if outputs is None:
-            raise TypeError(f"{where}: the model returns a loss without outputs, so that nothing can be evaluated")
+            raise TypeError(f"{where}: the model must return outputs to be evaluated, got only a loss")
         outputs = model_outputs.without_padding(outputs, mask)
         return outputs, model_outputs.scores_of(outputs, objective.link, objective.loss, where)
 
@@ -380,7 +383,7 @@ class TorchStep:
         return Predictions(scores, labels, groups)
 
     def _update_metrics(self, outputs: Mapping[str, _Outputs], batch: Batch, mask: Tensor | None) -> None:
-        """Update the training metrics and, with the first batch, try those of evaluations."""
+        """Update the training metrics and, on the first batch, try the evaluation metrics."""
         if batch_size(batch) == 0:  # only other ranks have data left
             return
         rehearsal = (
@@ -403,11 +406,11 @@ class TorchStep:
             for objective, metrics in self.metrics.items()
             for name, metric in metrics.items()
         }
-        means = {name: found[0] if len(found) == 1 else torch.stack(found).mean() for name, found in log.items()}
+        means = {name: values[0] if len(values) == 1 else torch.stack(values).mean() for name, values in log.items()}
         return {**named, **means}
 
     def _check_new_parameters(self) -> None:
-        """Check optimizers again in the first step after an evaluation, or if frozen parameters thaw."""
+        """Check optimizers again in the first step after an evaluation, or if frozen parameters are unfrozen."""
         if not self._is_checked or any(parameter.requires_grad for parameter in self._without_gradients):
             self._check_trained()
             self._without_gradients = [p for p in self._named_parameters().values() if not p.requires_grad]
@@ -447,26 +450,26 @@ class TorchStep:
             if self._scaler.is_enabled():
                 for optimizer in self.optimizers.values():
                     self._scaler.unscale_(optimizer)
-            found = nn.utils.clip_grad_norm_(self._trained(), self.clip_grad_norm)
-            # An update that overflows is skipped, and has no norm to average.
-            if not self._scaler.is_enabled() or bool(found.isfinite()):
-                norm["grad_norm"] = found
+            total_norm = nn.utils.clip_grad_norm_(self._trained(), self.clip_grad_norm)
+            # An update that overflows is skipped and must not enter the mean of norms.
+            if not self._scaler.is_enabled() or bool(total_norm.isfinite()):
+                norm["grad_norm"] = total_norm
         scaled = []
         if self._scaler.is_enabled():
             optimizers = list(self.optimizers.values())
-            has = [_has_gradients(optimizer) for optimizer in optimizers]
+            has_gradients = [_has_gradients(optimizer) for optimizer in optimizers]
             if distributed.world_size() > 1:
-                has = unscale_together(self._scaler, optimizers, has)
-            scaled = [optimizer for optimizer, there in zip(optimizers, has, strict=True) if there]
+                has_gradients = unscale_together(self._scaler, optimizers, has_gradients)
+            scaled = [optimizer for optimizer, has in zip(optimizers, has_gradients, strict=True) if has]
         for optimizer in self.optimizers.values():
             if optimizer in scaled:
                 self._scaler.step(optimizer)
-            else:  # the scaler refuses an optimizer without gradients, as that of frozen towers
+            else:  # the scaler raises for an optimizer without gradients, such as that of frozen towers
                 optimizer.step()
         if scaled:
             self._scaler.update()
         if self._scaler.is_enabled():
-            # Row gradients of a skipped update would protect their rows from eviction.
+            # Row gradients left by a skipped update would protect their rows from eviction.
             for optimizer in self.optimizers.values():
                 optimizer.zero_grad()
         for schedule in self.schedules:
@@ -475,7 +478,7 @@ class TorchStep:
         return norm
 
     def _trained(self) -> list[nn.Parameter]:
-        """Return the parameters of the optimizers; others may have gradients of another step."""
+        """Return the optimizers' parameters. Other parameters may have gradients from another step."""
         groups = tuple((id(g), len(g["params"])) for o in self.optimizers.values() for g in o.param_groups)
         if self._trained_parameters is None or self._trained_parameters[0] != groups:
             trained = {id(p) for optimizer in self.optimizers.values() for p in parameters_of(optimizer)}
@@ -519,7 +522,7 @@ class TorchStep:
             self._predicts = False
 
     def parts(self) -> dict[str, object]:
-        """Return engines, model, optimizers, schedules and loss scale, by name."""
+        """Return engines, model, optimizers, schedules and loss scaler by name."""
         model = unwrapped(self.model)
         named = [name for name, module in model.named_modules() if isinstance(module, EmbeddingEngine)]
         names = ["engine"] if len(named) == 1 else [f"engine.{name}" for name in without_wrappers(model, named)]
@@ -535,10 +538,10 @@ class TorchStep:
                 parts[f"loss.{name}".rstrip(".")] = objective.loss
         if self._scaler.is_enabled():
             parts["scaler"] = self._scaler
-        if taken := sorted(parts.keys() & self.optimizers.keys()):
+        if duplicates := sorted(parts.keys() & self.optimizers.keys()):
             raise ValueError(
-                f"TorchStep: checkpoints use the names {taken} for other parts; rename the optimizers, as "
-                f"{{'dense': dense, 'sparse': sparse}}"
+                f"TorchStep: checkpoints use the names {duplicates} for other parts; rename the optimizers, for "
+                f"example {{'dense': dense, 'sparse': sparse}}"
             )
         return parts | self.optimizers
 
@@ -552,7 +555,7 @@ class TorchStep:
 
 
 def _compile(module: nn.Module) -> None:
-    """Compile a module in place; unlike ``Module.compile``, containers such as Sequential, too."""
+    """Compile a module in place. Unlike ``Module.compile``, this works for containers such as Sequential."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return module._call_impl(*args, **kwargs)
@@ -561,13 +564,13 @@ def _compile(module: nn.Module) -> None:
 
 
 def _has_gradients(optimizer: torch.optim.Optimizer) -> bool:
-    # All are read, in a fixed order: with several ranks, reading the gradient of a table is collective.
+    # Read all gradients, in a fixed order: with several ranks, reading the gradient of a table is collective.
     gradients = [parameter.grad for group in optimizer.param_groups for parameter in group["params"]]
     return any(gradient is not None for gradient in gradients)
 
 
 def _floating(outputs: Any) -> Any:
-    """Return outputs for losses: in float32, with at least one row."""
+    """Return outputs in float32, and a scalar output as ``[1]``."""
     if not isinstance(outputs, Tensor):
         return model_outputs.in_float32(outputs)
     # A model that squeezes its outputs drops the batch axis of a single row.

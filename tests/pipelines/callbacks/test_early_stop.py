@@ -31,14 +31,14 @@ def test_early_stop_and_plateau_follow_a_metric() -> None:
     )
     trainer.fit(stage for _ in range(20) for stage in (Train(epochs=1), Evaluate()))
     assert trainer.steps_done == 8 * 4
-    assert "eval/auc has not been better than" in str(trainer.stopped)
+    assert "eval/auc has not improved on" in str(trainer.stopped)
     assert stop.bad == 3
     assert step.optimizers["sparse"].param_groups[0]["lr"] < 1e-9
-    with pytest.raises(ValueError, match="metric must be STAGE/METRIC, as 'eval/auc', got 'auc'"):
+    with pytest.raises(ValueError, match="metric must be STAGE/METRIC, such as 'eval/auc', got 'auc'"):
         EarlyStop("auc")
 
 
-def test_a_run_that_was_stopped_early_stays_so(tmp_path: Path) -> None:
+def test_an_early_stopped_run_does_not_continue(tmp_path: Path) -> None:
     def run(**options: Any) -> Trainer:
         batches, stop = make_batches(2), EarlyStop("eval/auc", patience=1, min_delta=1.0)
         trainer = Trainer(

@@ -27,7 +27,7 @@ def test_a_step_is_zero_grad_forward_backward_clip_step() -> None:
     twin = make_step()
     for batch in make_batches():
         torch.manual_seed(1)
-        watched = step(batch)
+        figures = step(batch)
         torch.manual_seed(1)
         for optimizer in twin.optimizers.values():
             optimizer.zero_grad()
@@ -36,8 +36,8 @@ def test_a_step_is_zero_grad_forward_backward_clip_step() -> None:
         norm = clip_grad_norm_(twin.model.parameters(), 0.1)
         for optimizer in twin.optimizers.values():
             optimizer.step()
-        assert torch.equal(watched["loss"], loss.detach())
-        assert torch.equal(watched["grad_norm"], norm)
+        assert torch.equal(figures["loss"], loss.detach())
+        assert torch.equal(figures["grad_norm"], norm)
     assert_same(state_of(step), state_of(twin))
     assert step.updates == 8
 
@@ -47,24 +47,24 @@ def test_clipping_bounds_the_gradients_of_towers_and_tables_together() -> None:
     optimizers = [torch.optim.SGD(dense_parameters(model), lr=1.0), optim.SGD(model.engine.parameters(), lr=1.0)]
     step = TorchStep(model, lambda logits, labels: 1e3 * logits.sum(), optimizers, clip_grad_norm=0.5)
     table, (batch,) = model.engine.tables[0], make_batches(1)
-    model.engine(batch)  # so that the rows are there
+    model.engine(batch)  # inserts the rows
     before = [parameter.detach().clone() for parameter in dense_parameters(model)]
     first = table.export(0)["embedding"]
     step(batch)
-    moved = [(b - p.detach()).square().sum() for b, p in zip(before, dense_parameters(model), strict=True)]
+    towers = [(b - p.detach()).square().sum() for b, p in zip(before, dense_parameters(model), strict=True)]
     rows = (table.export(0)["embedding"] - first).square().sum()
     assert float(rows) > 0
-    assert float(sum(moved) + rows) ** 0.5 == pytest.approx(0.5, rel=1e-3)
+    assert float(sum(towers) + rows) ** 0.5 == pytest.approx(0.5, rel=1e-3)
 
 
-def test_accumulated_batches_give_the_gradient_of_their_rows_together() -> None:
+def test_accumulated_batches_have_the_gradient_of_one_large_batch() -> None:
     (whole,) = make_batches(1, rows=50)
     parts: list[Batch] = [{name: column[a:b] for name, column in whole.items()} for a, b in ((0, 30), (30, 50))]
     results = []
     for batches in ([whole], parts):
         torch.manual_seed(0)
         model = Model()
-        model.tower = nn.Sequential(nn.Linear(4, 1))  # what batch norm gives depends on the batch
+        model.tower = nn.Sequential(nn.Linear(4, 1))  # without batch norm, which depends on the batch
         torch.nn.init.ones_(model.tower[0].weight)
         torch.nn.init.zeros_(model.tower[0].bias)
         optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.Adam(model.engine.parameters())]
@@ -81,7 +81,7 @@ def test_accumulated_batches_give_the_gradient_of_their_rows_together() -> None:
 def test_autocast_learns(precision: Any) -> None:
     step = make_step(precision=precision, loss_scale=1024.0, clip_grad_norm=10.0)
     first = float(step(make_batches(1)[0])["loss"])
-    losses = [float(watched["loss"]) for watched in train(step, make_batches() * 8)]
+    losses = [float(figures["loss"]) for figures in train(step, make_batches() * 8)]
     assert losses[-1] < 0.3 < first
     parts = step.parts()
     assert ("scaler" in parts) == (precision == "float16")
@@ -89,7 +89,7 @@ def test_autocast_learns(precision: Any) -> None:
         assert step.model(make_batches(1)[0]).dtype is not torch.float32
 
 
-def test_an_overflow_in_row_gradients_alone_leaves_their_update_out_and_lowers_the_scale() -> None:
+def test_an_overflow_in_row_gradients_skips_their_update_and_lowers_the_scale() -> None:
     step = make_step(precision="float16", loss_scale=2.0**10)
     train(step, make_batches(2))
     before, scale = state_of(step), step._scaler.get_scale()
@@ -111,14 +111,14 @@ def test_an_overflow_in_row_gradients_alone_leaves_their_update_out_and_lowers_t
     assert torch.equal(after["table.embedding"], before["table.embedding"])
     assert not torch.equal(after["tower.2.weight"], before["tower.2.weight"])
     assert step._scaler.get_scale() == scale / 2
-    assert step.engines[0].evict(Unused(steps=100)) == 0  # no gradients wait there
+    assert step.engines[0].evict(Unused(steps=100)) == 0  # no row gradients are pending
     step.model.engine.forward = forward  # type: ignore[method-assign]
     train(step, make_batches(1))
     assert not torch.equal(state_of(step)["table.embedding"], before["table.embedding"])
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_float16_trains_where_an_optimizer_has_no_gradients(clip: float | None) -> None:
+def test_float16_trains_if_an_optimizer_has_no_gradients(clip: float | None) -> None:
     step = make_step(precision="float16", loss_scale=1024.0, clip_grad_norm=clip)
     assert isinstance(step.model, Model)
     step.model.tower.requires_grad_(False)
@@ -126,13 +126,13 @@ def test_float16_trains_where_an_optimizer_has_no_gradients(clip: float | None) 
     train(step, make_batches(2))
     assert all(torch.equal(a, b) for a, b in zip(before, step.model.tower.parameters(), strict=True))
     assert int(step.engines[0].tables[0].export(0)["updated_step"].max()) == 2
-    # And where none has: an objective that does not count.
+    # The same if no optimizer has gradients, with an objective that is constant.
     step.objectives = {"": Objective(loss=lambda outputs, labels: torch.zeros((), requires_grad=True))}
     train(step, make_batches(1))
     assert step._scaler.get_scale() == 1024.0
 
 
-def test_unscaled_row_gradients_are_those_of_full_precision() -> None:
+def test_unscaled_row_gradients_match_full_precision() -> None:
     norms = []
     for precision in ("float32", "float16"):
         step = make_step(precision=precision, clip_grad_norm=1e9)
@@ -142,7 +142,7 @@ def test_unscaled_row_gradients_are_those_of_full_precision() -> None:
 
 
 @pytest.mark.jax
-def test_schedules_of_torch_and_of_optax_step_after_each_update() -> None:
+def test_torch_and_optax_schedules_step_after_each_update() -> None:
     import optax
 
     step = make_step()
@@ -180,15 +180,15 @@ def objectives(**weights: Any) -> dict[str, Objective]:
 
 def test_losses_are_summed_by_their_weights() -> None:
     step = make_step(objectives(click=2.0, buy=lambda n: 0.5 / (n + 1)), HEADS)
-    for number, watched in enumerate(train(step, make_batches(3))):
+    for number, figures in enumerate(train(step, make_batches(3))):
         weight = 0.5 / (number + 1)
-        assert float(watched["weight/buy"]) == pytest.approx(weight)
-        assert "weight/click" not in watched
-        total = 2.0 * watched["loss/click"] + weight * watched["loss/buy"]
-        assert_near(watched["loss"], total)
+        assert float(figures["weight/buy"]) == pytest.approx(weight)
+        assert "weight/click" not in figures
+        total = 2.0 * figures["loss/click"] + weight * figures["loss/buy"]
+        assert_near(figures["loss"], total)
 
 
-def test_a_weight_of_zero_trains_the_other_objective_alone() -> None:
+def test_a_weight_of_zero_trains_only_the_other_objective() -> None:
     one, both = (make_step(objectives(click=1.0, buy=weight), HEADS) for weight in (0.0, 1.0))
     before = one.model.tower[2].weight.detach().clone()  # type: ignore[union-attr,index]
     for step in (one, both):
@@ -198,23 +198,23 @@ def test_a_weight_of_zero_trains_the_other_objective_alone() -> None:
     assert not torch.equal(both.model.tower[2].weight[1], before[1])  # type: ignore[union-attr,index]
 
 
-def test_uncertainty_weights_are_learnt_and_saved() -> None:
+def test_uncertainty_weights_are_learned_and_saved() -> None:
     torch.manual_seed(0)
     model, weighting = Model(HEADS), UncertaintyWeights(HEADS)
     dense = torch.optim.SGD([*dense_parameters(model), *weighting.parameters()], lr=0.1)
     sparse = optim.SGD(model.engine.parameters(), lr=0.1)
     step = TorchStep(model, objectives(), [dense, sparse], weighting=weighting)
-    watched = step(make_batches(1)[0])
+    figures = step(make_batches(1)[0])
     # At s = 0 the gradient of exp(-s) L + s / 2 is 1/2 - L.
-    losses = torch.stack([watched["loss/click"], watched["loss/buy"]])
+    losses = torch.stack([figures["loss/click"], figures["loss/buy"]])
     assert_near(weighting.log_variances, -0.1 * (0.5 - losses))
-    assert float(watched["weight/click"]) == 1.0
+    assert float(figures["weight/click"]) == 1.0
     assert step.parts()["weighting"] is weighting
     with pytest.raises(ValueError, match=r"no optimizer has the parameters of weighting; add weighting.parameters\(\)"):
         TorchStep(model, objectives(), [torch.optim.SGD(dense_parameters(model)), sparse], weighting=weighting)
 
 
-def test_padding_counts_in_no_loss_and_no_prediction() -> None:
+def test_padding_rows_count_neither_in_losses_nor_in_predictions() -> None:
     (batch,) = make_batches(1, rows=10)
     mask = torch.arange(10) < 7
     padded, cut = {**batch, "mask": mask}, {name: column[:7] for name, column in batch.items()}
@@ -230,9 +230,9 @@ def test_padding_counts_in_no_loss_and_no_prediction() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch, as inductor is imported
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within torch, while inductor is imported
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within dynamo
-def test_a_compiled_tower_trains_as_an_eager_one() -> None:
+def test_a_compiled_tower_trains_like_an_eager_one() -> None:
     losses = []
     torch._dynamo.reset()
     for compiled in (False, True):
@@ -241,7 +241,7 @@ def test_a_compiled_tower_trains_as_an_eager_one() -> None:
         if compiled:
             step = TorchStep(step.model, bce, step.optimizers, compile=[step.model.tower])
             assert step.model.tower._compiled_call_impl is not None
-        losses.append(torch.stack([watched["loss"] for watched in train(step, make_batches(4))]))
+        losses.append(torch.stack([figures["loss"] for figures in train(step, make_batches(4))]))
         names = [name for name, _ in step.model.tower.named_parameters()]
         assert names == [f"{n}.{part}" for n in (0, 2) for part in ("weight", "bias")]
     assert_near(losses[0], losses[1])
@@ -263,7 +263,7 @@ class TwoEngines(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # within dynamo
 @pytest.mark.parametrize("engines", [1, 2])
-def test_a_compiled_model_trains_and_is_saved_as_an_eager_one(engines: int, tmp_path: Path) -> None:
+def test_a_compiled_model_is_trained_and_saved_like_an_eager_one(engines: int, tmp_path: Path) -> None:
     steps = []
     torch._dynamo.reset()
     for compiled in (False, True):
@@ -272,7 +272,7 @@ def test_a_compiled_model_trains_and_is_saved_as_an_eager_one(engines: int, tmp_
         model = torch.compile(own, backend="eager") if compiled else own
         sparse = optim.Adam([p for p in own.parameters() if isinstance(p, Anchor)])
         step = TorchStep(model, bce, {"dense": torch.optim.Adam(dense_parameters(model), lr=0.1), "sparse": sparse})
-        losses = torch.stack([watched["loss"] for watched in train(step, make_batches(4))])
+        losses = torch.stack([figures["loss"] for figures in train(step, make_batches(4))])
         steps.append((step, losses, step.predict(make_batches(1)[0])[""].scores))
     (eager, losses, scores), (compiled_step, again, others) = steps
     assert_near(again, losses)
@@ -287,7 +287,7 @@ def test_a_compiled_model_trains_and_is_saved_as_an_eager_one(engines: int, tmp_
     torch._dynamo.reset()
 
 
-def test_what_is_wrong_is_named() -> None:
+def test_wrong_arguments_and_outputs_are_named() -> None:
     with pytest.raises(ValueError, match="precision must be one of .*, got 'half'"):
         make_step(precision="half")
     with pytest.raises(KeyError, match="label column 'label' must be a dense column of the batch, which has"):
@@ -295,5 +295,5 @@ def test_what_is_wrong_is_named() -> None:
     with pytest.raises(KeyError, match=r"must also return outputs for \['buy'\]"):
         make_step(objectives(), ("click",))(make_batches(1)[0])
     step = make_step({"click": Objective(loss=bce, weight=lambda n: math.nan)}, ("click",))
-    with pytest.raises(ValueError, match="the weight of label 'label' is nan at update 0"):
+    with pytest.raises(ValueError, match="the weight of label 'label' must be finite, got nan at update 0"):
         step(make_batches(1)[0])

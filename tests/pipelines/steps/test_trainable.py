@@ -1,4 +1,4 @@
-"""A step trains every parameter and table of its model, each by one optimizer, or is told which are frozen."""
+"""Every parameter and table of a step's model must have exactly one optimizer or be frozen."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from tests.support.small import bce, make_batches
 
 
 class TwoTables(nn.Module):
-    """Tables of different widths, so that each is a table of its own, and a tower of two parts."""
+    """A tower of two layers, and two tables, which are not merged because their widths differ."""
 
-    def __init__(self, **of_other: Any) -> None:
+    def __init__(self, **other_config: Any) -> None:
         super().__init__()
         torch.manual_seed(0)
         self.engine = EmbeddingEngine(
-            {"id": EmbeddingConfig(dim=4), "other_id": EmbeddingConfig(dim=2, **of_other)},
+            {"id": EmbeddingConfig(dim=4), "other_id": EmbeddingConfig(dim=2, **other_config)},
             optimizer=optim.Adam,
         )
         self.body, self.head = nn.Linear(6, 3), nn.Linear(3, 1)
@@ -61,14 +61,14 @@ def step_of(model: nn.Module, *optimizers: torch.optim.Optimizer, **options: Any
     return TorchStep(model, bce, list(optimizers), **options)
 
 
-def test_half_an_optimizer_is_refused_and_names_what_the_other_half_is() -> None:
+def test_a_missing_optimizer_names_the_parameters_that_need_one() -> None:
     model = TwoTables()
     with pytest.raises(
-        ValueError, match=r"no optimizer has the tables \['id', 'other_id'\]; add an optimizer, as .*opt"
+        ValueError, match=r"no optimizer has the tables \['id', 'other_id'\]; add an optimizer with .*opt"
     ):
         step_of(model, dense(model))
-    said = r"no optimizer has the parameters \['body.weight', 'body.bias', 'head.weight', 'head.bias'\]; .*Adam\(embed"
-    with pytest.raises(ValueError, match=said):
+    names = r"\['body.weight', 'body.bias', 'head.weight', 'head.bias'\]"
+    with pytest.raises(ValueError, match=rf"no optimizer has the parameters {names}; .*Adam\(embed"):
         step_of(model, sparse(model))
     one = optim.Adam([model.engine.tables[0].anchor])
     with pytest.raises(
@@ -80,7 +80,7 @@ def test_half_an_optimizer_is_refused_and_names_what_the_other_half_is() -> None
         step_of(many, sparse(model))
 
 
-def test_names_are_those_of_the_model_within_its_wrappers() -> None:
+def test_names_of_parameters_omit_wrappers() -> None:
     model = TwoTables()
     compiled: Any = torch.compile(model, backend="eager")
     with pytest.raises(ValueError, match=r"the parameters \['body.weight', 'body.bias', 'head"):
@@ -93,7 +93,7 @@ def test_names_are_those_of_the_model_within_its_wrappers() -> None:
         step_of(model, sparse(model), dense(model))
 
 
-def test_what_is_frozen_explicitly_needs_no_optimizer() -> None:
+def test_frozen_parameters_need_no_optimizer() -> None:
     model = TwoTables(trainable=False)
     model.head.requires_grad_(False)
     before = model.head.weight.clone()
@@ -110,7 +110,7 @@ def test_what_is_frozen_explicitly_needs_no_optimizer() -> None:
     assert all(not table.pending for table in model.engine.tables)
 
 
-def test_steps_that_share_a_model_train_a_part_each() -> None:
+def test_steps_that_share_a_model_train_separate_parts() -> None:
     model = TwoTables()
     first = step_of(model, torch.optim.SGD(model.body.parameters(), lr=0.1), freeze=[model.engine, model.head])
     second = step_of(model, sparse(model), torch.optim.SGD(model.head.parameters(), lr=0.1), freeze=[model.body])
@@ -127,7 +127,7 @@ def test_steps_that_share_a_model_train_a_part_each() -> None:
         assert [not torch.equal(a, b) for a, b in zip(before, state(), strict=True)] == moves
     assert all(parameter.requires_grad for parameter in model.parameters())
     assert all(not table.pending for table in model.engine.tables)
-    # The gradients that the other step has left behind do not count in the norm that is clipped.
+    # Gradients left behind by the other step do not count in the clipped norm.
     norm = step_of(
         model, torch.optim.SGD(model.body.parameters(), lr=0.0), freeze=[model.engine, model.head], clip_grad_norm=1e9
     )(batch)["grad_norm"]
@@ -139,12 +139,12 @@ def test_steps_that_share_a_model_train_a_part_each() -> None:
     trainer = Trainer({"first": first, "second": second}, batches(2), batches(1), metrics={"auc": AUC()})
     trainer.fit([Train(step="first"), Train(step="second"), Evaluate()])
     with pytest.raises(
-        ValueError, match=r"freeze has the parameters \['body.weight', 'body.bias'\], but so has an optimizer"
+        ValueError, match=r"both freeze and an optimizer have the parameters \['body.weight', 'body.bias'\]; remove"
     ):
         step_of(model, sparse(model), dense(model), freeze=[model.body])
 
 
-def test_a_parameter_that_two_optimizers_update_is_refused() -> None:
+def test_a_parameter_of_two_optimizers_is_rejected() -> None:
     model = TwoTables()
     rest = [p for p in dense_parameters(model) if p is not model.head.bias]
     with pytest.raises(ValueError, match=r"more than one optimizer has the parameters \['head.bias'\]"):
@@ -157,16 +157,16 @@ def test_a_parameter_that_two_optimizers_update_is_refused() -> None:
     step_of(model, sparse(model), torch.optim.SGD(rest), torch.optim.SGD([model.head.bias]))
 
 
-def test_optimizers_of_another_model_are_refused() -> None:
+def test_optimizers_of_another_model_are_rejected() -> None:
     model, other = TwoTables(), TwoTables()
-    with pytest.raises(ValueError, match=r"no optimizer has .* outside the model, 'optimizer1' has 4: build each"):
+    with pytest.raises(ValueError, match=r"no optimizer has .* outside the model, 'optimizer1' has 4; build each"):
         step_of(model, sparse(model), dense(other))
     temperature = nn.Parameter(torch.ones(()))
     with pytest.raises(ValueError, match=r"'optimizer1' has 1 parameters outside the model, .* not saved"):
         step_of(model, sparse(model), torch.optim.SGD([*dense_parameters(model), temperature], lr=0.1))
 
     class Outside(nn.Module):
-        """A tower, whose tables are elsewhere."""
+        """A tower whose tables belong to another module."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -180,8 +180,8 @@ def test_optimizers_of_another_model_are_refused() -> None:
         step_of(outside, sparse(model), dense(outside))
 
 
-class Scaled(nn.Module):
-    """A loss that learns."""
+class ScaledLoss(nn.Module):
+    """A loss with a trainable parameter."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -192,7 +192,7 @@ class Scaled(nn.Module):
 
 
 def test_parameters_of_the_loss_and_of_weights_are_trained_and_saved() -> None:
-    model, loss = TwoTables(), Scaled()
+    model, loss = TwoTables(), ScaledLoss()
     with pytest.raises(ValueError, match=r"no optimizer has the parameters \['loss.scale'\]"):
         TorchStep(model, loss, [sparse(model), dense(model)])
     optimizers = [sparse(model), torch.optim.SGD([*dense_parameters(model), loss.scale], lr=1.0)]
@@ -212,25 +212,25 @@ def test_parameters_of_the_loss_and_of_weights_are_trained_and_saved() -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "engine", "updates", "schedule0"])
-def test_an_optimizer_has_the_name_of_no_other_part(name: str) -> None:
+def test_an_optimizer_must_not_have_the_name_of_another_part(name: str) -> None:
     model = TwoTables()
-    optimizers = {name: sparse(model), "dense": (of_tower := dense(model))}
-    schedules = [torch.optim.lr_scheduler.ExponentialLR(of_tower, 0.9)]
+    optimizers = {name: sparse(model), "dense": (tower_optimizer := dense(model))}
+    schedules = [torch.optim.lr_scheduler.ExponentialLR(tower_optimizer, 0.9)]
     with pytest.raises(ValueError, match=rf"checkpoints use the names \['{name}'\] for other parts; rename the optim"):
         TorchStep(model, bce, optimizers, schedules=schedules)
 
 
-def test_a_step_without_optimizers_predicts_and_does_not_train() -> None:
+def test_a_step_without_optimizers_only_predicts() -> None:
     model = TwoTables()
     step = TorchStep(model, bce, [])
     assert 0 <= evaluate(step, batches(1), {"auc": AUC()})["auc"] <= 1
-    with pytest.raises(ValueError, match="built without optimizers and only predicts; pass it optimizers"):
+    with pytest.raises(ValueError, match="a step without optimizers only predicts; pass optimizers"):
         step(batches(1)[0])
 
 
-def test_parameters_that_come_later_are_found() -> None:
+def test_parameters_added_later_are_found() -> None:
     class Lazy(TwoTables):
-        """Makes a layer when it first sees a batch."""
+        """Creates a layer in its first forward pass."""
 
         def __init__(self) -> None:
             super().__init__()
@@ -249,7 +249,7 @@ def test_parameters_that_come_later_are_found() -> None:
     model.head.requires_grad_(False)
     step = step_of(model, sparse(model), torch.optim.SGD(model.body.parameters(), lr=0.1))
     step(batches(1)[0])
-    model.head.requires_grad_(True)  # thawed, and in no optimizer
+    model.head.requires_grad_(True)  # without an optimizer
     with pytest.raises(ValueError, match=r"no optimizer has the parameters \['head.weight', 'head.bias'\]"):
         step(batches(1)[0])
     model.head.requires_grad_(False)
@@ -260,7 +260,7 @@ def test_parameters_that_come_later_are_found() -> None:
         step(batches(1)[0])
 
 
-def test_layers_without_a_size_yet_are_trained() -> None:
+def test_lazy_layers_are_trained() -> None:
     class Lazy(TwoTables):
         def __init__(self) -> None:
             super().__init__()
@@ -272,7 +272,7 @@ def test_layers_without_a_size_yet_are_trained() -> None:
     assert lazy.head.weight.shape == (1, 3)
 
 
-def test_a_frozen_stage_stays_possible() -> None:
+def test_a_stage_may_freeze_parameters_that_have_an_optimizer() -> None:
     model = TwoTables()
     trainer = Trainer(step_of(model, sparse(model), dense(model)), batches(2))
     before = model.head.weight.clone()
@@ -282,7 +282,7 @@ def test_a_frozen_stage_stays_possible() -> None:
     assert not torch.equal(model.head.weight, before)
 
 
-def test_applying_gradients_names_the_table_that_the_optimizer_has_not() -> None:
+def test_applying_gradients_names_the_table_without_an_optimizer() -> None:
     model = TwoTables()
     values, context = model.engine.lookup(batches(1)[0])
     gradients = {name: torch.ones_like(value) for name, value in values.items()}
