@@ -37,6 +37,10 @@ def test_imports_between_sub_packages_are_allowed(package: list[Source]) -> None
     assert list(rules.package_violations(package)) == []
 
 
+def test_every_rule_is_used(package: list[Source]) -> None:
+    assert list(rules.unused_rules(package)) == []
+
+
 def test_folders(package: list[Source]) -> None:
     assert list(rules.folder_violations(package)) == []
 
@@ -140,11 +144,11 @@ def test_a_forbidden_import_is_found(path: str, text: str, fault: str) -> None:
     [
         ("recis_hybrid/embedding/x.py", "import torch, numpy, dataclasses\nfrom recis_hybrid.ops import gather"),
         ("recis_hybrid/optim/x.py", "from recis_hybrid.embedding import RecordLayout\nfrom .y import z"),
-        ("recis_hybrid/pipelines/x.py", "from recis_hybrid import saver, optim\nimport recis_hybrid.columnio"),
+        ("recis_hybrid/pipelines/x.py", "from recis_hybrid import saver, metrics\nimport recis_hybrid.columnio"),
         ("recis_hybrid/columnio/x.py", "import pyarrow.parquet as pq"),
         (
             "recis_hybrid/bridge/x.py",
-            "import jax\nfrom jax import numpy\nfrom recis_hybrid import ops\nfrom .y import z",
+            "import jax\nfrom jax import numpy\nfrom recis_hybrid import validation\nfrom .y import z",
         ),
     ],
 )
@@ -195,6 +199,25 @@ def test_import_cycles_are_found(texts: dict[str, str], cycles: list[list[str]])
 def test_forbidden_imports_between_sub_packages_are_found(path: str, text: str, fault: str) -> None:
     (found,) = rules.package_violations([parse(text, f"recis_hybrid/{path}")])
     assert fault in found
+
+
+def test_an_indirect_import_of_a_sub_package_is_found() -> None:
+    sources = [
+        parse("from recis_hybrid.pipelines.x import y", "recis_hybrid/pipelines/steps/a.py"),
+        parse("from recis_hybrid.pipelines.z import y", "recis_hybrid/pipelines/x.py"),
+        parse("from recis_hybrid.pipelines.data.b import y", "recis_hybrid/pipelines/z.py"),
+    ]
+    (found,) = rules.package_violations(sources)
+    assert found == "recis_hybrid/pipelines/z.py:1: pipelines.steps may not import pipelines.data"
+
+
+def test_an_unused_rule_is_found(package: list[Source]) -> None:
+    without_data = [source for source in package if "/pipelines/data/" not in source.path]
+    assert list(rules.unused_rules(without_data)) == [
+        "PACKAGES: pipelines.data does not import pipelines.steps; remove the entry"
+    ]
+    without_metrics = [source for source in package if source.room != "metrics"]
+    assert list(rules.unused_rules(without_metrics)) == ["ROOMS: metrics does not import distributed; remove the entry"]
 
 
 def test_allowed_imports_between_sub_packages_pass() -> None:

@@ -10,8 +10,10 @@ from collections.abc import Iterable, Iterator
 
 from tests.support.imports import PACKAGE, Import, Source, aliases, dotted, imports, outside_functions, room_of
 
-# Imports allowed between the rooms of the package. "" is the package's own __init__, which imports a room on first use
-# of one of its names.
+# Rooms that every room may import.
+SHARED = {"validation"}
+# All imports between the rooms of the package; any other import is forbidden. "" is the package's own __init__, which
+# imports a room on first use of one of its names.
 ROOMS: dict[str, set[str]] = {
     "": {
         "bridge",
@@ -26,51 +28,27 @@ ROOMS: dict[str, set[str]] = {
         "serving",
     },
     "validation": set(),
-    "ops": {"validation"},
-    "ragged": {"ops", "validation"},
+    "ops": set(),
+    "ragged": set(),
     "checkpointing": {"ops"},
-    "distributed": {"validation"},
+    "distributed": set(),
     # Reads exports on machines that have neither torch nor the native library.
-    "serving": {"validation"},
-    "columnio": {"ops", "ragged", "checkpointing", "distributed", "validation"},
-    "features": {"ops", "ragged", "validation"},
+    "serving": set(),
+    "columnio": {"ragged", "distributed"},
+    "features": {"ops", "ragged"},
     # Tables receive an optimizer as a RecordLayout and an update rule, and return their state to the saver.
-    "embedding": {"ops", "ragged", "checkpointing", "distributed", "validation"},
-    "optim": {"ops", "ragged", "checkpointing", "distributed", "validation", "embedding"},
-    "saver": {"ops", "ragged", "checkpointing", "distributed", "validation"},
-    "metrics": {"ops", "ragged", "checkpointing", "distributed", "validation"},
-    "pipelines": {
-        "ops",
-        "ragged",
-        "checkpointing",
-        "distributed",
-        "validation",
-        "columnio",
-        "features",
-        "embedding",
-        "optim",
-        "saver",
-        "metrics",
-    },
-    "bridge": {"ops", "validation"},
+    "embedding": {"ops", "ragged", "checkpointing", "distributed"},
+    "optim": {"ops", "checkpointing", "distributed", "embedding"},
+    "saver": {"ops", "checkpointing", "distributed"},
+    "metrics": {"distributed"},
+    # The caller builds optimizers and features.
+    "pipelines": {"ragged", "distributed", "columnio", "embedding", "saver", "metrics"},
+    "bridge": set(),
     # The command line and training from a configuration; nothing imports it.
-    "app": {
-        "ops",
-        "ragged",
-        "checkpointing",
-        "distributed",
-        "validation",
-        "columnio",
-        "features",
-        "embedding",
-        "optim",
-        "saver",
-        "metrics",
-        "pipelines",
-    },
+    "app": {"ragged", "distributed", "columnio", "features", "embedding", "optim", "saver", "metrics", "pipelines"},
 }
-# Imports allowed between the sub-packages of a room. The modules of the room itself are not listed, because the check
-# for cycles covers them.
+# All imports between the sub-packages of a room, direct or through modules of the room itself; any other import is
+# forbidden.
 PACKAGES: dict[str, dict[str, set[str]]] = {
     "columnio": {
         "convert": set(),
@@ -93,7 +71,7 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
         "checkpoint": {"parts", "storage", "format", "runtime"},
         "actions": {"checkpoint", "parts", "storage", "format", "runtime"},
     },
-    "pipelines": {"callbacks": set(), "steps": set(), "data": {"steps"}},
+    "pipelines": {"steps": set(), "callbacks": {"steps"}, "data": {"steps"}},
     "app": {"config": set()},
     "bridge": {"exchange": set(), "tower": {"exchange"}},
 }
@@ -137,7 +115,7 @@ def inner_room(item: Import) -> str | None:
 
 
 def import_violations(source: Source) -> Iterator[str]:
-    """Yield the imports that ROOMS and OUTSIDE disallow."""
+    """Yield the imports that ROOMS, SHARED and OUTSIDE disallow."""
     room = source.room
     if room not in ROOMS:
         yield f"{source.path}: the room {room!r} is not in ROOMS; add it with its imports"
@@ -150,7 +128,7 @@ def import_violations(source: Source) -> Iterator[str]:
             allowed = OUTSIDE.get(room, OUTSIDE_OF_OTHERS) | {"torch"} | sys.stdlib_module_names
             if top not in allowed:
                 yield f"{where}: {room or PACKAGE} may not import {top}"
-        elif reached != room and reached not in ROOMS[room]:
+        elif reached != room and reached not in ROOMS[room] | SHARED:
             yield f"{where}: {room or PACKAGE} may not import {PACKAGE}{'.' + reached if reached else ''}"
 
 
@@ -201,24 +179,64 @@ def _edges(sources: Iterable[Source]) -> dict[str, set[str]]:
 
 def package_violations(sources: Iterable[Source]) -> Iterator[str]:
     """Yield the imports between sub-packages of a room that PACKAGES disallows."""
+    sources = list(sources)
     for source in sources:
+        package = _package_of(source.module, source.is_package)
+        if package is not None and package not in PACKAGES.get(source.room, {}):
+            yield f"{source.path}: the sub-package {source.room}.{package} is not in PACKAGES; add it with its imports"
+    for place, room, package, reached in _package_imports(sources):
+        if reached not in PACKAGES[room][package]:
+            yield f"{place}: {room}.{package} may not import {room}.{reached}"
+
+
+def unused_rules(sources: Iterable[Source]) -> Iterator[str]:
+    """Yield the entries of ROOMS and PACKAGES that no import uses."""
+    sources = list(sources)
+    rooms = {(source.room, inner_room(item)) for source in sources for item in imports(source)}
+    packages = {(room, package, reached) for _, room, package, reached in _package_imports(sources)}
+    for room, allowed in ROOMS.items():
+        for reached in sorted(allowed):
+            if (room, reached) not in rooms:
+                yield f"ROOMS: {room or PACKAGE} does not import {reached}; remove the entry"
+    for room, table in PACKAGES.items():
+        for package, allowed in table.items():
+            for reached in sorted(allowed):
+                if (room, package, reached) not in packages:
+                    yield f"PACKAGES: {room}.{package} does not import {room}.{reached}; remove the entry"
+
+
+def _package_imports(sources: Iterable[Source]) -> list[tuple[str, str, str, str]]:
+    """Return the imports by which a sub-package reaches another one of its room.
+
+    Besides its own imports, these are the imports of the modules of the room that it imports.
+
+    Returns:
+        Place of the import, room, importing sub-package, imported sub-package.
+    """
+    by_name = {source.module: source for source in sources}
+    edges = _edges(by_name.values())
+    found: dict[tuple[str, str, str, str], None] = {}
+    for source in by_name.values():
         room, package = source.room, _package_of(source.module, source.is_package)
-        if package is None:
+        if package is None or package not in PACKAGES.get(room, {}):
             continue
-        if package not in PACKAGES.get(room, {}):
-            yield f"{source.path}: the sub-package {room}.{package} is not in PACKAGES; add it with its imports"
-            continue
-        for item in imports(source):
-            parts = item.target.split(".")
-            reached = parts[2] if parts[:2] == [PACKAGE, room] and len(parts) > 2 else None
-            if reached is None and parts == [PACKAGE, room]:
-                reached = item.name
-            if reached in PACKAGES[room] and reached != package and reached not in PACKAGES[room][package]:
-                yield f"{source.path}:{item.line}: {room}.{package} may not import {room}.{reached}"
+        modules = [source.module]
+        for module in modules:
+            for item in imports(by_name[module]):
+                parts = [*item.target.split("."), *([item.name] if item.name else [])]
+                reached = parts[2] if parts[:2] == [PACKAGE, room] and len(parts) > 2 else None
+                if reached in PACKAGES[room] and reached != package:
+                    found[f"{by_name[module].path}:{item.line}", room, package, reached] = None
+            for target in sorted(edges[module]):
+                other = by_name[target]
+                is_room_module = other.room == room and not other.is_package and _package_of(target, False) is None
+                if is_room_module and target not in modules:
+                    modules.append(target)
+    return list(found)
 
 
 def _package_of(module: str, is_package: bool) -> str | None:
-    """Return the sub-package of a module within its room, or None."""
+    """Return the sub-package of its room that contains a module, or None."""
     parts = module.split(".")
     return parts[2] if len(parts) > 3 or (len(parts) == 3 and is_package) else None
 
