@@ -173,7 +173,7 @@ def step(engine, optimizer):
     engine({"id": torch.tensor([1, 2])})["id"].sum().backward()
     optimizer.step()
 
-# Built before torch.distributed is initialised, without the launcher's variables.
+# Built before torch.distributed is initialized, without the launcher's variables.
 size = os.environ.pop("WORLD_SIZE")
 own_rank = os.environ.pop("RANK")
 early, early_data = training(), ColumnDataset(sys.argv[0].replace("program.py", "rows.parquet"), ["id"], 4)

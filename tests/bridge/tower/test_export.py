@@ -35,7 +35,7 @@ for size in (1, 3, 7):
 """
 
 
-def normalised(params: Any, inputs: Any, ids: Any, *, state: Any, key: Any, train: bool) -> Any:
+def normalized(params: Any, inputs: Any, ids: Any, *, state: Any, key: Any, train: bool) -> Any:
     assert (key is None) is not train
     y = (inputs["x"] - state["mean"]) @ params["layers"][0]["w"]
     return {"y": y.astype(jnp.float32), "ids": ids + 1}, state
@@ -43,7 +43,7 @@ def normalised(params: Any, inputs: Any, ids: Any, *, state: Any, key: Any, trai
 
 def test_a_tower_is_served_with_only_jax_at_any_batch_size(root: Path, tmp_path: Path) -> None:
     weights = {"layers": [{"w": torch.randn(3, 2, dtype=torch.bfloat16)}]}
-    tower = JaxTower(normalised, weights, state={"mean": np.ones(3, np.float32)}, name="ranker")
+    tower = JaxTower(normalized, weights, state={"mean": np.ones(3, np.float32)}, name="ranker")
     tower.export(tmp_path / "tower", {"x": torch.rand(5, 3)}, torch.zeros(5, dtype=torch.int32))
     inputs = {size: torch.rand(size, 3) for size in (1, 3, 7)}
     for size, x in inputs.items():
