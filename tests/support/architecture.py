@@ -59,7 +59,7 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
     "features": {"ops": set(), "program": set()},
     "embedding": {
         "table": set(),
-        "planner": {"table", "distributed"},
+        "planner": {"table"},
         "distributed": {"planner", "table"},
         "checkpoint": {"distributed", "planner", "table"},
     },

@@ -6,28 +6,14 @@ Letters: n rows, W ranks, D dim.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from itertools import pairwise
 
 import torch
 from torch import Tensor
 
 from recis_hybrid.embedding.distributed.dedup import rank_of
 from recis_hybrid.embedding.distributed.exchange import Exchange, ExchangeError
-from recis_hybrid.embedding.initializers import QUAD
 from recis_hybrid.embedding.table.record_layout import RecordLayout
 from recis_hybrid.ops.id_map import bucket_order
-
-
-def columns_of(dim: int, ranks: int) -> list[int]:
-    """Return the number of elements of each row that each rank has if rows are split by column.
-
-    First values are drawn four at a time, so each rank has a multiple of four, and the last rank also the remainder.
-    """
-    quads, remainder = divmod(dim, QUAD)
-    bounds = [quads * rank // ranks for rank in range(ranks + 1)]
-    widths = [QUAD * (end - begin) for begin, end in pairwise(bounds)]
-    widths[-1] += remainder
-    return widths
 
 
 def side_by_side(parts: Tensor, rows: int, widths: Sequence[int]) -> Tensor:

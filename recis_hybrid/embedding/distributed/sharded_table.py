@@ -35,13 +35,13 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.distributed.column_split import columns_of, side_by_side
+from recis_hybrid.embedding.distributed.column_split import side_by_side
 from recis_hybrid.embedding.distributed.dedup import Kind
 from recis_hybrid.embedding.distributed.exchange import WIRE_DTYPES, Exchange, Transfer
 from recis_hybrid.embedding.distributed.gradient_exchange import GradientExchange, Reduce, SharedLookup
 from recis_hybrid.embedding.distributed.id_exchange import Route, RoutedBatch, Router, Shapes, TableRouting
 from recis_hybrid.embedding.planner.coalesce import TablePlan
-from recis_hybrid.embedding.planner.sharding import deal
+from recis_hybrid.embedding.planner.sharding import columns_of, deal
 from recis_hybrid.embedding.table.gradients import gradient_part
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.lookup import Lookup, Request, gradient_bags

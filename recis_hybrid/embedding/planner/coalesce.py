@@ -8,10 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
-from recis_hybrid.embedding.distributed.column_split import columns_of
 from recis_hybrid.embedding.initializers import QUAD, refuse_unrepresentable
 from recis_hybrid.embedding.placement import Placement
-from recis_hybrid.embedding.planner.sharding import Sharding, sharding_of
+from recis_hybrid.embedding.planner.sharding import Sharding, columns_of, sharding_of
 from recis_hybrid.embedding.table.record_layout import MemberTable, RecordLayout, StateField
 
 COUNTS = ".admission"

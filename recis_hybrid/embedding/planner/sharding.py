@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal, TypeAlias
 
 from recis_hybrid.embedding.config import EmbeddingConfig
@@ -88,3 +89,15 @@ def deal(loads: Sequence[float], ranks: int) -> list[int]:
         owners[number] = totals.index(min(totals))
         totals[owners[number]] += loads[number]
     return owners
+
+
+def columns_of(dim: int, ranks: int) -> list[int]:
+    """Return the number of elements of each row that each rank has if rows are split by column.
+
+    First values are drawn four at a time, so each rank has a multiple of four, and the last rank also the remainder.
+    """
+    quads, remainder = divmod(dim, QUAD)
+    bounds = [quads * rank // ranks for rank in range(ranks + 1)]
+    widths = [QUAD * (end - begin) for begin, end in pairwise(bounds)]
+    widths[-1] += remainder
+    return widths

@@ -8,9 +8,8 @@ import pytest
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, sharding_of
-from recis_hybrid.embedding.distributed.column_split import columns_of
 from recis_hybrid.embedding.planner.coalesce import plan_tables
-from recis_hybrid.embedding.planner.sharding import COLLECTIVE_S, LOOKUP_S, REPLICA_BYTES, deal
+from recis_hybrid.embedding.planner.sharding import COLLECTIVE_S, LOOKUP_S, REPLICA_BYTES, columns_of, deal
 
 
 @pytest.mark.parametrize("sharding", ["row", "table", "column", "replicated"])
