@@ -41,6 +41,12 @@ def test_every_rule_is_used(package: list[Source]) -> None:
     assert list(rules.unused_rules(package)) == []
 
 
+@pytest.mark.parametrize("table", [rules.ROOMS, *rules.PACKAGES.values()])
+def test_rules_form_an_order(table: dict[str, set[str]]) -> None:
+    names = [name for name in table if name]
+    assert all(table[name] <= set(names[:number]) for number, name in enumerate(names))
+
+
 def test_folders(package: list[Source]) -> None:
     assert list(rules.folder_violations(package)) == []
 
