@@ -39,7 +39,7 @@ class ServingError(ValueError):
 class Reader:
     """Embeddings and dense tensors of one checkpoint written by ``recis-hybrid export``.
 
-    Whole training checkpoints can be read too; incremental ones are rejected.
+    Full training checkpoints can be read too; incremental ones are rejected.
 
     Args:
         path: A ``step_…`` folder, or a folder of several, of which the one with the highest step is read.
@@ -271,7 +271,7 @@ def _manifest(path: Path) -> dict[str, Any]:
         if "previous" in document:
             raise ServingError(
                 f"{path}: contains only the changes since step {document['previous']['step']}. Export it with "
-                "`recis-hybrid export`, or make it whole with `recis-hybrid compact`."
+                "`recis-hybrid export`, or make it full with `recis-hybrid compact`."
             )
         for part in document["parts"].values():
             files = [part["file"], *(r["file"] for table in part["tables"].values() for r in table["ranges"])]

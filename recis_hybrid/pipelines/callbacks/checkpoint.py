@@ -18,8 +18,8 @@ class PeriodicCheckpoint(Callback):
     Args:
         steps: Steps between two checkpoints; None: save by time.
         seconds: Seconds between two checkpoints, on one process only; None: save by steps.
-        whole_every: Every ``whole_every``-th checkpoint is whole. The others contain only the table rows that changed
-            since the previous checkpoint and build on it (``delta`` of :meth:`Saver.save`). With 1, all are whole.
+        whole_every: Every ``whole_every``-th checkpoint is full. The others contain only the table rows that changed
+            since the previous checkpoint and build on it (``delta`` of :meth:`Saver.save`). With 1, all are full.
 
     Raises:
         ValueError: Neither or both of ``steps`` and ``seconds`` are set, or a value is out of range.
@@ -49,7 +49,7 @@ class PeriodicCheckpoint(Callback):
         """Save if a checkpoint is due."""
         due = self._steps is not None and trainer.steps_done % self._steps == 0
         if due or (self._seconds is not None and time.monotonic() - self._last >= self._seconds):
-            # Counted over the whole training, so that a job that is restarted often also writes whole checkpoints.
+            # Counted over the whole training, so that a job that is restarted often also writes full checkpoints.
             self._saves = self._saves + 1 if self._steps is None else trainer.steps_done // self._steps
             trainer.save(delta=self._saves % self._whole_every != 0)
             self._last = time.monotonic()
