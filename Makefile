@@ -31,7 +31,7 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test test-quick faults agreement rehearsal lint format docs cuda-build sanitize bench bench-peers \
+.PHONY: help demo test test-quick emulated faults agreement rehearsal lint format docs cuda-build sanitize bench bench-peers \
   wheel clean setup FORCE
 
 help:  ## List the targets and settings
@@ -51,11 +51,11 @@ help:  ## List the targets and settings
 demo: setup  ## Train a model with a torch and a JAX tower on a generated click log
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
-test: setup  ## Run the tests: 8 to 14 minutes on two cores
+test: setup emulated  ## Run the tests: 8 to 14 minutes on two cores
 	@$(if $(PYTEST_ARGS),,echo 'all tests: 8 to 14 minutes on two cores; `make test-quick` runs a sample of them')
 	$(PY) -m pytest $(PYTEST_ARGS)
 
-test-quick: setup  ## Run a sample of the tests, in at most a fifth of the time
+test-quick: setup emulated  ## Run a sample of the tests, in at most a fifth of the time
 	$(PY) -m pytest --quick $(PYTEST_ARGS)
 
 faults: setup  ## Kill saves, loads and ranks, fill disks, damage checkpoints, 20 times each; count the recoveries
@@ -67,6 +67,9 @@ agreement: setup  ## Train on 2 and 4 ranks in every mode, and print how well th
 
 rehearsal: setup  ## Disconnect one of two hosts during training, in network namespaces; needs root and iproute2
 	$(PY) scripts/two_hosts.py --ranks 2
+
+emulated: $(DEPENDENCIES)  ## Build the emulated device, on which tests run the kernels of CUDA without a GPU
+	@$(PY) setup.py --quiet build_emulated
 
 lint: $(DEPENDENCIES)  ## Check format, lint rules and types; change nothing
 	$(PY) -m ruff format --check .

@@ -62,6 +62,8 @@ NVCC_FLAGS = [
     "-Xcompiler=-fvisibility=hidden",
     "-diag-suppress=20012,20013,20015",
 ]
+# Kernels of csrc/cuda as plain C++: no contraction, as above; warnings are those of the real builds.
+EMULATED_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w", "-pthread"]
 LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
@@ -207,17 +209,10 @@ class BuildNative(build_ext):
         common = [f"-I{ROOT / 'csrc'}", "-isystem", str(include), TARGET]
         torch_link = [f"-L{lib}", "-ltorch_cpu", "-lc10"]
 
-        def jobs_of(pattern: str, folder: str, command: list[str]) -> list[Job]:
-            jobs = []
-            for source in sorted(ROOT.glob(pattern)):
-                output = objects / folder / (source.stem + ".o")
-                jobs.append(Job(source, output, [*command, *common, "-c", str(source), "-o", str(output)]))
-            return jobs
-
         libraries = []
         is_x86 = platform.machine() in ("x86_64", "AMD64")
         for level, flags in (LEVELS if is_x86 else {"generic": []}).items():
-            jobs = jobs_of("csrc/ops/*.cpp", f"cpu_{level}", [cxx, *CXX_FLAGS, prefix, *flags])
+            jobs = jobs_of("csrc/ops/*.cpp", objects / f"cpu_{level}", [cxx, *CXX_FLAGS, prefix, *flags, *common])
             linker = [cxx, "-shared", "-pthread", *torch_link]
             libraries.append(Library(target / f"librecis_cpu_{level}.so", jobs, linker))
 
@@ -226,13 +221,15 @@ class BuildNative(build_ext):
             archs = os.environ.get("RECIS_CUDA_ARCHS", "80;90").replace(";", " ").split()
             gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-            jobs = jobs_of("csrc/cuda/*.cu", "cuda", [nvcc, *NVCC_FLAGS, f"-Xcompiler={prefix}", *gencode])
+            command = [nvcc, *NVCC_FLAGS, f"-Xcompiler={prefix}", *gencode, *common]
+            jobs = jobs_of("csrc/cuda/*.cu", objects / "cuda", command)
             # The CUDA runtime is linked statically, so that the library loads wherever there is a driver.
             linker = [nvcc, "-shared", "-cudart=static", *gencode, *cuda_link_flags(lib, objects, cxx), *torch_link]
             libraries.append(Library(target / "librecis_cuda.so", jobs, linker))
-        self._build(libraries)
+        self.build(libraries)
 
-    def _build(self, libraries: Iterable[Library]) -> None:
+    def build(self, libraries: Iterable[Library]) -> None:
+        """Compile the stale objects of libraries, and link them."""
         headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), Path(__file__)]
         newest_header = max(header.stat().st_mtime for header in headers)
         jobs = [job for library in libraries for job in library.jobs]
@@ -251,6 +248,32 @@ class BuildNative(build_ext):
     def get_output_mapping(self) -> dict[str, str]:
         """Return an empty mapping: an editable install needs no copies, because it is built in place."""
         return {}
+
+
+class BuildEmulated(BuildNative):
+    """Compilation of csrc/cuda for the emulated device of the tests, into build/emulated."""
+
+    def run(self) -> None:
+        """Compile what is stale and link the library."""
+        cxx = os.environ.get("CXX", "g++")
+        include, lib, _ = torch_paths()
+        folder = ROOT / "build" / "emulated"
+        common = ["-I", str(ROOT / "csrc/test/emulated"), "-I", str(ROOT / "csrc/test"), "-I", str(ROOT / "csrc")]
+        common += ["-isystem", str(include)]
+        kernels = [cxx, *EMULATED_FLAGS, *common, TARGET, "-include", "cuda/runtime.cuh", "-x", "c++"]
+        jobs = jobs_of("csrc/cuda/*.cu", folder, kernels)
+        jobs += jobs_of("csrc/test/emulated/*.cpp", folder, [cxx, *EMULATED_FLAGS, *common])
+        linker = [cxx, "-shared", "-pthread", f"-L{lib}", "-ltorch_cpu", "-lc10"]
+        self.build([Library(folder / "librecis_emulated.so", jobs, linker)])
+
+
+def jobs_of(pattern: str, folder: Path, command: list[str]) -> list[Job]:
+    """Return the compilations of the sources that match a pattern into objects in a folder."""
+    jobs = []
+    for source in sorted(ROOT.glob(pattern)):
+        output = folder / (source.stem + ".o")
+        jobs.append(Job(source, output, [*command, "-c", str(source), "-o", str(output)]))
+    return jobs
 
 
 def run(command: list[str]) -> None:
@@ -282,5 +305,5 @@ setup(
             depends=[str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]],
         )
     ],
-    cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
+    cmdclass={"build_ext": BuildNative, "build_emulated": BuildEmulated, "bdist_wheel": PlatformWheel},
 )

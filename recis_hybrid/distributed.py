@@ -23,6 +23,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.data import get_worker_info
 
+from recis_hybrid.accelerator import accelerator, is_accelerator
+
 _ADVICE = (
     "start the ranks with torchrun, or call torch.distributed.init_process_group(...) first; to train in a single "
     "process, unset WORLD_SIZE or set WORLD_SIZE=1"
@@ -74,10 +76,10 @@ def sendable(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     """
     # get_backend fails for a group that is not registered with torch.distributed. A raw Gloo group has the name "gloo".
     backend = "gloo" if group is not None and group.name() == "gloo" else dist.get_backend(group)
-    if tensor.is_cuda and "nccl" not in backend:
+    if is_accelerator(tensor) and "nccl" not in backend:
         return tensor.cpu()
-    if not tensor.is_cuda and "gloo" not in backend and "mpi" not in backend:
-        return tensor.cuda()
+    if not is_accelerator(tensor) and "gloo" not in backend and "mpi" not in backend:
+        return tensor.to(accelerator())
     return tensor.contiguous()
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from tests.support import gpu
+from tests.support import emulated, gpu
 from tests.support.quick import cross_section
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -30,6 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Store the names of the sample, and deselect all other tests with --quick."""
     kept = cross_section(items, lambda item: item.nodeid, lambda item: {mark.name for mark in item.iter_markers()})
     config.stash[QUICK] = names = {item.nodeid for item in kept}
+    if emulated.is_usable() and any(item.get_closest_marker("emulated") for item in items):
+        emulated.load()
     if config.getoption("quick"):
         config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
         items[:] = kept
@@ -55,6 +57,9 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
             pytest.fail(verdict.reason, pytrace=False)
         if verdict.action == "skip":
             pytest.skip(verdict.reason)
+    if item.get_closest_marker("emulated") and (reason := emulated.reason_to_skip()):
+        # CI builds the device first.
+        (pytest.fail if os.environ.get("CI") and not emulated.LIBRARY.exists() else pytest.skip)(reason)
     if item.get_closest_marker("jax") and importlib.util.find_spec("jax") is None:
         pytest.skip("jax is not installed (pip install 'recis_hybrid[jax]')")
 

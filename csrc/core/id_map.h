@@ -1,7 +1,7 @@
 // Kernels of the IDMap: find, find-or-insert, erase, rehash, listing.
 //
 // Open addressing with linear probing from the first slot of a cache line of four. The caller keeps the load factor,
-// including erased slots, at or below 0.75, so a probe always reaches an empty slot.
+// including erased slots, at or below 0.75, so a probe reaches an empty slot. A probe that has passed every slot ends.
 #pragma once
 
 #include <cstdint>
@@ -68,17 +68,19 @@ RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
 RECIS_HD uint64_t* find_slot(const IdMapRef& map, int64_t id, int64_t member) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
-  for (uint64_t at = probe_start(hash);; at += kLineSlots) {
-    uint64_t* line = map.slots + 2 * (at & map.mask);
+  const uint64_t start = probe_start(hash);
+  for (uint64_t passed = 0; passed <= map.mask; passed += kLineSlots) {
+    uint64_t* line = map.slots + 2 * ((start + passed) & map.mask);
     // A claimed slot does not match: its id is not published yet.
     if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key)) return slot;
     // The slots of a line are filled in order and never become empty again.
     if (entry_state(load_acquire(line + 2 * kLineSlots - 1)) == SlotState::kEmpty) return nullptr;
   }
+  return nullptr;
 }
 
 // The result of find_or_claim: the id's slot and entry, and whether this call inserted it. A null slot means that the
-// id is absent and was not inserted.
+// id is absent and was not inserted, because it may not be or because the map is full.
 struct Probe {
   uint64_t* slot;
   uint64_t entry;
@@ -99,8 +101,8 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bo
   if (uint64_t* slot = match_in_line(map.slots + 2 * (start & map.mask), static_cast<uint64_t>(id), key)) {
     return {slot, load_acquire(slot + 1), false};
   }
-  for (uint64_t at = start;; ++at) {
-    uint64_t* slot = map.slots + 2 * (at & map.mask);
+  for (uint64_t passed = 0; passed <= map.mask; ++passed) {
+    uint64_t* slot = map.slots + 2 * ((start + passed) & map.mask);
     uint64_t entry = load_acquire(slot + 1);
     if (entry_state(entry) == SlotState::kEmpty) {
       if (!may_claim) return {nullptr, 0, false};
@@ -115,6 +117,7 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bo
     while (entry_state(entry) == SlotState::kClaimed) entry = load_acquire(slot + 1);
     if (entry_state(entry) == SlotState::kFull && slot[0] == static_cast<uint64_t>(id)) return {slot, entry, false};
   }
+  return {nullptr, 0, false};
 }
 
 // The row of allocation `number` since the last commit: from the free list first, then from the end.
@@ -170,12 +173,14 @@ struct FindOrInsertIds : LookUpIds {
       rows[i] = -1;
       return;
     }
-    const Probe probe = find_or_claim(map, span.id(i), span.member, admitted == nullptr || admitted[i] != 0, [&] {
+    const bool may_claim = admitted == nullptr || admitted[i] != 0;
+    const Probe probe = find_or_claim(map, span.id(i), span.member, may_claim, [&] {
       const int64_t number = fetch_add(counters + kFresh, 1);
       fresh[number] = i;
       return fresh_row(counters, free_rows, number);
     });
     rows[i] = probe.slot == nullptr ? -1 : entry_row(probe.entry);
+    if (probe.slot == nullptr && may_claim) store_relaxed(reinterpret_cast<uint64_t*>(counters + kOverflow), 1);
   }
 };
 
@@ -189,8 +194,9 @@ struct RehashSlots {
     const uint64_t entry = from[2 * i + 1];
     if (entry_state(entry) != SlotState::kFull) return;
     const uint64_t id = from[2 * i];
-    for (uint64_t at = probe_start(slot_hash(static_cast<int64_t>(id), entry_member(entry)));; ++at) {
-      uint64_t* slot = to.slots + 2 * (at & to.mask);
+    const uint64_t start = probe_start(slot_hash(static_cast<int64_t>(id), entry_member(entry)));
+    for (uint64_t passed = 0; passed <= to.mask; ++passed) {
+      uint64_t* slot = to.slots + 2 * ((start + passed) & to.mask);
       uint64_t expected = 0;
       if (load_acquire(slot + 1) == 0 && compare_exchange(slot + 1, expected, entry)) {
         slot[0] = id;
@@ -302,6 +308,8 @@ struct CountIds : LookUpIds {
     if (probe.claimed) {
       fetch_add(counters + kUsedSlots, 1);
       fetch_add(counters + kLive, 1);
+    } else if (probe.slot == nullptr) {
+      store_relaxed(reinterpret_cast<uint64_t*>(counters + kOverflow), 1);
     } else {
       // The sum stays within the row bits: no id is counted 2^40 times.
       fetch_add(reinterpret_cast<int64_t*>(probe.slot + 1), int64_t{1} << kTagBits);

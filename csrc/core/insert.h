@@ -71,6 +71,10 @@ struct InsertKeys {
   __attribute__((noinline)) int64_t insert(int64_t id, int64_t member) const {
     const Probe probe = find_or_claim(map, id, member, true,
                                       [&] { return fresh_row(counters, free_rows, fetch_add(counters + kFresh, 1)); });
+    if (probe.slot == nullptr) {  // the operator raises; row 0 exists if the map is full
+      store_relaxed(reinterpret_cast<uint64_t*>(counters + kOverflow), 1);
+      return 0;
+    }
     const int64_t row = entry_row(probe.entry);
     if (probe.claimed) {
       start.template write<E>(blocks.record(row), blocks.meta(row), initializers[member], id, OneLane{});

@@ -36,9 +36,15 @@ RECIS_HD uint64_t make_entry(SlotState state, uint64_t key, int64_t row) {
   return (static_cast<uint64_t>(state) << kStateShift) | key | (static_cast<uint64_t>(row) << kTagBits);
 }
 
-enum Counter : int { kFresh = 0, kRows = 1, kFree = 2, kUsedSlots = 3, kLive = 4, kCounters = 5 };
-// kFresh rows allocated since the last commit kRows rows created so far: an upper bound on every row index kFree rows
-// on the free list, to be reused kUsedSlots slots that are not empty: full or erased kLive ids that have a row
+enum Counter : int {
+  kFresh = 0,      // rows allocated since the last commit
+  kRows = 1,       // rows created so far: an upper bound on every row index
+  kFree = 2,       // rows on the free list, to be reused
+  kUsedSlots = 3,  // slots that are not empty: full or erased
+  kLive = 4,       // ids that have a row
+  kOverflow = 5,   // 1 if an insert found no free slot, so that its id has no row
+  kCounters = 6,
+};
 
 // Slots of a cache line, which a probe compares at once.
 inline constexpr uint64_t kLineSlots = 4;

@@ -1,11 +1,13 @@
 // The CUDA device of operators: launches kernels of core/ on torch's current stream.
 #pragma once
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include "cuda/runtime.cuh"
+
 #include <torch/csrc/stable/accelerator.h>
 
 #include <algorithm>
+#include <cstring>
+#include <type_traits>
 
 #include "core/for_each.h"
 #include "ops/common.h"
@@ -35,13 +37,27 @@ __global__ void __launch_bounds__(kThreads) for_each_kernel(const Kernel kernel,
   }
 }
 
+// Bytes that travel in the arguments of a kernel, of which CUDA takes 4 KiB.
+struct ArgumentBytes {
+  static constexpr int64_t kSize = 3840;
+  uint64_t words[kSize / 8];
+};
+
+struct StoreArguments {
+  ArgumentBytes from;
+  uint64_t* to;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes) const {
+    to[i] = from.words[i];
+  }
+};
+
 class CudaDevice {
  public:
-  explicit CudaDevice(const Tensor& where) : like_(where), guard_(where.get_device_index()) {
-    RECIS_CHECK(where.is_cuda(), "expected a CUDA tensor");
-    void* stream = nullptr;
-    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(where.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
+  explicit CudaDevice(const Tensor& where) : like_(where), guard_(where.get_device_index()), scope_(where) {
+    RECIS_CHECK(is_on_device(where), "expected a CUDA tensor");
+    stream_ = current_stream(where.get_device_index());
   }
 
   cudaStream_t stream() const { return stream_; }
@@ -51,9 +67,8 @@ class CudaDevice {
     if (n <= 0) return;
     int lanes = 1;
     while (lanes < 32 && lanes * 4 < width) lanes *= 2;
-    constexpr int64_t kMostBlocks = 1 << 20;
-    const int64_t blocks = std::min(kMostBlocks, (n * lanes + kThreads - 1) / kThreads);
-    for_each_kernel<<<static_cast<unsigned>(blocks), kThreads, 0, stream_>>>(kernel, n, lanes);
+    const int64_t blocks = std::min(max_blocks(), (n * lanes + kThreads - 1) / kThreads);
+    RECIS_LAUNCH(for_each_kernel<Kernel>, static_cast<unsigned>(blocks), kThreads, stream_, kernel, n, lanes);
     RECIS_CUDA_CHECK(cudaGetLastError());
   }
 
@@ -68,16 +83,22 @@ class CudaDevice {
     for_each(n, 1, kernel);
   }
 
-  // Copies a list to the device. The copy reads pageable memory, which CUDA stages before it returns, so `list` may be
-  // freed at once. The buffer comes from the caching allocator and is reused in stream order.
+  // Copies a list to the device, as arguments of kernels that store them: a copy from pageable memory could not be part
+  // of a CUDA graph. `list` may be freed at once. The buffer comes from the caching allocator and is reused in stream
+  // order.
   template <class T>
   const T* upload(const std::vector<T>& list) {
-    const size_t bytes = list.size() * sizeof(T);
-    const Tensor buffer = scratch(static_cast<int64_t>(bytes));
-    if (bytes > 0) {
-      RECIS_CUDA_CHECK(cudaMemcpyAsync(buffer.data_ptr(), list.data(), bytes, cudaMemcpyHostToDevice, stream_));
+    static_assert(std::is_trivially_copyable_v<T>);
+    const auto bytes = static_cast<int64_t>(list.size() * sizeof(T));
+    auto* buffer = static_cast<uint64_t*>(scratch((bytes + 7) / 8 * 8).data_ptr());
+    for (int64_t begin = 0; begin < bytes; begin += ArgumentBytes::kSize) {
+      ArgumentBytes part;
+      std::memcpy(part.words, reinterpret_cast<const char*>(list.data()) + begin,
+                  static_cast<size_t>(std::min(bytes - begin, ArgumentBytes::kSize)));
+      for_each(std::min<int64_t>(bytes - begin + 7, ArgumentBytes::kSize) / 8, 1,
+               StoreArguments{part, buffer + begin / 8});
     }
-    return static_cast<const T*>(buffer.data_ptr());
+    return reinterpret_cast<const T*>(buffer);
   }
 
   // Puts up to kInline parts into the kernel's arguments, and more into a buffer.
@@ -119,7 +140,8 @@ class CudaDevice {
  private:
   Tensor like_;
   torch::stable::accelerator::DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
+  OnDevice scope_;
+  cudaStream_t stream_{};
   std::vector<Tensor> buffers_;
 };
 

@@ -66,11 +66,12 @@ int bits_for(int64_t bound) {
   return bits;
 }
 
-void group_rows(const Tensor& rows, Ints, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets,
+void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets,
                 Tensors weights, Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts,
                 const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count) {
   CudaDevice device(rows);
   const int64_t n = rows.numel();
+  check_features(n, members, lengths);
   check_groups(n, unique, starts, sources);
   int64_t* group_count = data<int64_t>(count, "count");
   int64_t* begins = data<int64_t>(starts, "starts");
@@ -124,15 +125,24 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
                     const Tensor& unique, const Tensor& starts, const Tensor& sources,
                     const std::optional<Tensor>& scales, const Tensor& count, const std::optional<Tensor>& out,
                     Ints out_starts) {
+  CudaDevice device(rows);
+  check_features(rows.numel(), members, lengths);
+  if (out.has_value()) check_plain(*out, out_starts, lengths, vectors, offsets, weights, dim);
   const Tensor fresh = torch::stable::empty_like(rows);
-  id_map_find_or_insert<CudaDevice>(slots, counters, free_rows, std::nullopt, ids, members, used, rows, fresh);
-  blocks_init_fresh<CudaDevice>(blocks, block_shift, meta_offset, record_bytes, type, counters, rows, fresh, ids,
-                                members, initializers, dim, field_offsets, field_widths, field_sizes, field_values);
-  id_map_commit<CudaDevice>(counters);
+  const std::vector<IdSpan> spans = id_spans(ids, members);
+  with_element(type, [&](auto element) {
+    // What may raise, for lack of memory or for bad arguments, comes before the first launch: once ids are inserted,
+    // their rows must get first values and be committed.
+    const auto init = init_fresh_rows<decltype(element)>(
+        device, blocks_ref(blocks, block_shift, meta_offset, record_bytes), counters, rows, fresh, spans, initializers,
+        record_start(dim, field_offsets, field_widths, field_sizes, field_values));
+    id_map_find_or_insert<CudaDevice>(slots, counters, free_rows, std::nullopt, ids, members, used, rows, fresh);
+    device.for_each(fresh.numel(), record_bytes / 4, init);
+    device.for_each(1, 1, CommitInserts{counter_data(counters)});
+  });
   group_rows(rows, members, row_bound, lengths, vectors, offsets, weights, combiners, tiles, unique, starts, sources,
              scales, count);
   if (out.has_value()) {
-    check_plain(*out, out_starts, lengths, vectors, offsets, weights, dim);
     gather_bags<CudaDevice>(blocks, block_shift, meta_offset, record_bytes, type, dim, rows, lengths, vectors, offsets,
                             weights, combiners, tiles, {}, members, initializers, *out, out_starts, std::nullopt);
   }
@@ -141,7 +151,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
 }  // namespace
 }  // namespace recis
 
-STABLE_TORCH_LIBRARY_IMPL(recis, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(recis, RECIS_DEVICE_KEY, m) {
   m.impl("group_rows", TORCH_BOX(&recis::group_rows));
   m.impl("insert_grouped", TORCH_BOX(&recis::insert_grouped));
 }

@@ -75,4 +75,4 @@ class RaggedDevice : public CudaDevice {
 }  // namespace
 }  // namespace recis
 
-STABLE_TORCH_LIBRARY_IMPL(recis, CUDA, m) { recis::register_ragged<recis::RaggedDevice>(m); }
+STABLE_TORCH_LIBRARY_IMPL(recis, RECIS_DEVICE_KEY, m) { recis::register_ragged<recis::RaggedDevice>(m); }

@@ -2,4 +2,4 @@
 
 #include "cuda/device.cuh"
 
-STABLE_TORCH_LIBRARY_IMPL(recis, CUDA, m) { recis::register_transform<recis::CudaDevice>(m); }
+STABLE_TORCH_LIBRARY_IMPL(recis, RECIS_DEVICE_KEY, m) { recis::register_transform<recis::CudaDevice>(m); }

@@ -24,30 +24,47 @@ inline RecordStart record_start(int64_t dim, const Ints& offsets, const Ints& wi
   return start;
 }
 
-template <class Device>
-void blocks_init_fresh(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes,
-                       int64_t type, const Tensor& counters, const Tensor& rows, const Tensor& fresh, Tensors ids,
-                       Ints members, const Tensor& initializers, int64_t dim, Ints field_offsets, Ints field_widths,
-                       Ints field_sizes, Ints field_values) {
-  Device device(fresh);
+// The ids of all features, end to end. Kernels may read them until they have run.
+inline std::vector<IdSpan> id_spans(const Tensors& ids, const Ints& members) {
   std::vector<IdSpan> spans;
   int64_t total = 0;
   for (size_t f = 0; f < ids.size(); ++f) {
     spans.push_back({total, data<int64_t>(ids[f], "ids"), members[f], nullptr});
     total += ids[f].numel();
   }
+  return spans;
+}
+
+// The kernel that gives fresh rows their first values; everything about it that may raise.
+template <class E, class Device>
+InitFreshRows<E> init_fresh_rows(Device& device, const BlocksRef& blocks, const Tensor& counters, const Tensor& rows,
+                                 const Tensor& fresh, const std::vector<IdSpan>& spans, const Tensor& initializers,
+                                 const RecordStart& start) {
+  InitFreshRows<E> kernel{};
+  device.place(kernel.spans, spans);
+  kernel.spans.total = rows.numel();
+  kernel.blocks = blocks;
+  kernel.initializers = initializer_data(initializers);
+  kernel.counters = data<int64_t>(counters, "counters");
+  kernel.rows = data<int64_t>(rows, "rows");
+  kernel.fresh = data<int64_t>(fresh, "fresh");
+  kernel.start = start;
+  return kernel;
+}
+
+template <class Device>
+void blocks_init_fresh(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes,
+                       int64_t type, const Tensor& counters, const Tensor& rows, const Tensor& fresh, Tensors ids,
+                       Ints members, const Tensor& initializers, int64_t dim, Ints field_offsets, Ints field_widths,
+                       Ints field_sizes, Ints field_values) {
+  Device device(fresh);
+  const std::vector<IdSpan> spans = id_spans(ids, members);
   const RecordStart start = record_start(dim, field_offsets, field_widths, field_sizes, field_values);
   const int64_t* count = data<int64_t>(counters, "counters");
   with_element(type, [&](auto element) {
-    InitFreshRows<decltype(element)> kernel{};
-    device.place(kernel.spans, spans);
-    kernel.spans.total = total;
-    kernel.blocks = blocks_ref(blocks, block_shift, meta_offset, record_bytes);
-    kernel.initializers = initializer_data(initializers);
-    kernel.counters = count;
-    kernel.rows = data<int64_t>(rows, "rows");
-    kernel.fresh = data<int64_t>(fresh, "fresh");
-    kernel.start = start;
+    const auto kernel =
+        init_fresh_rows<decltype(element)>(device, blocks_ref(blocks, block_shift, meta_offset, record_bytes), counters,
+                                           rows, fresh, spans, initializers, start);
     device.for_each(device.items(count + kFresh, fresh.numel()), record_bytes / 4, kernel);
   });
 }

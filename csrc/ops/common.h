@@ -38,9 +38,41 @@ inline constexpr ScalarType kTypeOf<float> = ScalarType::Float;
 template <>
 inline constexpr ScalarType kTypeOf<uint8_t> = ScalarType::Byte;
 
-// The tensor's memory as T, after checking that it is contiguous and of that type.
+// The device on which this thread runs an operator; data() checks that every tensor of the operator is there.
+class OnDevice {
+ public:
+  explicit OnDevice(const Tensor& where) : outer_(current_) { current_ = where_is(where); }
+  ~OnDevice() { current_ = outer_; }
+  OnDevice(const OnDevice&) = delete;
+  OnDevice& operator=(const OnDevice&) = delete;
+
+  static void check(const Tensor& tensor, const char* name) {
+    const Where at = where_is(tensor);
+    RECIS_CHECK(!current_.known || (at.type == current_.type && at.index == current_.index), name,
+                " must be on the device of the operator's first tensor, number ", current_.index, " of type ",
+                current_.type, ", and is on number ", at.index, " of type ", at.type);
+  }
+
+ private:
+  struct Where {
+    bool known;
+    int32_t type;
+    int32_t index;
+  };
+
+  static Where where_is(const Tensor& tensor) {
+    const auto device = tensor.device();
+    return {true, static_cast<int32_t>(device.type()), static_cast<int32_t>(device.index())};
+  }
+
+  static inline thread_local Where current_{};
+  Where outer_;
+};
+
+// The tensor's memory as T, after checking that it is contiguous, of that type, and on the operator's device.
 template <class T>
 T* data(const Tensor& tensor, const char* name) {
+  OnDevice::check(tensor, name);
   RECIS_CHECK(tensor.scalar_type() == kTypeOf<T>, name, ": unexpected dtype ", static_cast<int>(tensor.scalar_type()));
   RECIS_CHECK(tensor.is_contiguous(), name, " must be contiguous");
   return static_cast<T*>(tensor.data_ptr());

@@ -22,7 +22,7 @@ struct TorchPool {
 
 class CpuDevice {
  public:
-  explicit CpuDevice(const Tensor& where) { RECIS_CHECK(where.is_cpu(), "expected a CPU tensor"); }
+  explicit CpuDevice(const Tensor& where) : scope_(where) { RECIS_CHECK(where.is_cpu(), "expected a CPU tensor"); }
 
   // Runs a kernel over n items of about `width` elements each; small items share a task.
   template <class Kernel>
@@ -98,6 +98,9 @@ class CpuDevice {
   void with_narrow_width(bool, F&& f) const {
     f(Const<16>{});
   }
+
+ private:
+  OnDevice scope_;
 };
 
 }  // namespace recis

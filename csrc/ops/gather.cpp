@@ -72,6 +72,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
     group_positions(device, keys, key_spans(ids, lengths, members), lengths, vectors, offsets, weights, combiners,
                     tiles, data<int64_t>(rows, "rows"), unique, starts, sources, scales, count);
   });
+  RECIS_CHECK(commit.counters[kOverflow] == 0, "insert_grouped: the IDMap is full; its caller must reserve slots");
 }
 
 void distinct_ids(Tensors ids, Ints kinds, Ints owners, int64_t ranks, Ints lengths, Ints vectors, Tensors offsets,

@@ -127,6 +127,15 @@ inline void check_groups(int64_t n, const Tensor& unique, const Tensor& starts, 
   RECIS_CHECK(n < (int64_t{1} << 31), "groups: there must be at most 2^31 - 1 positions, got ", n);
 }
 
+// Checks that the lengths of features match the number of positions; otherwise kernels would read out of bounds.
+inline void check_features(int64_t positions, const Ints& members, const Ints& lengths) {
+  int64_t total = 0;
+  for (const int64_t length : lengths) total += length;
+  RECIS_CHECK(members.size() == lengths.size() && total == positions,
+              "groups: each feature must have a member table and a length, and lengths must sum to ", positions,
+              ", got ", total);
+}
+
 template <class Device>
 void fill_sources(Device& device, const Ints& lengths, const Ints& vectors, const Tensors& offsets,
                   const Tensors& weights, const Ints& combiners, const Ints& tiles, int64_t* sources, float* scales) {

@@ -7,15 +7,6 @@
 
 namespace recis {
 
-// Checks that the lengths of features match the number of positions; otherwise kernels would read out of bounds.
-inline void check_features(int64_t positions, const Ints& members, const Ints& lengths) {
-  int64_t total = 0;
-  for (const int64_t length : lengths) total += length;
-  RECIS_CHECK(members.size() == lengths.size() && total == positions,
-              "groups: each feature must have a member table and a length, and lengths must sum to ", positions,
-              ", got ", total);
-}
-
 // The keys of a lookup's features, each from its own list of ids.
 inline std::vector<KeySpan> key_spans(const Tensors& ids, const Ints& lengths, const Ints& members) {
   RECIS_CHECK(ids.size() == lengths.size(), "groups: there must be one length for each list of ids");

@@ -38,7 +38,7 @@ LookUpIds look_up(Device& device, const Tensor& slots, const FeatureIds& feature
 }
 
 inline int64_t* counter_data(const Tensor& counters) {
-  RECIS_CHECK(counters.numel() == kCounters, "counters must be [5]");
+  RECIS_CHECK(counters.numel() == kCounters, "counters must be [6]");
   return data<int64_t>(counters, "counters");
 }
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from recis_hybrid import optim
+from recis_hybrid.accelerator import is_available
 from recis_hybrid.app.config import ColumnConfig, Config, ConfigError, CsvConfig, FeatureConfig
 from recis_hybrid.app.model import ConfigModel
 from recis_hybrid.app.resume import Changes, RunRecord
@@ -141,7 +142,7 @@ def refuse_device(name: str) -> None:
         device = torch.device(name)
     except RuntimeError as error:
         raise ConfigError(f"train.device must be a torch device, got {name!r}: {error}") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if not is_available(device):
         raise ConfigError(f"train.device is {name!r}, but torch {torch.__version__} finds no GPU; use cpu")
 
 

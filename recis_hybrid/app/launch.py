@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from recis_hybrid import distributed
+from recis_hybrid.accelerator import is_available
 
 
 @contextmanager
@@ -27,7 +28,7 @@ def joined(device: str) -> Iterator[str]:
     if before or distributed.world_size() == 1:
         yield device
         return
-    if device == "cuda" and torch.cuda.is_available():
+    if device == "cuda" and is_available(torch.device(device)):
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
     try:
         yield device

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid import distributed
+from recis_hybrid.accelerator import is_accelerator
 from recis_hybrid.checkpointing import are_tables_apart
 from recis_hybrid.embedding.checkpoint.mixin import CheckpointedTables
 from recis_hybrid.embedding.checkpoint.state_dict import (
@@ -158,7 +159,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         self.pass_through = pass_through
         """True if :meth:`forward` also returns columns that no feature reads."""
         self.device = device_of(device)
-        if self.device.type not in ("cpu", "cuda"):
+        if self.device.type != "cpu" and not is_accelerator(self.device):
             raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(self.device)!r}")
         refuse_settings(wire_dtype, reduce)
         shared = group_of(group)

@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from recis_hybrid.accelerator import accelerator, is_accelerator
+
 
 def device_of(device: torch.device | str, index: int | None = None) -> torch.device:
     """Return a device with its index, as tensors have it; by default, GPUs get the index of the current one."""
@@ -14,8 +16,8 @@ def device_of(device: torch.device | str, index: int | None = None) -> torch.dev
         device = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise type(error)(f"a device must be one of torch's, e.g. 'cpu' or 'cuda:0', got {device!r}: {error}") from None
-    if device.type == "cuda" and device.index is None:
-        return torch.device("cuda", torch.cuda.current_device() if index is None else index)
+    if device.index is None and is_accelerator(device):
+        return accelerator(index)
     return device
 
 
@@ -42,14 +44,14 @@ class Placement:
     @staticmethod
     def on(device: torch.device) -> Placement:
         """Return a placement of IDMap and blocks on the same device."""
-        if device.type == "cuda":
+        if is_accelerator(device):
             return Placement(id_map="cuda", blocks="cuda")
         return Placement(id_map="cpu", blocks="cpu")
 
     def map_device(self, index: int | None = None) -> torch.device:
         """Return the device of the IDMap; ``index`` is that of the GPU, by default of the current one."""
-        return device_of(self.id_map, index)
+        return accelerator(index) if self.id_map == "cuda" else torch.device("cpu")
 
     def blocks_device(self, index: int | None = None) -> torch.device:
         """Return the device whose kernels work on the blocks."""
-        return device_of("cuda" if self.blocks == "pinned" else self.blocks, index)
+        return torch.device("cpu") if self.blocks == "cpu" else accelerator(index)

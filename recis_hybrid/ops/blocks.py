@@ -74,7 +74,7 @@ def init_fresh(
     Args:
         blocks: Written. Must hold every row that ``counters`` counts.
         element: Element type of the embedding, a value of ``ELEMENTS``.
-        counters: int64 ``[5]`` of the IDMap.
+        counters: int64 ``[6]`` of the IDMap.
         rows: int64 ``[N]``, from ``id_map.find_or_insert``.
         fresh: int64 ``[N]``, from ``id_map.find_or_insert``.
         ids: For each feature, int64 ``[n_f]``: the same lists as in that call.

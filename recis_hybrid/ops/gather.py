@@ -145,7 +145,7 @@ def insert_grouped(
 
     Args:
         slots: int64 ``[S, 2]``, written. At most 0.75 S entries may be in use afterwards.
-        counters: int64 ``[5]``, written.
+        counters: int64 ``[6]``, written.
         free_rows: int64: rows to reuse.
         blocks: Written. Must have room for all new rows.
         element: Element type of the embedding, a value of ``blocks.ELEMENTS``.

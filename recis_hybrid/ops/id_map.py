@@ -1,7 +1,7 @@
 """Operators of the IDMap: (member table, id) → row.
 
 Shapes: N ids of a call over all features, S slots, R rows ever created. ``slots`` is int64 ``[S, 2]`` with S a power of
-two; ``counters`` is int64 ``[5]``, indexed by the constants below. Callers in ``embedding`` keep the load factor at or
+two; ``counters`` is int64 ``[6]``, indexed by the constants below. Callers in ``embedding`` keep the load factor at or
 below 0.75 and the buffers large enough; no function here grows a buffer or waits for a device.
 """
 
@@ -29,9 +29,9 @@ nothing_returned(
     "file_order",
 )
 
-FRESH, ROWS, FREE, USED_SLOTS, LIVE, COUNTERS = range(6)
+FRESH, ROWS, FREE, USED_SLOTS, LIVE, OVERFLOW, COUNTERS = range(7)
 """Indices of the counters: rows added since the last commit, rows ever created, free rows, slots in use or erased, ids
-with a row; and the number of counters."""
+with a row, whether an insert found the map full; and the number of counters."""
 
 
 def find(
@@ -73,7 +73,7 @@ def find_or_insert(
 
     Args:
         slots: int64 ``[S, 2]``, written. At most 0.75 S entries may be in use afterwards.
-        counters: int64 ``[5]``; FRESH grows by the number of new rows.
+        counters: int64 ``[6]``; FRESH grows by the number of new rows.
         free_rows: int64: rows to reuse; the first FREE are in use, taken from their end.
         admitted: uint8 ``[N]``: 0 for ids that must not get a row; None: admit all.
         ids: For each feature, int64 ``[n_f]``, contiguous.
@@ -115,7 +115,7 @@ def erase(slots: Tensor, numbers: Tensor, counters: Tensor, free_rows: Tensor | 
     Args:
         slots: int64 ``[S, 2]``, written.
         numbers: int64 ``[n]``: slot numbers; negative ones are skipped, repeated ones erased once.
-        counters: int64 ``[5]``, written.
+        counters: int64 ``[6]``, written.
         free_rows: int64, with room for every row ever created; written. None drops the rows.
     """
     torch.ops.recis.id_map_erase(slots, numbers, counters, free_rows)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from recis_hybrid.accelerator import is_initialized
 from recis_hybrid.embedding import EmbeddingEngine
 
 _NOTHING = nullcontext()
@@ -46,8 +47,8 @@ class StepTimer:
 
     def _charge(self) -> None:
         """Add the time since the last phase boundary to the innermost open phase."""
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
+        if is_initialized():
+            torch.accelerator.synchronize()
         now = time.perf_counter()
         if self._open:
             self.seconds[self._open[-1]] = self.seconds.get(self._open[-1], 0.0) + now - self._since

@@ -149,7 +149,7 @@ def test_every_choice_in_the_schema_is_implemented() -> None:
 
 
 def test_a_missing_gpu_is_reported(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda check_available: None)
     with pytest.raises(ConfigError, match="train.device is 'cuda', but torch .* finds no GPU; use cpu"):
         trainer_of(load_config(config, ["train.device=cuda"]))
 

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from tests.support.devices import on_devices
+from tests.support.devices import on_dlpack_devices
 from tests.support.near import assert_near
 
 pytestmark = pytest.mark.jax
@@ -70,7 +70,7 @@ def slowly(x: jax.Array) -> jax.Array:
     return jax.lax.fori_loop(0, 2000, lambda _, value: value + 1, x)
 
 
-@on_devices
+@on_dlpack_devices
 def test_memory_is_shared_both_ways(device: str) -> None:
     tensor = torch.rand(64, 16, device=device)
     before = copies()
@@ -84,7 +84,7 @@ def test_memory_is_shared_both_ways(device: str) -> None:
     assert copies() == before
 
 
-@on_devices
+@on_dlpack_devices
 def test_jax_waits_for_the_stream_that_computes_a_tensor(device: str) -> None:
     with side_stream(device):
         tensor = torch.zeros(SIZE, device=device)
@@ -95,7 +95,7 @@ def test_jax_waits_for_the_stream_that_computes_a_tensor(device: str) -> None:
     assert total == 3 * SIZE
 
 
-@on_devices
+@on_dlpack_devices
 def test_torch_waits_for_the_program_that_computes_an_array(device: str) -> None:
     start = to_jax(torch.zeros(SIZE, device=device))
     slowly(start).block_until_ready()  # compile
@@ -104,7 +104,7 @@ def test_torch_waits_for_the_program_that_computes_an_array(device: str) -> None
     assert torch.equal(got, torch.full_like(got, 2000))
 
 
-@on_devices
+@on_dlpack_devices
 def test_a_tensor_may_be_dropped_while_jax_reads_it(device: str) -> None:
     slowly(to_jax(torch.zeros(SIZE, device=device))).block_until_ready()
     for _ in range(4):
@@ -118,7 +118,7 @@ def test_a_tensor_may_be_dropped_while_jax_reads_it(device: str) -> None:
         del scratch
 
 
-@on_devices
+@on_dlpack_devices
 def test_an_array_may_be_dropped_while_torch_reads_it(device: str) -> None:
     start = to_jax(torch.ones(SIZE, device=device))
     slowly(start).block_until_ready()
@@ -146,7 +146,7 @@ def tower_of_two_layers() -> JaxTower:
     return JaxTower(mlp, params, name="ranker")
 
 
-@on_devices
+@on_dlpack_devices
 def test_a_tower_on_a_side_stream_agrees_with_the_cpu(device: str) -> None:
     twin, tower = tower_of_two_layers(), tower_of_two_layers().to(device)
     x = torch.randn(256, 32, generator=torch.Generator().manual_seed(0))
@@ -178,7 +178,7 @@ def test_a_tower_on_a_side_stream_agrees_with_the_cpu(device: str) -> None:
     assert tower.compilations == 2
 
 
-@on_devices
+@on_dlpack_devices
 def test_inputs_and_parameters_may_be_overwritten_after_a_tower_returns(device: str) -> None:
     def count(params: Any, x: Any) -> Any:
         return slowly(x) + params["w"]
@@ -200,7 +200,7 @@ def test_inputs_and_parameters_may_be_overwritten_after_a_tower_returns(device: 
             w.fill_(1)
 
 
-@on_devices
+@on_dlpack_devices
 def test_training_of_towers_and_torch_modules_agrees_with_the_cpu(device: str) -> None:
     weights = []
     for where in ("cpu", device):

@@ -336,7 +336,7 @@ def test_threads_do_not_change_order_or_results(folder: Path, threads: int) -> N
 def test_device_and_pinned_memory(folder: Path) -> None:
     (batch, *_) = ColumnDataset(folder, ["row", "list"], 50, device="meta")
     assert {column.device.type for column in batch.values()} == {"meta"}
-    if not torch.cuda.is_available():
+    if not torch.accelerator.is_available():
         with pytest.raises(ValueError, match="pin_memory needs a GPU that torch can use, but there is none"):
             ColumnDataset(folder, ["row"], 50, read=ReadOptions(pin_memory=True))
 

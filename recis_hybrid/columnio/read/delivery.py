@@ -30,7 +30,7 @@ class Delivery:
     """Copy tensors to pinned memory."""
 
     def __post_init__(self) -> None:
-        if self.pin_memory and not torch.cuda.is_available():
+        if self.pin_memory and not torch.accelerator.is_available():
             raise ValueError(
                 "ColumnDataset: pin_memory needs a GPU that torch can use, but there is none; omit pin_memory"
             )

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.accelerator import is_accelerator
 from recis_hybrid.checkpointing import JSON, HostMemory, PartState, TableState
 from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, BucketShares, within
 from recis_hybrid.embedding.checkpoint.state import table_meta, table_state, tables_meta
@@ -88,8 +89,8 @@ def snapshot(
     split = _split(tables, shares)
     meta = tables_meta(tables)
     for table in tables:
-        if table.device.type == "cuda":
-            torch.cuda.synchronize(table.device)  # the copies are asynchronous
+        if is_accelerator(table.device):
+            torch.accelerator.synchronize(table.device)  # the copies are asynchronous
     return lambda: _state(sources, split, meta)
 
 
@@ -116,7 +117,7 @@ def _saved_buckets(table: HashTable, shares: BucketShares | None, place: int) ->
 def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) -> _Source:
     table.record_lookup()
     layout, blocks, used = table.layout, table.store.blocks, table.store.id_map.row_bound
-    pinned = table.device.type == "cuda"
+    pinned = is_accelerator(table.device)
 
     pairs: list[tuple[Tensor, Tensor]] = []
     for number, block in enumerate(blocks.blocks):
@@ -127,6 +128,8 @@ def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) 
         pairs.append((target[:bytes_used], block.view(-1)[:bytes_used]))
     addresses = torch.tensor([target.data_ptr() for target, _ in pairs], dtype=torch.int64)
     handle = ops.blocks.Blocks(addresses, *blocks.handle[1:])
+    if blocks.pinned:
+        torch.accelerator.synchronize(table.device)  # the CPU reads what queued kernels still write
     flat = table.store.id_map.slots.view(-1).view(torch.uint8)
     slots = memory.take(flat.numel(), pinned=pinned)
     _copy([*pairs, (slots, flat)])
@@ -138,7 +141,7 @@ def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
     """Copy the second of each pair to the first; from a GPU asynchronously."""
-    if pairs[0][1].is_cuda or sum(target.numel() for target, _ in pairs) < _MANY_BYTES:
+    if is_accelerator(pairs[0][1]) or sum(target.numel() for target, _ in pairs) < _MANY_BYTES:
         for target, source in pairs:
             target.copy_(source, non_blocking=True)
         return

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid import distributed, ops
+from recis_hybrid.accelerator import is_accelerator
 from recis_hybrid.validation import describe_value
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -81,7 +82,7 @@ class Exchange:
         self.rank = distributed.rank(group)
         self.size = distributed.world_size(group)
         # NCCL sends from GPUs only, Gloo from host memory.
-        self.device = device if device.type == "cuda" and "nccl" in dist.get_backend(group) else torch.device("cpu")
+        self.device = device if is_accelerator(device) and "nccl" in dist.get_backend(group) else torch.device("cpu")
         self.traffic = Traffic()
         self.wait_context: Callable[[], AbstractContextManager[None]] = nullcontext
         """Factory of a context around each wait for other ranks, e.g. to time it."""

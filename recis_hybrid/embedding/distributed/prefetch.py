@@ -7,16 +7,73 @@ ranks, whatever the training thread does meanwhile in the tables' own group.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any, Generic, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
+from recis_hybrid.accelerator import is_accelerator, record_event
 from recis_hybrid.embedding.distributed.exchange import Exchange, timeout_of
 from recis_hybrid.embedding.distributed.id_exchange import Read, RoutedBatch
 from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables
 from recis_hybrid.ragged import Batch
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, eq=False)
+class _Work(Generic[T]):
+    """Work of the thread; on an accelerator, with the event that ends what it has queued there."""
+
+    future: Future[tuple[T, torch.Event | None]]
+    device: torch.device
+
+    def result(self) -> T:
+        """Wait for the thread; what the caller queues next runs after what the thread has queued."""
+        value, queued = self.future.result()
+        if queued is not None:
+            stream = torch.accelerator.current_stream(self.device)
+            stream.wait_event(queued)
+            for tensor in _tensors_of(value):
+                if tensor.device == self.device:
+                    tensor.record_stream(stream)
+        return value
+
+    def finish(self) -> None:
+        """Wait for the thread, and for what it has queued; its failure is dropped with its result."""
+        if self.future.exception() is None:
+            self.result()
+
+
+class _Thread:
+    """A thread that runs one function after another, on a stream of its own where the tables are on an accelerator."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="recis-prefetch")
+        self._device = device
+        self._stream = torch.Stream(device) if is_accelerator(device) else None
+
+    def submit(self, function: Callable[[], T]) -> _Work[T]:
+        """Run a function after what the calling thread has queued."""
+        stream = self._stream
+        before = None if stream is None else record_event(self._device)
+
+        def run() -> tuple[T, torch.Event | None]:
+            if stream is None or before is None:
+                return function(), None
+            torch.accelerator.set_device_index(self._device)
+            torch.accelerator.set_stream(stream)
+            stream.wait_event(before)
+            return function(), record_event(self._device)
+
+        return _Work(self._pool.submit(run), self._device)
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclass(eq=False)
@@ -26,8 +83,8 @@ class PrefetchedBatch:
     batch: Batch
     mode: tuple[bool, bool]
     """``(train, grad)``, as for :meth:`Prefetcher.send`."""
-    routed: Future[RoutedBatch]
-    lookups: Future[list[ShardedLookup]] | None = None
+    routed: _Work[RoutedBatch]
+    lookups: _Work[list[ShardedLookup]] | None = None
     """Its lookups, if :meth:`Prefetcher.look_up` made them early."""
     step: int = 0
     """Steps of the tables when they were made."""
@@ -61,7 +118,7 @@ class Prefetcher:
         self._depth = depth
         self._staleness = staleness
         self.exchange = Exchange(group or _twin(tables.exchange.group), tables.exchange.device)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="recis-prefetch")
+        self._thread = _Thread(tables.tables[0].table.device)
         self._queue: deque[PrefetchedBatch] = deque()
         self._last: Batch = {}
 
@@ -151,13 +208,28 @@ class Prefetcher:
         """Wait for the prefetched batches, and drop them; collective."""
         while self._queue:
             first = self._queue.popleft()
-            for future in (first.routed, first.lookups):
-                if future is not None:
-                    future.exception()
+            for work in (first.routed, first.lookups):
+                if work is not None:
+                    work.finish()
 
     def close(self) -> None:
         """End the thread."""
-        self._thread.shutdown(wait=False, cancel_futures=True)
+        self._thread.close()
+
+
+def _tensors_of(value: Any) -> Iterator[Tensor]:
+    """Yield the tensors in a value, through dataclasses, mappings and sequences."""
+    if isinstance(value, Tensor):
+        yield value
+    elif is_dataclass(value):
+        for field in fields(value):
+            yield from _tensors_of(getattr(value, field.name))
+    elif isinstance(value, Mapping):
+        for part in value.values():
+            yield from _tensors_of(part)
+    elif isinstance(value, list | tuple):
+        for part in value:
+            yield from _tensors_of(part)
 
 
 def _twin(group: dist.ProcessGroup) -> dist.ProcessGroup:

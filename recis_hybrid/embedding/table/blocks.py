@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import weakref
+
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.accelerator import is_accelerator
 from recis_hybrid.embedding.table.record_layout import RecordLayout
 
 _BLOCK_BYTES = 32 << 20
@@ -28,7 +31,7 @@ class EmbeddingBlocks:
             block_rows = 1 << max(10, (_BLOCK_BYTES // layout.record_bytes).bit_length() - 1)
         if block_rows <= 0 or block_rows & (block_rows - 1):
             raise ValueError(f"block_rows must be a power of two, got {block_rows}")
-        if pinned and device.type != "cuda":
+        if pinned and not is_accelerator(device):
             raise ValueError(f"pinned blocks need a CUDA device, got {device}; use blocks='cpu'")
         self.layout = layout
         self.device = device
@@ -36,6 +39,9 @@ class EmbeddingBlocks:
         self.block_rows = block_rows
         self.blocks: list[Tensor] = []
         """uint8 ``[block_rows, record_bytes]`` each."""
+        if pinned:
+            # Kernels may still be queued when the table is dropped.
+            weakref.finalize(self, _synchronize_and_free, self.blocks, device)
         self._set([])
 
     @property
@@ -80,9 +86,16 @@ class EmbeddingBlocks:
         return ops.memory.empty_bytes(self.block_rows * size, self.device).view(self.block_rows, size)
 
     def _set(self, blocks: list[Tensor]) -> None:
+        if self.pinned and len(blocks) < len(self.blocks):
+            torch.accelerator.synchronize(self.device)  # torch does not know that kernels use pinned blocks
         addresses = torch.tensor([block.data_ptr() for block in blocks], dtype=torch.int64, device=self.device)
-        self.blocks = blocks
+        self.blocks[:] = blocks
         self.handle = ops.blocks.Blocks(
             addresses, self.block_rows.bit_length() - 1, self.layout.meta_offset, self.layout.record_bytes
         )
         """The blocks in the form kernels expect."""
+
+
+def _synchronize_and_free(blocks: list[Tensor], device: torch.device) -> None:
+    torch.accelerator.synchronize(device)
+    blocks.clear()

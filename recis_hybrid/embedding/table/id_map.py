@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.accelerator import is_accelerator, record_event
 
 MAX_LOAD = 0.75
 MAX_MEMBERS = 1 << 16
@@ -44,7 +46,7 @@ class IdMap:
         # A tensor created in inference mode cannot be written outside of it.
         with torch.inference_mode(False):
             self.counters = torch.zeros(ops.id_map.COUNTERS, dtype=torch.int64, device=device)
-        """int64 ``[5]``, indexed by the constants of ``ops.id_map``."""
+        """int64 ``[6]``, indexed by the constants of ``ops.id_map``."""
         self.free_rows = torch.empty(0, dtype=torch.int64, device=device)
         """int64: rows of erased ids; the counters hold their number."""
         self._bounds = CounterBounds(self.counters)
@@ -63,6 +65,10 @@ class IdMap:
     def row_bound(self) -> int:
         """Greater than every row assigned so far; on the CPU, exactly the number of rows ever created."""
         return self._bounds.bound(ops.id_map.ROWS)
+
+    def exact_row_bound(self) -> int:
+        """Return the number of rows ever made; waits for the device."""
+        return self._bounds.exact()[ops.id_map.ROWS]
 
     @property
     def may_have_fresh(self) -> bool:
@@ -124,15 +130,18 @@ class IdMap:
         """
         total = _total(ids)
         rows, fresh = torch.empty(2, total, dtype=torch.int64, device=self.device).unbind()
-        ops.id_map.find_or_insert(
-            self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh, used=used
-        )
-        self.count_inserts(total)
+        with self.inserting(total):
+            ops.id_map.find_or_insert(
+                self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh, used=used
+            )
         return rows, fresh
 
-    def count_inserts(self, at_most: int) -> None:
-        """Count ids that an operator may have inserted."""
+    @contextmanager
+    def inserting(self, at_most: int) -> Iterator[None]:
+        """Count the ids that an operator in the block may insert, even if it raises."""
         self._bounds.count_inserts(at_most)
+        yield
+        self._bounds.copy()
 
     def commit(self) -> None:
         """Complete a :meth:`find_or_insert` after its new rows have got their first values."""
@@ -180,8 +189,8 @@ class IdCounts(IdMap):
     def count(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()) -> None:
         """Count each id whose row (int64 ``[N]``) is negative."""
         self.reserve(rows.numel())
-        ops.id_map.count(self.slots, self.counters, ids, members, rows, used=used)
-        self._bounds.count_inserts(rows.numel())
+        with self.inserting(rows.numel()):
+            ops.id_map.count(self.slots, self.counters, ids, members, rows, used=used)
 
     def set(self, ids: Tensor, member: int, counts: Tensor) -> None:
         """Set the counts (int64 ``[n]``) of distinct ids (int64 ``[n]``)."""
@@ -213,10 +222,10 @@ class CounterBounds:
 
     def __init__(self, counters: Tensor) -> None:
         self._counters = counters
-        self._view = None if counters.is_cuda else counters.numpy()
+        self._view = None if is_accelerator(counters) else counters.numpy()
         self._counted = counters.tolist()
         self._since = 0
-        self._copy: tuple[Tensor, torch.cuda.Event] | None = None
+        self._copy: tuple[Tensor, torch.Event] | None = None
         self._since_copy = 0
 
     def bound(self, counter: int) -> int:
@@ -224,7 +233,7 @@ class CounterBounds:
         if self._view is not None:
             return int(self._view[counter])
         if self._copy is not None and self._copy[1].query():
-            self._counted = self._copy[0].tolist()
+            self._counted = _checked(self._copy[0])
             # The copied count does not include rows that were assigned but not yet committed at that time.
             self._since = self._since_copy + int(self._counted[ops.id_map.FRESH])
             self._copy = None
@@ -232,24 +241,31 @@ class CounterBounds:
 
     def exact(self) -> list[int]:
         """Return the counters; waits for the device."""
-        self._counted = self._counters.tolist()
+        self._counted = _checked(self._counters)
         self._since = 0
         self._copy = None
         return [int(count) for count in self._counted]
 
     def count_inserts(self, at_most: int) -> None:
-        """Count ids that a call may have inserted."""
-        if self._view is not None:
-            return
-        self._since += at_most
-        self._since_copy += at_most
-        if self._copy is None:
+        """Count ids that a call may insert; before the call, so that the bound holds even if it raises."""
+        if self._view is None:
+            self._since += at_most
+            self._since_copy += at_most
+
+    def copy(self) -> None:
+        """Start copying the counters, unless a copy is on its way."""
+        if self._view is None and self._copy is None:
             host = torch.empty(ops.id_map.COUNTERS, dtype=torch.int64, pin_memory=True)
             host.copy_(self._counters, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record(torch.cuda.current_stream(self._counters.device))
-            self._copy = (host, event)
+            self._copy = (host, record_event(self._counters.device))
             self._since_copy = 0
+
+
+def _checked(counters: Tensor) -> list[int]:
+    counted: list[int] = counters.tolist()
+    if counted[ops.id_map.OVERFLOW]:
+        raise RuntimeError("IdMap: an insert found no free slot, and its ids have no row; reserve slots before inserts")
+    return counted
 
 
 def _total(ids: Sequence[Tensor]) -> int:

@@ -121,24 +121,24 @@ class RowStore:
         bound = self._reserve(sum(request.bags.lengths))
         # Bags of several ids are gathered later.
         gathered = out if request.bags.plain else None
-        rows, groups = ops.gather.insert_grouped(
-            self.id_map.slots,
-            self.id_map.counters,
-            self.id_map.free_rows,
-            self.blocks.handle,
-            layout.element,
-            layout.dim,
-            self.initializers,
-            layout.state_args,
-            ids,
-            members,
-            bound,
-            gradient_bags(request.bags),
-            used=request.used,
-            out=gathered,
-            starts=() if gathered is None else starts,
-        )
-        self.id_map.count_inserts(rows.numel())
+        with self.id_map.inserting(sum(request.bags.lengths)):
+            rows, groups = ops.gather.insert_grouped(
+                self.id_map.slots,
+                self.id_map.counters,
+                self.id_map.free_rows,
+                self.blocks.handle,
+                layout.element,
+                layout.dim,
+                self.initializers,
+                layout.state_args,
+                ids,
+                members,
+                bound,
+                gradient_bags(request.bags),
+                used=request.used,
+                out=gathered,
+                starts=() if gathered is None else starts,
+            )
         return rows, groups, gathered
 
     def insert(
@@ -198,6 +198,9 @@ class RowStore:
     def _reserve(self, more: int) -> int:
         """Make room for more ids before anything is changed, so that running out of memory changes nothing."""
         bound = self.id_map.row_bound + more
+        if bound > self.blocks.capacity:
+            # The bound counts ids, of which most have a row already; blocks that it alone asks for would stay empty.
+            bound = self.id_map.exact_row_bound() + more
         self.blocks.reserve(bound)
         self.id_map.reserve(more)
         return bound

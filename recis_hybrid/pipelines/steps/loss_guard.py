@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from recis_hybrid.accelerator import record_event
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 
@@ -47,9 +48,7 @@ class LossGuard:
             return
         copy = torch.empty((), dtype=loss.dtype, pin_memory=True)
         copy.copy_(loss, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record()
-        self._waiting.append(_PendingLoss(step, batches, copy, copied))
+        self._waiting.append(_PendingLoss(step, batches, copy, record_event(loss.device)))
         self.check()
 
     def check(self, *, wait: bool = False) -> None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from recis_hybrid.accelerator import is_accelerator
 from recis_hybrid.checkpointing import (
     HostMemory,
     Loadable,
@@ -125,7 +126,7 @@ def _copy_state(state: PartState, memory: HostMemory) -> PartState:
             return tensor
         if tensor.layout != torch.strided or tensor.is_meta:  # writing it raises
             return tensor
-        target = memory.take(tensor.numel() * tensor.itemsize, pinned=tensor.is_cuda)
+        target = memory.take(tensor.numel() * tensor.itemsize, pinned=is_accelerator(tensor))
         return target.view(tensor.dtype).view(tensor.shape).copy_(tensor)
 
     def rows(table: TableState) -> TableState:

@@ -537,7 +537,7 @@ def test_memory_is_reported_by_part() -> None:
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4, admission=MinFrequency(1))})
     engine({"id": torch.arange(10)})
     report = engine.memory()
-    assert report["id_map"] == engine.tables[0].store.id_map.slots.nbytes + 40
+    assert report["id_map"] == engine.tables[0].store.id_map.slots.nbytes + 48
     assert report["blocks"] == sum(block.nbytes for block in engine.tables[0].store.blocks.blocks)
     assert report["admission"] > 0
     assert report["total"] == sum(size for part, size in report.items() if part != "total")
