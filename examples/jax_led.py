@@ -115,7 +115,7 @@ class JaxStep:
         self._tower = jax.jit(tower)
         self._all_reduce: GradientAllReduce | None = None
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Take rank 0's parameters, and average gradients over the ranks from now on."""
         if torch.distributed.is_initialized():
             params, opt_state = self.state.tree

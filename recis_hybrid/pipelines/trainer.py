@@ -516,7 +516,7 @@ class Trainer:
         if distributed.world_size() > 1:
             for step in self.steps.values():
                 assert isinstance(step, Replicated)
-                step.synchronise()
+                step.synchronize()
 
     def _end(self, error: BaseException | None) -> None:
         """Finish the callbacks and wait for a save in the background."""

@@ -288,7 +288,7 @@ def check_errors(rank: int, folder: Path) -> None:
         def parts(self) -> dict[str, object]:
             return {}
 
-    with pytest.raises(ValueError, match=r"the step \(NoSync\) has no synchronise\(\) and expect\(\)"):
+    with pytest.raises(ValueError, match=r"the step \(NoSync\) has no synchronize\(\) and expect\(\)"):
         Trainer(NoSync(), whole()).fit([Train()])
 
     class Sparse(Model):

@@ -159,7 +159,7 @@ def test_two_ranks_that_share_tables_train_like_one(tmp_path: Path, capfd: pytes
     # The time of the exchange appears in the report and in TensorBoard, written by one rank.
     run = tmp_path / "2.None"
     assert sorted(path.name for path in run.iterdir()) == ["log.jsonl", "tensorboard", "trace.json"]
-    assert re.search(r"<title>exchange: [\d.e-]+ ms on the average", write_report(run).read_text())
+    assert re.search(r"<title>exchange: [\d.e-]+ ms on average", write_report(run).read_text())
     events = EventAccumulator(str(run / "tensorboard"))
     events.Reload()
     waits = [record["time/exchange"] for record in ahead if "time/exchange" in record]

@@ -95,7 +95,7 @@ class Prefetcher:
 
     Args:
         tables: The tables.
-        features: Columns of ids; a batch is recognised by them.
+        features: Columns of ids; a batch is identified by them.
         depth: Maximum number of prefetched batches.
         staleness: Maximum age in steps of the rows that a batch is computed with: 0 or 1.
         group: A process group of the tables' ranks for prefetching alone; None makes one.

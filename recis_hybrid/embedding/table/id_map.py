@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -130,17 +129,19 @@ class IdMap:
         """
         total = _total(ids)
         rows, fresh = torch.empty(2, total, dtype=torch.int64, device=self.device).unbind()
-        with self.inserting(total):
-            ops.id_map.find_or_insert(
-                self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh, used=used
-            )
+        self.count_inserts(total)
+        ops.id_map.find_or_insert(
+            self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh, used=used
+        )
+        self.copy_counters()
         return rows, fresh
 
-    @contextmanager
-    def inserting(self, at_most: int) -> Iterator[None]:
-        """Count the ids that an operator in the block may insert, even if it raises."""
+    def count_inserts(self, at_most: int) -> None:
+        """Count ids that an operator may insert; before the operator, so that the bounds hold even if it raises."""
         self._bounds.count_inserts(at_most)
-        yield
+
+    def copy_counters(self) -> None:
+        """Start to copy the counters to the host after an operator that may have inserted ids; does not wait."""
         self._bounds.copy()
 
     def commit(self) -> None:
@@ -189,8 +190,9 @@ class IdCounts(IdMap):
     def count(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()) -> None:
         """Count each id whose row (int64 ``[N]``) is negative."""
         self.reserve(rows.numel())
-        with self.inserting(rows.numel()):
-            ops.id_map.count(self.slots, self.counters, ids, members, rows, used=used)
+        self.count_inserts(rows.numel())
+        ops.id_map.count(self.slots, self.counters, ids, members, rows, used=used)
+        self.copy_counters()
 
     def set(self, ids: Tensor, member: int, counts: Tensor) -> None:
         """Set the counts (int64 ``[n]``) of distinct ids (int64 ``[n]``)."""

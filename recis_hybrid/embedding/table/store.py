@@ -121,24 +121,25 @@ class RowStore:
         bound = self._reserve(sum(request.bags.lengths))
         # Bags of several ids are gathered later.
         gathered = out if request.bags.plain else None
-        with self.id_map.inserting(sum(request.bags.lengths)):
-            rows, groups = ops.gather.insert_grouped(
-                self.id_map.slots,
-                self.id_map.counters,
-                self.id_map.free_rows,
-                self.blocks.handle,
-                layout.element,
-                layout.dim,
-                self.initializers,
-                layout.state_args,
-                ids,
-                members,
-                bound,
-                gradient_bags(request.bags),
-                used=request.used,
-                out=gathered,
-                starts=() if gathered is None else starts,
-            )
+        self.id_map.count_inserts(sum(request.bags.lengths))
+        rows, groups = ops.gather.insert_grouped(
+            self.id_map.slots,
+            self.id_map.counters,
+            self.id_map.free_rows,
+            self.blocks.handle,
+            layout.element,
+            layout.dim,
+            self.initializers,
+            layout.state_args,
+            ids,
+            members,
+            bound,
+            gradient_bags(request.bags),
+            used=request.used,
+            out=gathered,
+            starts=() if gathered is None else starts,
+        )
+        self.id_map.copy_counters()
         return rows, groups, gathered
 
     def insert(

@@ -77,7 +77,7 @@ class Prefetching(Protocol):
 class Replicated(Protocol):
     """A step that keeps its towers bitwise equal on all ranks; a Trainer on several ranks requires it."""
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Copy rank 0's parameters and buffers to all ranks before the first step; collective."""
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
@@ -126,7 +126,7 @@ def check_replicated(where: str, steps: Mapping[str, Step]) -> None:
         which = f"the step {name!r}" if name else "the step"
         if not isinstance(step, Replicated):
             raise ValueError(
-                f"{where}: {ranks} ranks train together, but {which} ({type(step).__name__}) has no synchronise() and "
+                f"{where}: {ranks} ranks train together, but {which} ({type(step).__name__}) has no synchronize() and "
                 f"expect(), which keep the towers equal on all ranks (pipelines.Replicated); add them, or train on one "
                 f"process"
             )

@@ -163,7 +163,7 @@ class TorchStep:
             f"engines={len(self.engines)}, precision={str(self._dtype).removeprefix('torch.')}, updates={self.updates})"
         )
 
-    def synchronise(self) -> None:
+    def synchronize(self) -> None:
         """Copy rank 0's parameters and buffers to all ranks; collective.
 
         Modules wrapped in DistributedDataParallel or FSDP are skipped. From then on, each update applies the mean
@@ -212,7 +212,7 @@ class TorchStep:
             check_batch("TorchStep", batch)
         several, expected, self._expected_rows = distributed.world_size() > 1, self._expected_rows, None
         if several and not self._is_synchronized:
-            self.synchronise()
+            self.synchronize()
         self._sync.clear()
         own = [batch_size(batch) for batch in batches]
         rows = [sum(each) for each in expected] if expected else own
