@@ -51,6 +51,8 @@ help:  ## List the targets and settings
 demo: setup  ## Train a model with a torch and a JAX tower on a generated click log
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
+# Threads that wait for work sleep: spinning, they take the cores from the processes that other tests run.
+test test-quick: export OMP_WAIT_POLICY := passive
 test: setup emulated  ## Run the tests: 8 to 14 minutes on two cores
 	@$(if $(PYTEST_ARGS),,echo 'all tests: 8 to 14 minutes on two cores; `make test-quick` runs a sample of them')
 	$(PY) -m pytest $(PYTEST_ARGS)
