@@ -38,3 +38,29 @@ def record_event(where: torch.device) -> torch.Event:
     event = torch.Event(where.type)
     event.record(torch.accelerator.current_stream(where))
     return event
+
+
+class FaultWord:
+    """A word in which kernels of an accelerator record an element that they refuse, and which the host reads later.
+
+    The word is pinned memory, which kernels write to only if they refuse something, so that neither they nor the host
+    ever wait for it.
+
+    Args:
+        where: The accelerator.
+    """
+
+    def __init__(self, where: torch.device) -> None:
+        # Tensors created in inference mode cannot be written outside of it.
+        with torch.inference_mode(False):
+            self._word = torch.zeros(1, dtype=torch.int64, pin_memory=True)
+            self.address = torch.tensor([self._word.data_ptr()], device=where)
+        """int64 ``[1]`` on the accelerator: the address of the word, for operators."""
+        self._view = self._word.numpy()
+
+    def take(self) -> int:
+        """Return 1 + an element that a kernel has refused so far, or 0, and clear the word; does not wait."""
+        fault = int(self._view[0])
+        if fault:
+            self._view[0] = 0
+        return fault

@@ -1,7 +1,6 @@
 // Kernels that hash strings and ids to ids; the hash functions are in core/hash/.
 #pragma once
 
-#include <cassert>
 #include <cstdint>
 
 #include "core/hash/byte_hash.h"
@@ -10,6 +9,7 @@
 #include "core/hash/murmur.h"
 #include "core/hash/strings.h"
 #include "core/hash/xxh64.h"
+#include "core/transform.h"
 
 namespace recis {
 
@@ -40,26 +40,23 @@ RECIS_HD bool with_hasher(int64_t kind, F&& f) {
 
 // out[i] = hash of the bytes [offsets[i], offsets[i + 1]) of `values`, which holds `total` bytes.
 //
-// A row outside the values is never read. On the CPU, *fault becomes 1 + such a row, and the operator raises. On CUDA
-// the host could learn of it only by synchronizing, so the kernel traps, as torch does for an index out of bounds.
+// A row outside the values is never read: its hash is 0 and, if it is in use, **fault becomes 1 + the row.
 template <class Hasher>
 struct HashBytes {
   const uint8_t* values;
   int64_t total;
   const int64_t* offsets;
   int64_t* out;
-  int64_t* fault;
+  const int64_t* used;    // [1]: the number of rows in use; null: all
+  int64_t* const* fault;  // see ops/fault_word.h
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
     const int64_t begin = offsets[i];
     const int64_t end = offsets[i + 1];
     if (begin < 0 || end < begin || end > total) {
-#if defined(__CUDA_ARCH__)
-      assert(false && "recis::hash_bytes: offsets decrease or lie outside the values");
-#else
-      __atomic_store_n(fault, i + 1, __ATOMIC_RELAXED);
-#endif
+      if (used == nullptr || i < *used) refuse(*fault, i);
+      out[i] = 0;
       return;
     }
     out[i] = static_cast<int64_t>(Hasher{}(Bytes{values + begin, end - begin}));

@@ -3,6 +3,7 @@
 
 #include "core/hash.h"
 #include "ops/common.h"
+#include "ops/fault_word.h"
 
 namespace recis {
 
@@ -13,22 +14,26 @@ void with_known_hasher(int64_t kind, F&& f) {
 }
 
 template <class Device>
-Tensor hash_bytes(const Tensor& values, const Tensor& offsets, int64_t kind) {
+Tensor hash_bytes(const Tensor& values, const Tensor& offsets, int64_t kind, const std::optional<Tensor>& used,
+                  const std::optional<Tensor>& faults) {
   Device device(values);
   RECIS_CHECK(values.dim() == 1 && offsets.dim() == 1 && offsets.numel() > 0,
               "hash_bytes takes values [bytes] and offsets [rows + 1]");
   const int64_t rows = offsets.numel() - 1;
   const int64_t sizes[] = {rows};
   Tensor out = torch::stable::new_empty(values, {sizes, 1}, ScalarType::Long);
-  int64_t fault = 0;
+  RECIS_CHECK(!used.has_value() || used->numel() > 0, "hash_bytes: used must not be empty");
+  const int64_t* counts = data_or_null<int64_t>(used, "used");
+  if (counts != nullptr) counts += used->numel() - 1;
+  const FaultWord refused(values, faults);
   with_known_hasher(kind, [&](auto hasher) {
-    device.for_each(rows, 1,
-                    HashBytes<decltype(hasher)>{data<uint8_t>(values, "values"), values.numel(),
-                                                data<int64_t>(offsets, "offsets"), data<int64_t>(out, "out"), &fault});
+    device.for_each(
+        rows, 1,
+        HashBytes<decltype(hasher)>{data<uint8_t>(values, "values"), values.numel(), data<int64_t>(offsets, "offsets"),
+                                    data<int64_t>(out, "out"), counts, refused.word()});
   });
-  // Always 0 on CUDA, where the kernel traps instead.
-  RECIS_CHECK(fault == 0, "hash_bytes: the offsets of row ", fault - 1, " decrease or lie outside the ", values.numel(),
-              " bytes");
+  RECIS_CHECK(refused.fault() == 0, "hash_bytes: the offsets of row ", refused.fault() - 1,
+              " decrease or lie outside the ", values.numel(), " bytes");
   return out;
 }
 

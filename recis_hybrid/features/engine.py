@@ -166,9 +166,10 @@ class FeatureEngine:
     def check(self) -> None:
         """Raise if element-wise operations refused a value of the last batch on a GPU; waits for the GPU.
 
-        They refuse NaN, invalid offsets of strings, and values that are not in a vocabulary. Operations that change
-        rows record nothing on a GPU: a row that they refuse becomes empty, and :class:`ToDense` truncates it. On the
-        CPU, calling the engine raises in both cases, and there is nothing to check.
+        They refuse NaN, invalid offsets of strings, and values that are not in a vocabulary; with ``fuse=False``, only
+        the offsets are recorded. Operations that change rows record nothing on a GPU: a row that they refuse becomes
+        empty, and :class:`ToDense` truncates it. On the CPU, calling the engine raises in both cases, and there is
+        nothing to check.
 
         Raises:
             ValueError: If a value was refused; the message names the feature.
@@ -179,6 +180,10 @@ class FeatureEngine:
             for call in getattr(self, name).calls:
                 if isinstance(call, ProgramCall):
                     call.check()
+        try:
+            ops.faults.check()
+        except RuntimeError as error:
+            raise ValueError(str(error)) from error
 
     def __call__(self, batch: Mapping[str, Tensor | RaggedTensor]) -> Batch:
         """Return the features of a batch.

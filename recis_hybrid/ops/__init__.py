@@ -8,6 +8,7 @@ from __future__ import annotations
 from recis_hybrid.ops import (
     blocks as blocks,
     checksum as checksum,
+    faults as faults,
     gather as gather,
     hash as hash,
     id_map as id_map,

@@ -15,6 +15,8 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from recis_hybrid.ops import faults
+
 HashKind: TypeAlias = Literal["farm", "murmur", "xxh64", "djb2", "sdbm"]
 """``"farm"``: FarmHash Fingerprint64; ``"murmur"``: MurmurHash64A with seed 0; ``"xxh64"``: XXH64 with seed 0;
 ``"djb2"`` and ``"sdbm"``: weak byte-wise hashes, meant for several hashes of the same string."""
@@ -23,7 +25,9 @@ HASH_KINDS: dict[str, int] = {"farm": 0, "murmur": 1, "xxh64": 2, "djb2": 3, "sd
 """Kinds of hashes, and their numbers in native code."""
 
 
-def _fake_hash_bytes(values: Tensor, offsets: Tensor, kind: int) -> Tensor:
+def _fake_hash_bytes(
+    values: Tensor, offsets: Tensor, kind: int, used: Tensor | None = None, faults: Tensor | None = None
+) -> Tensor:
     return values.new_empty(offsets.shape[0] - 1, dtype=torch.int64)
 
 
@@ -35,13 +39,15 @@ torch.library.register_fake("recis::hash_bytes", _fake_hash_bytes)
 torch.library.register_fake("recis::hash_ids", _fake_hash_ids)
 
 
-def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tensor:
+def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm", *, used: Tensor | None = None) -> Tensor:
     """Return the hash of each string of a column.
 
     Args:
         values: uint8 ``[T]``: the bytes of all strings.
         offsets: int64 ``[B + 1]`` on the device of ``values``: string i is ``values[offsets[i]:offsets[i + 1]]``.
         kind: One of ``HASH_KINDS``.
+        used: int64, on the same device: its last element is the number of strings in use, for callers that only know a
+            bound; the offsets of strings after them may be invalid. None: all.
 
     Returns:
         int64 ``[B]``, identical on all devices and machines.
@@ -49,8 +55,8 @@ def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tens
     Raises:
         TypeError: If a dtype is wrong.
         ValueError: If a shape is wrong, the devices differ, or ``kind`` is unknown.
-        RuntimeError: If offsets decrease or point outside the values. On a GPU this is a device-side assertion, like an
-            index out of bounds.
+        RuntimeError: If offsets decrease or point outside the values. On a GPU the hash of the string is 0, and a later
+            call raises, or ``ops.faults.check()``.
 
     Example:
         >>> hash_bytes(torch.tensor([0, 1, 2], dtype=torch.uint8), torch.tensor([0, 3])).tolist()
@@ -69,7 +75,9 @@ def hash_bytes(values: Tensor, offsets: Tensor, kind: HashKind = "farm") -> Tens
         raise ValueError(
             f"hash_bytes: values and offsets must be on one device, got {values.device} and {offsets.device}"
         )
-    return torch.ops.recis.hash_bytes(values.contiguous(), offsets.contiguous(), _number("hash_bytes", kind))  # type: ignore[no-any-return]
+    number = _number("hash_bytes", kind)
+    word = faults.words(values, "hash_bytes: offsets decrease or lie outside the bytes")
+    return torch.ops.recis.hash_bytes(values.contiguous(), offsets.contiguous(), number, used, word)  # type: ignore[no-any-return]
 
 
 def hash_ids(ids: Tensor, kind: HashKind = "farm") -> Tensor:

@@ -7,13 +7,14 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid import ops
-from tests.support import hashes
-from tests.support.devices import EDGE_IDS, on_devices
+from tests.support import emulated, hashes
+from tests.support.devices import EDGE_IDS, on_accelerators, on_devices
 
 REFERENCE: dict[str, Callable[[bytes], int]] = {
     name: getattr(hashes, name) for name in ("farm", "murmur", "xxh64", "djb2", "sdbm")
 }
 kinds = pytest.mark.parametrize("kind", list(REFERENCE))
+BAD = [[0, 5, 3], [0, 3, 11], [-1, 3], [2**62, -(2**62)]]
 
 # Strings of n bytes 11, 48, 85, ... (in steps of 37): n, the fingerprint64 of PyPI's pyfarmhash 0.5.1, and the
 # _Hash_bytes(data, n, 0) of GNU libstdc++, which is MurmurHash64A. Lengths of each class and at each boundary.
@@ -138,7 +139,7 @@ def test_any_ids(kind: ops.hash.HashKind, ids: list[int]) -> None:
 
 
 @kinds
-@pytest.mark.parametrize("offsets", [[0, 5, 3], [0, 3, 11], [-1, 3], [2**62, -(2**62)]])
+@pytest.mark.parametrize("offsets", BAD)
 def test_bad_offsets_are_refused(kind: ops.hash.HashKind, offsets: list[int]) -> None:
     with pytest.raises(RuntimeError, match="decrease or lie outside the 10 bytes"):
         ops.hash.hash_bytes(torch.zeros(10, dtype=torch.uint8), torch.tensor(offsets), kind)
@@ -149,6 +150,87 @@ def test_the_row_of_bad_offsets_is_reported() -> None:
     offsets[4_321] = 0
     with pytest.raises(RuntimeError, match="row 4320 "):
         ops.hash.hash_bytes(torch.zeros(5_000, dtype=torch.uint8), offsets)
+
+
+@on_accelerators
+@kinds
+@pytest.mark.parametrize("offsets", BAD)
+def test_an_accelerator_reports_bad_offsets_later(device: str, kind: ops.hash.HashKind, offsets: list[int]) -> None:
+    values = torch.zeros(10, dtype=torch.uint8, device=device)
+    good = torch.tensor([0, 3, 10], device=device)
+    expected = ops.hash.hash_bytes(values.cpu(), good.cpu(), kind)
+    refused = ops.hash.hash_bytes(values, torch.tensor(offsets, device=device), kind)
+    torch.accelerator.synchronize()
+    with pytest.raises(RuntimeError, match=r"hash_bytes: offsets decrease or lie outside the bytes: element \d of an"):
+        ops.hash.hash_bytes(values, good, kind)
+    assert int(refused[-1]) == 0
+    # The device works as before, and an error is raised once.
+    assert torch.equal(ops.hash.hash_bytes(values, good, kind).cpu(), expected)
+    ops.faults.check()
+
+
+@on_accelerators
+def test_the_check_waits_for_the_accelerator(device: str) -> None:
+    values = torch.zeros(5_000, dtype=torch.uint8, device=device)
+    offsets = torch.arange(5_001)
+    offsets[4_321] = 0
+    ops.hash.hash_bytes(values, offsets.to(device))
+    with pytest.raises(RuntimeError, match="element 4320 of an earlier call on "):
+        ops.faults.check()
+    ops.faults.check()
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("how", [1, 2])
+def test_late_streams_report_late(how: int) -> None:
+    values = torch.zeros(10, dtype=torch.uint8, device="emulated")
+    good, bad = (torch.tensor(offsets, device="emulated") for offsets in ([0, 3, 10], [0, 5, 3]))
+    ops.hash.hash_bytes(values, good)
+    side = torch.Stream(values.device)
+    with emulated.schedule(late=how):
+        emulated.clear_counts()
+        with side:
+            ops.hash.hash_bytes(values, bad)
+        results = [ops.hash.hash_bytes(values, good) for _ in range(3)]  # nothing has run yet
+        assert emulated.counts()["synchronizations"] == emulated.counts()["copies_from_device"] == 0
+        side.synchronize()
+        with pytest.raises(RuntimeError, match="element 1 of an earlier call"):
+            ops.hash.hash_bytes(values, good)
+        with side:
+            ops.hash.hash_bytes(values, torch.tensor([-1, 3], device="emulated"))
+        with pytest.raises(RuntimeError, match="element 0 of an earlier call"):
+            ops.faults.check()
+    assert all(torch.equal(result, results[0]) for result in results)
+
+
+@on_devices
+def test_offsets_after_the_strings_in_use_may_be_bad(device: str) -> None:
+    values = torch.zeros(10, dtype=torch.uint8, device=device)
+    offsets, used = torch.tensor([0, 3, 10, -7, 99], device=device), torch.tensor([0, 2], device=device)
+    found = ops.hash.hash_bytes(values, offsets, used=used)
+    ops.faults.check()
+    assert found[:2].tolist() == ops.hash.hash_bytes(values, offsets[:3]).tolist()
+    ops.hash.hash_bytes(values, offsets, used=used + 1) if device != "cpu" else None
+    with pytest.raises(RuntimeError, match="hash_bytes: .*offsets"):
+        ops.faults.check() if device != "cpu" else ops.hash.hash_bytes(values, offsets, used=used + 1)
+
+
+@on_accelerators
+def test_an_accelerator_needs_a_word_for_faults(device: str) -> None:
+    values, offsets = column([b"ab"], device)
+    with pytest.raises(RuntimeError, match="faults must hold the address of a word"):
+        torch.ops.recis.hash_bytes(values, offsets, 0)
+
+
+@on_devices
+def test_a_compiled_hash(device: str) -> None:
+    values, offsets = column([b"ab", b"c"], device)
+    compiled = torch.compile(lambda v, o: ops.hash.hash_bytes(v, o), fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(values, offsets), ops.hash.hash_bytes(values, offsets))
+    if device != "cpu":
+        compiled(values, offsets.flip(0))
+        with pytest.raises(RuntimeError, match="hash_bytes: offsets decrease"):
+            ops.faults.check()
 
 
 def test_bad_arguments_are_refused() -> None:
@@ -180,5 +262,6 @@ def test_bad_arguments_are_refused() -> None:
 @pytest.mark.parametrize("kind", range(5))
 def test_schemas_and_fakes_of_operators(device: str, kind: int) -> None:
     values, offsets = column([b"a", b"", b"bcd"], device)
-    torch.library.opcheck(torch.ops.recis.hash_bytes.default, (values, offsets, kind))
+    used, word = torch.tensor([2], device=device), ops.faults.words(values, "test")
+    torch.library.opcheck(torch.ops.recis.hash_bytes.default, (values, offsets, kind, used, word))
     torch.library.opcheck(torch.ops.recis.hash_ids.default, (offsets.view(2, 2), kind))

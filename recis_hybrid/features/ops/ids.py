@@ -86,7 +86,8 @@ class Hash:
         if not form.strings:
             return column._replace(values=ops.hash.hash_ids(ids_of(column), self.kind))
         assert column.offsets is not None
-        return without_strings(column, ops.hash.hash_bytes(column.values, column.offsets, self.kind))
+        used = column.outer[-1].contiguous() if column.outer else None
+        return without_strings(column, ops.hash.hash_bytes(column.values, column.offsets, self.kind, used=used))
 
     def __str__(self) -> str:
         return f"hash[{self.kind}]"
