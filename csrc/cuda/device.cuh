@@ -14,13 +14,35 @@
 
 namespace recis {
 
-#define RECIS_CUDA_CHECK(call)                                                                                    \
-  do {                                                                                                            \
-    const cudaError_t status_ = (call);                                                                           \
-    RECIS_CHECK(status_ == cudaSuccess, "CUDA: ", cudaGetErrorString(status_), " (" __FILE__ ":", __LINE__, ")"); \
+// What to do about an error of the installation; an empty string for all others.
+inline const char* remedy_for(cudaError_t status) {
+  switch (status) {
+    case cudaErrorInsufficientDriver:
+      return "; the NVIDIA driver is too old for the CUDA runtime that is linked into librecis_cuda.so: update the "
+             "driver (nvidia-smi prints the newest CUDA version that it supports), or build with an older CUDA toolkit";
+    case cudaErrorNoKernelImageForDevice:
+      return "; librecis_cuda.so was not built for this GPU: build it with RECIS_CUDA_ARCHS set to the GPU's compute "
+             "capability, e.g. 90";
+    default:
+      return "";
+  }
+}
+
+#define RECIS_CUDA_CHECK(call)                                                                                   \
+  do {                                                                                                           \
+    const cudaError_t status_ = (call);                                                                          \
+    RECIS_CHECK(status_ == cudaSuccess, "CUDA: ", cudaGetErrorString(status_), " (" __FILE__ ":", __LINE__, ")", \
+                remedy_for(status_));                                                                            \
   } while (0)
 
 inline constexpr int kThreads = 256;
+
+// The number of low bits in which numbers from 0 up to, excluding, `bound` differ; for radix sorts.
+inline int bits_for(int64_t bound) {
+  int bits = 1;
+  while (bits < 63 && (int64_t{1} << bits) < bound) ++bits;
+  return bits;
+}
 
 // A group of `lanes` threads (a power of two up to 32) works on an item; a grid-stride loop supports any n.
 template <class Kernel>
@@ -55,8 +77,7 @@ struct StoreArguments {
 
 class CudaDevice {
  public:
-  explicit CudaDevice(const Tensor& where) : like_(where), guard_(where.get_device_index()), scope_(where) {
-    RECIS_CHECK(is_on_device(where), "expected a CUDA tensor");
+  explicit CudaDevice(const Tensor& where) : like_(where), guard_(index_of(where)), scope_(where) {
     stream_ = current_stream(where.get_device_index());
   }
 
@@ -138,6 +159,12 @@ class CudaDevice {
   }
 
  private:
+  static int32_t index_of(const Tensor& where) {
+    RECIS_CHECK(is_on_device(where),
+                "the operator's first tensor must be on the device of the others, and is not on CUDA");
+    return where.get_device_index();
+  }
+
   Tensor like_;
   torch::stable::accelerator::DeviceGuard guard_;
   OnDevice scope_;

@@ -23,7 +23,7 @@ def _load() -> None:
     """Register the operators of the best CPU library for this processor, and those for CUDA if torch supports it.
 
     Raises:
-        ImportError: If the CPU library is missing or cannot be loaded.
+        ImportError: If the CPU library is missing, or one of them cannot be loaded.
     """
     library = _cpu_library()
     try:
@@ -36,7 +36,21 @@ def _load() -> None:
         ) from error
     cuda = _FOLDER / "librecis_cuda.so"
     if cuda.exists() and torch.version.cuda is not None:
-        torch.ops.load_library(str(cuda))
+        _load_cuda(cuda)
+
+
+def _load_cuda(library: Path) -> None:
+    try:
+        torch.ops.load_library(str(library))
+    except OSError as error:
+        raise ImportError(
+            f"the CUDA library {library.name} of recis_hybrid could not be loaded from {library.parent}: {error}. "
+            f"Likely causes: (1) it was built against another torch than {torch.__version__} (CUDA "
+            f"{torch.version.cuda}): build it again with `RECIS_CUDA=1 pip install --no-build-isolation -e .` in the "
+            f"source folder; (2) the NVIDIA driver is missing or older than the CUDA runtime that is linked into the "
+            f"library: `nvidia-smi` prints the newest CUDA version that the driver supports; update the driver, or "
+            f"build with an older CUDA toolkit. To use the CPU alone, delete {library}."
+        ) from error
 
 
 _load()

@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from recis_hybrid import ops
+from tests.support import emulated
+
 CODE = """
 import hashlib, torch
 from recis_hybrid import optim
@@ -65,3 +68,37 @@ def test_the_error_for_a_missing_library_names_the_remedy(root: Path) -> None:
     last = done.stderr.strip().splitlines()[-1]
     assert last.startswith("ImportError: the native library librecis_cpu_")
     assert "pip install --no-build-isolation -e ." in last
+
+
+def test_the_error_for_a_cuda_library_that_does_not_load_names_causes_and_remedies(root: Path) -> None:
+    code = (
+        "import torch\nload = torch.ops.load_library\ntorch.version.cuda = '13.0'\n"
+        "def broken(path):\n"
+        "    if 'cuda' in path:\n        raise OSError('undefined symbol: aoti_torch_get_current_cuda_stream')\n"
+        "    load(path)\n"
+        "torch.ops.load_library = broken\n"
+        "from pathlib import Path\nexists = Path.exists\n"
+        "Path.exists = lambda path, **more: path.name == 'librecis_cuda.so' or exists(path, **more)\n"
+        "import recis_hybrid.ops"
+    )
+    done = run(root, None, code)
+    assert done.returncode != 0
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: the CUDA library librecis_cuda.so of recis_hybrid could not be loaded from ")
+    assert "undefined symbol: aoti_torch_get_current_cuda_stream" in last
+    assert f"built against another torch than {torch.__version__} (CUDA 13.0)" in last
+    assert "RECIS_CUDA=1 pip install --no-build-isolation -e ." in last
+    assert "nvidia-smi" in last
+    assert "update the driver" in last
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(
+    ("error", "remedy"), [(35, "update the driver"), (209, "RECIS_CUDA_ARCHS set to the GPU's compute capability")]
+)
+def test_errors_of_the_installation_name_the_remedy(error: int, remedy: str) -> None:
+    ids = torch.arange(4, device="emulated")
+    emulated.fail_launch(error)
+    with pytest.raises(RuntimeError, match=f"CUDA: an error .*{remedy}"):
+        ops.hash.hash_ids(ids)
+    assert ops.hash.hash_ids(ids).tolist() == ops.hash.hash_ids(ids.cpu()).tolist()

@@ -24,6 +24,7 @@ COUNTS = (
     "copies_on_device",
     "pageable_copies",
     "synchronizations",
+    "failed_allocations",
 )
 _library: ctypes.CDLL | None = None
 
@@ -102,6 +103,21 @@ def counts() -> dict[str, int]:
 def clear_counts() -> None:
     """Set all counts to zero."""
     _functions().emulated_clear_counts()
+
+
+@contextmanager
+def failing_allocation(number: int) -> Iterator[None]:
+    """Let the allocation of that number, from 1, fail for lack of memory of the device."""
+    _functions().emulated_fail_allocation(ctypes.c_int64(number))
+    try:
+        yield
+    finally:
+        _functions().emulated_fail_allocation(ctypes.c_int64(0))
+
+
+def fail_launch(error: int) -> None:
+    """Let the next launch of a kernel of csrc/cuda report an error, by its number in CUDA."""
+    _functions().emulated_fail_launch(ctypes.c_int64(error))
 
 
 def check() -> None:

@@ -328,6 +328,12 @@ __attribute__((visibility("default"))) int64_t emulated_count(const char* what) 
 
 __attribute__((visibility("default"))) void emulated_clear_counts() { device().clear_counts(); }
 
+__attribute__((visibility("default"))) void emulated_fail_allocation(int64_t number) {
+  device().fail_allocation(number);
+}
+
+__attribute__((visibility("default"))) void emulated_fail_launch(int64_t error) { device().fail_launch(error); }
+
 // Copies the message of the first fault into `text`, cut to its size, and clears it; an empty one if there was none.
 __attribute__((visibility("default"))) void emulated_fault(char* text, int64_t size) {
   const std::string fault = device().take_fault();

@@ -211,13 +211,32 @@ bool Device::is_idle(int64_t stream) {
   return queues_[stream].empty();
 }
 
+void Device::fail_launch(int64_t error) {
+  const std::lock_guard guard(lock_);
+  launch_error_ = error;
+}
+
+int64_t Device::take_launch_error() {
+  const std::lock_guard guard(lock_);
+  return std::exchange(launch_error_, 0);
+}
+
 void Device::launch(int64_t stream, unsigned blocks, unsigned threads, std::function<void()> body) {
   count("launches");
   enqueue(stream, [blocks, threads, body = std::move(body)] { Machine::get().run(blocks, threads, body); });
 }
 
+void Device::fail_allocation(int64_t number) {
+  const std::lock_guard guard(lock_);
+  allocations_to_failure_ = number;
+}
+
 void* Device::allocate(size_t bytes, int64_t stream) {
   const std::lock_guard guard(lock_);
+  if (allocations_to_failure_ > 0 && --allocations_to_failure_ == 0) {
+    count("failed_allocations");
+    return nullptr;
+  }
   void* start = aligned(bytes);
   if (start != nullptr) blocks_[start] = {bytes, stream, {}};
   return start;

@@ -113,11 +113,16 @@ class Device {
   void synchronize();
   bool is_idle(int64_t stream);
 
+  // Lets the next launch fail with an error of CUDA.
+  void fail_launch(int64_t error);
+  int64_t take_launch_error();
   void launch(int64_t stream, unsigned blocks, unsigned threads, std::function<void()> body);
 
   // Memory of the device. Freed memory is poisoned when its stream, and those that were recorded on it, have come so
   // far; it is given back after a synchronization, which reports writes to it.
   void* allocate(size_t bytes, int64_t stream);
+  // Lets the allocation of that number from now fail; 0: none.
+  void fail_allocation(int64_t number);
   void free(void* start);
   void record_use(void* start, int64_t stream);
   // Pinned memory of the host, poisoned as soon as it is freed.
@@ -152,6 +157,8 @@ class Device {
   std::vector<std::pair<char*, size_t>> freed_;
   std::map<std::string, int64_t> counts_;
   std::string fault_;
+  int64_t allocations_to_failure_ = 0;
+  int64_t launch_error_ = 0;
 };
 
 }  // namespace emulated
