@@ -84,9 +84,9 @@ void copy_field(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, 
   const BlocksRef ref = blocks_ref(blocks, block_shift, meta_offset, record_bytes);
   const auto copy = [&](auto element) {
     using T = decltype(element);
-    device.for_each(
-        rows.numel(), width,
-        CopyField<T, kRead>{ref, data<int64_t>(rows, "rows"), offset, width, static_cast<T*>(values.data_ptr())});
+    device.for_each(rows.numel(), width,
+                    CopyField<T, kRead>{ref, data<int64_t>(rows, "rows"), offset, width,
+                                        static_cast<T*>(memory(values, "values"))});
   };
   if (wide) {
     copy(uint32_t{});
@@ -111,8 +111,8 @@ void copy_records(const Tensor& blocks, int64_t block_shift, int64_t meta_offset
   Device device(from);
   RECIS_CHECK(from.numel() == to.numel(), "source and target must have the same number of rows");
   device.for_each(from.numel(), record_bytes / 8,
-                  CopyRecords{blocks_ref(blocks, block_shift, meta_offset, record_bytes), data<int64_t>(from, "from"),
-                              data<int64_t>(to, "to")});
+                  CopyRecords{blocks_ref(blocks, block_shift, meta_offset, record_bytes), data<int64_t>(from, "source"),
+                              data<int64_t>(to, "target")});
 }
 
 template <class Device>

@@ -69,6 +69,12 @@ class OnDevice {
   Where outer_;
 };
 
+// The tensor's memory, of any dtype and strides, after checking that it is on the operator's device.
+inline void* memory(const Tensor& tensor, const char* name) {
+  OnDevice::check(tensor, name);
+  return tensor.data_ptr();
+}
+
 // The tensor's memory as T, after checking that it is contiguous, of that type, and on the operator's device.
 template <class T>
 T* data(const Tensor& tensor, const char* name) {
@@ -91,11 +97,11 @@ inline bool ascend(const int64_t* offsets, int64_t lists) {
   return falls == 0;
 }
 
-inline IdMapRef id_map_ref(const Tensor& slots) {
+inline IdMapRef id_map_ref(const Tensor& slots, const char* name = "slots") {
   const int64_t capacity = slots.size(0);
   RECIS_CHECK(capacity >= static_cast<int64_t>(kLineSlots) && (capacity & (capacity - 1)) == 0 && slots.size(1) == 2,
               "slots must be [a power of two from 4, 2], got [", capacity, ", ", slots.size(1), "]");
-  uint64_t* words = reinterpret_cast<uint64_t*>(data<int64_t>(slots, "slots"));
+  uint64_t* words = reinterpret_cast<uint64_t*>(data<int64_t>(slots, name));
   RECIS_CHECK(reinterpret_cast<uintptr_t>(words) % 16 == 0, "slots must start at a multiple of 16 bytes");
   return {words, static_cast<uint64_t>(capacity - 1)};
 }

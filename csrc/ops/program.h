@@ -61,7 +61,7 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
   Ints sizes;
   const auto bind = [&](const Tensor& tensor) {
     RECIS_CHECK(tensor.is_contiguous(), "feature_program: tensors must be contiguous");
-    tensors.push_back(tensor.data_ptr());
+    tensors.push_back(memory(tensor, "inputs"));
     sizes.push_back(tensor.numel());
   };
   for (const Tensor& input : inputs) bind(input);

@@ -68,7 +68,7 @@ Tensors ragged_resize(const Tensors& offsets, const Tensors& planes, const Ints&
     // Rows of a fixed length have fixed positions, regardless of the new offsets, in which a refused row is empty.
     const Rows target =
         fixed ? Rows{nullptr, most[k], times(counts[k], most[k])} : target_of(results[k], results.back());
-    parts.add({0, rows[k], counts[k], nullptr, target, plane_of(planes[p], results.back()), fills[p],
+    parts.add({0, rows[k], counts[k], nullptr, target, plane_of(planes[p], "planes", results.back()), fills[p],
                flags[k] & kDropFirst, flags[k] & kPadFirst},
               k, counts[k]);
     width = std::max(width, std::min<int64_t>(64, rows[k].total / std::max<int64_t>(counts[k], 1)));
@@ -103,7 +103,7 @@ Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& 
     const auto k = static_cast<size_t>(owner[p]);
     results.push_back(new_values(planes[p], results[k], exact ? 0 : bounds[k], exact));
     parts.add({0, sources[k], rules[k].count, rules[k].numbers, target_of(results[k], results.back()),
-               plane_of(planes[p], results.back()), 0, 0, 0},
+               plane_of(planes[p], "planes", results.back()), 0, 0, 0},
               k, counts[k]);
   }
   parts.launch(device, CopyRows{}, 8, parallel);
@@ -188,7 +188,7 @@ Tensors ragged_topk(const Tensors& values, const Tensors& offsets, const Tensors
     const int64_t bound = min64(values[k].size(0), times(counts[k], most[k]));
     const Tensor top = new_values(values[k], new_offsets[k], bound, exact);
     const Tensor top_weights = new_values(weights[k], new_offsets[k], bound, exact);
-    parts.add({0, rules[k].rows, target_of(new_offsets[k], top), plane_of(values[k], top),
+    parts.add({0, rules[k].rows, target_of(new_offsets[k], top), plane_of(values[k], "values", top),
                data<float>(weights[k], "weights"), data<float>(top_weights, "weights")},
               k, counts[k]);
     results.insert(results.end(), {new_offsets[k], top, top_weights});
@@ -319,8 +319,8 @@ Tensors ragged_concat(const Tensors& tensors, const Ints& index, const std::stri
       results.push_back(new_to_fill(like, sizes, dtype));
       for (size_t k = 0; k < columns.size(); ++k) {
         const Tensor* from = is_weights ? columns[k].weights : &columns[k].values;
-        const Plane plane{from == nullptr ? nullptr : raw(*from), results.back().data_ptr(), unit_of(results.back()),
-                          1};
+        const Plane plane{from == nullptr ? nullptr : raw(*from, "tensors"), results.back().data_ptr(),
+                          unit_of(results.back()), 1};
         parts.add({0, nullptr, static_cast<int64_t>(columns.size()), static_cast<int64_t>(k), plane,
                    !is_weights && k == 0 ? offsets : nullptr},
                   number, rows);
@@ -387,7 +387,7 @@ Tensors ragged_tile(const Tensors& tensors, const Ints& index, const Ints& times
       Ints sizes(plane->sizes().begin(), plane->sizes().end());
       sizes[0] *= times[k];
       results.push_back(new_to_fill(*plane, sizes, plane->scalar_type()));
-      parts.add({0, rows_of(*plane, column.offsets), times[k], plane_of(*plane, results.back()),
+      parts.add({0, rows_of(*plane, column.offsets), times[k], plane_of(*plane, "tensors", results.back()),
                  plane == &column.values ? offsets : nullptr},
                 k, rows);
     }

@@ -41,14 +41,14 @@ inline int64_t words_of(const Tensor& tensor) {
   return words;
 }
 
-inline const void* raw(const Tensor& tensor) {
+inline const void* raw(const Tensor& tensor, const char* name) {
   RECIS_CHECK(tensor.is_contiguous(), "ragged columns must be contiguous");
-  return tensor.data_ptr();
+  return memory(tensor, name);
 }
 
 // A plane to be copied into `to`, a tensor of the same dtype and value shape.
-inline Plane plane_of(const Tensor& from, const Tensor& to) {
-  return {raw(from), to.data_ptr(), unit_of(from), words_of(from)};
+inline Plane plane_of(const Tensor& from, const char* name, const Tensor& to) {
+  return {raw(from, name), to.data_ptr(), unit_of(from), words_of(from)};
 }
 
 // The rows of `values` by offsets or, without them, one value per row.

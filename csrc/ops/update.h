@@ -29,7 +29,7 @@ struct Grouped {
       RECIS_CHECK(gradient.scalar_type() == ScalarType::Float && gradient.dim() == 2 && gradient.size(1) == dim,
                   "a gradient must be float32 [vectors, dim]");
       RECIS_CHECK(dim == 1 || gradient.numel() == 0 || gradient.stride(1) == 1, "a gradient's rows must be contiguous");
-      spans.push_back({0, static_cast<const float*>(gradient.data_ptr()), gradient.stride(0)});
+      spans.push_back({0, static_cast<const float*>(memory(gradient, "gradients")), gradient.stride(0)});
     }
     GroupedGradients grouped{};
     device.place(grouped.features, spans);
