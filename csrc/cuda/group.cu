@@ -60,12 +60,6 @@ struct ClearTail {
   }
 };
 
-int bits_for(int64_t bound) {
-  int bits = 1;
-  while (bits < 63 && (int64_t{1} << bits) < bound) ++bits;
-  return bits;
-}
-
 void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets,
                 Tensors weights, Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts,
                 const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count) {
@@ -125,7 +119,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
                     const Tensor& unique, const Tensor& starts, const Tensor& sources,
                     const std::optional<Tensor>& scales, const Tensor& count, const std::optional<Tensor>& out,
                     Ints out_starts) {
-  CudaDevice device(rows);
+  CudaDevice device(slots);
   check_features(rows.numel(), members, lengths);
   if (out.has_value()) check_plain(*out, out_starts, lengths, vectors, offsets, weights, dim);
   const Tensor fresh = torch::stable::empty_like(rows);

@@ -10,7 +10,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
         ", Tensor[] ids, int[] members, Tensor initializers, Tensor(a!) out, int[] starts, Tensor(b!)? winners) -> ()");
   m.def("spread_max(Tensor offsets, Tensor winners, Tensor gradient, Tensor(a!) out) -> ()");
   m.def("group_rows(Tensor rows, int[] members, int row_bound, " RECIS_FEATURES ", " RECIS_GROUPS ") -> ()");
-  m.def("distinct_ids(Tensor[] ids, int[] kinds, int[] owners, int ranks, " RECIS_FEATURES
+  m.def("distinct_ids(Tensor[] ids, int[] kinds, Tensor[] used, int[] owners, int ranks, " RECIS_FEATURES
         ", Tensor(a!) distinct, Tensor(b!) starts, Tensor(c!) sources, Tensor(d!)? scales, Tensor(e!) count, "
         "Tensor(f!) counts, Tensor(g!) places, Tensor(h!) sizes) -> ()");
   m.def("insert_grouped(Tensor(g!) slots, Tensor(h!) counters, Tensor free_rows, " RECIS_BLOCKS_MUT
@@ -75,18 +75,13 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
   RECIS_CHECK(commit.counters[kOverflow] == 0, "insert_grouped: the IDMap is full; its caller must reserve slots");
 }
 
-void distinct_ids(Tensors ids, Ints kinds, Ints owners, int64_t ranks, Ints lengths, Ints vectors, Tensors offsets,
-                  Tensors weights, Ints combiners, Ints tiles, const Tensor& distinct, const Tensor& starts,
-                  const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count, const Tensor& counts,
-                  const Tensor& places, const Tensor& sizes) {
+void distinct_ids(Tensors ids, Ints kinds, Tensors used, Ints owners, int64_t ranks, Ints lengths, Ints vectors,
+                  Tensors offsets, Tensors weights, Ints combiners, Ints tiles, const Tensor& distinct,
+                  const Tensor& starts, const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count,
+                  const Tensor& counts, const Tensor& places, const Tensor& sizes) {
   CpuDevice device(distinct);
-  check_features(places.numel(), kinds, lengths);
-  check_groups(places.numel(), distinct, starts, sources);
-  const auto all = static_cast<int64_t>(owners.size());
-  RECIS_CHECK(ranks > 0 && sizes.numel() == ranks * all, "sizes must be [ranks, kinds]");
-  RECIS_CHECK(counts.numel() >= places.numel(), "counts: a buffer is smaller than its upper bound");
-  for (const int64_t owner : owners) RECIS_CHECK(owner < ranks, "an owner must be a rank or -1, got ", owner);
-  for (const int64_t kind : kinds) RECIS_CHECK(kind >= 0 && kind < all, "a kind must have an owner, got ", kind);
+  RECIS_CHECK(used.empty(), "distinct_ids: on the CPU all ids of a tensor are in use; `used` must be empty");
+  check_distinct(kinds, owners, ranks, lengths, distinct, starts, sources, counts, places, sizes);
   float* factors = data_or_null<float>(scales, "scales");
   Positions positions(device, key_spans(ids, lengths, kinds), lengths, vectors, offsets, weights, combiners, tiles,
                       factors != nullptr);

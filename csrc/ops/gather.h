@@ -111,10 +111,10 @@ void spread_max(const Tensor& offsets, const Tensor& winners, const Tensor& grad
   RECIS_CHECK(winners.numel() == bags * dim && (offsets.numel() == 0 ? out.size(0) : offsets.numel() - 1) == bags,
               "winners, offsets and gradient must have the same number of bags");
   check_offsets(offsets, out.size(0));
-  device.for_each(
-      bags, dim,
-      SpreadMax{offsets.numel() == 0 ? nullptr : data<int64_t>(offsets, "offsets"), data<int32_t>(winners, "winners"),
-                static_cast<const float*>(gradient.data_ptr()), gradient.stride(0), dim, data<float>(out, "out")});
+  device.for_each(bags, dim,
+                  SpreadMax{offsets.numel() == 0 ? nullptr : data<int64_t>(offsets, "offsets"),
+                            data<int32_t>(winners, "winners"), static_cast<const float*>(memory(gradient, "gradient")),
+                            gradient.stride(0), dim, data<float>(out, "out")});
 }
 
 // The outputs of grouping; RECIS_GROUPS declares the tensors in a schema, starting with the letter `b`.
@@ -130,10 +130,28 @@ inline void check_groups(int64_t n, const Tensor& unique, const Tensor& starts, 
 // Checks that the lengths of features match the number of positions; otherwise kernels would read out of bounds.
 inline void check_features(int64_t positions, const Ints& members, const Ints& lengths) {
   int64_t total = 0;
-  for (const int64_t length : lengths) total += length;
-  RECIS_CHECK(members.size() == lengths.size() && total == positions,
-              "groups: each feature must have a member table and a length, and lengths must sum to ", positions,
-              ", got ", total);
+  bool negative = false;
+  for (const int64_t length : lengths) {
+    total += length;
+    negative = negative || length < 0;
+  }
+  RECIS_CHECK(
+      members.size() == lengths.size() && total == positions && !negative,
+      "groups: each feature must have a member table and a length, and lengths must not be negative and must sum "
+      "to ",
+      positions, ", got ", total);
+}
+
+inline void check_distinct(const Ints& kinds, const Ints& owners, int64_t ranks, const Ints& lengths,
+                           const Tensor& distinct, const Tensor& starts, const Tensor& sources, const Tensor& counts,
+                           const Tensor& places, const Tensor& sizes) {
+  check_features(places.numel(), kinds, lengths);
+  check_groups(places.numel(), distinct, starts, sources);
+  const auto all = static_cast<int64_t>(owners.size());
+  RECIS_CHECK(ranks > 0 && sizes.numel() == ranks * all, "sizes must be [ranks, kinds]");
+  RECIS_CHECK(counts.numel() >= places.numel(), "counts: a buffer is smaller than its upper bound");
+  for (const int64_t owner : owners) RECIS_CHECK(owner < ranks, "an owner must be a rank or -1, got ", owner);
+  for (const int64_t kind : kinds) RECIS_CHECK(kind >= 0 && kind < all, "a kind must have an owner, got ", kind);
 }
 
 template <class Device>

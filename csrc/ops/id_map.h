@@ -16,10 +16,9 @@ struct FeatureIds {
   const Tensors& used;
 };
 
-// The ids to look up in a map; `rows` must hold one element for each. `spans` must outlive the launch.
+// The ids of all features; `rows` must hold one element for each. `spans` must outlive the launch.
 template <class Device>
-LookUpIds look_up(Device& device, const Tensor& slots, const FeatureIds& features, const Tensor& rows,
-                  std::vector<IdSpan>& spans) {
+Segments<IdSpan> spans_of(Device& device, const FeatureIds& features, const Tensor& rows, std::vector<IdSpan>& spans) {
   RECIS_CHECK(features.ids.size() == features.members.size() && !features.ids.empty(),
               "there must be one member table for each list of ids");
   int64_t total = 0;
@@ -31,10 +30,17 @@ LookUpIds look_up(Device& device, const Tensor& slots, const FeatureIds& feature
     total += ids.numel();
   }
   RECIS_CHECK(rows.numel() == total, "rows must hold one element for each id");
-  LookUpIds lookup{{}, id_map_ref(slots)};
-  device.place(lookup.segments, spans);
-  lookup.segments.total = total;
-  return lookup;
+  Segments<IdSpan> segments{};
+  device.place(segments, spans);
+  segments.total = total;
+  return segments;
+}
+
+// The ids to look up in a map, likewise.
+template <class Device>
+LookUpIds look_up(Device& device, const Tensor& slots, const FeatureIds& features, const Tensor& rows,
+                  std::vector<IdSpan>& spans) {
+  return {spans_of(device, features, rows, spans), id_map_ref(slots)};
 }
 
 inline int64_t* counter_data(const Tensor& counters) {
@@ -79,7 +85,7 @@ void id_map_commit(const Tensor& counters) {
 template <class Device>
 void id_map_rehash(const Tensor& slots, const Tensor& fresh_slots) {
   Device device(slots);
-  device.for_each(slots.size(0), 1, RehashSlots{id_map_ref(slots).slots, id_map_ref(fresh_slots)});
+  device.for_each(slots.size(0), 1, RehashSlots{id_map_ref(slots).slots, id_map_ref(fresh_slots, "fresh_slots")});
 }
 
 template <class Device>

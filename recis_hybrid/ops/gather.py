@@ -208,9 +208,15 @@ class Distinct(NamedTuple):
 
 
 def distinct_ids(
-    ids: Sequence[Tensor], kinds: Sequence[int], owners: Sequence[int], ranks: int, bags: Bags
+    ids: Sequence[Tensor],
+    kinds: Sequence[int],
+    owners: Sequence[int],
+    ranks: int,
+    bags: Bags,
+    *,
+    used: Sequence[Tensor] = (),
 ) -> Distinct:
-    """Return the distinct ids of a lookup, ordered by the ranks that own them; CPU only.
+    """Return the distinct ids of a lookup, ordered by the ranks that own them; waits for no device.
 
     Args:
         ids: For each feature, int64 ``[n_f]``, contiguous.
@@ -219,15 +225,16 @@ def distinct_ids(
             (``id_map.bucket_of``); each rank owns a contiguous range of buckets.
         ranks: W.
         bags: The bags of the gradients, as in :func:`group_rows`.
+        used: As in ``id_map.find``; empty on the CPU.
     """
-    n = sum(bags.lengths)
-    groups = _room(n, bags, torch.device("cpu"))
-    counts, places, sizes = torch.empty(2 * n + ranks * len(owners), dtype=torch.int64).split_with_sizes(
-        (n, n, ranks * len(owners))
-    )
-    torch.ops.recis.distinct_ids(ids, kinds, owners, ranks, *bags, *_parts(groups), counts, places, sizes)
-    numbered = RowGroups(groups.count, torch.arange(n), groups.offsets, groups.sources, groups.scales)
-    found = int(groups.count)
+    n, shares, device = sum(bags.lengths), ranks * len(owners), ids[0].device
+    groups = _room(n, bags, device)
+    words = torch.empty(2 * n + shares, dtype=torch.int64, device=device)
+    counts, places, sizes = words.split_with_sizes((n, n, shares))
+    torch.ops.recis.distinct_ids(ids, kinds, used, owners, ranks, *bags, *_parts(groups), counts, places, sizes)
+    numbers = torch.arange(n, device=device)
+    numbered = RowGroups(groups.count, numbers, groups.offsets, groups.sources, groups.scales)
+    found = int(groups.count) if device.type == "cpu" else n
     return Distinct(groups.unique[:found], counts[:found], places, sizes.view(ranks, len(owners)), numbered)
 
 

@@ -174,15 +174,20 @@ def test_gradients_of_several_lookups_are_reduced_together(device: str) -> None:
     assert_near(out[:3], torch.stack([want[row] for row in merged.groups.unique[:3].tolist()]))
 
 
-@pytest.mark.parametrize("lengths", [[2], [4], [3, 1], []])
-def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
-    zeros = [0] * len(lengths)
-    with pytest.raises(RuntimeError, match="lengths must sum to 3"):
-        ops.gather.group_rows(torch.arange(3), zeros, 3, Bags(lengths, lengths, [], [], zeros, zeros))
-    table = make_table(dim=4)
+@on_devices
+@pytest.mark.parametrize(
+    ("lengths", "members"), [([2], 1), ([4], 1), ([3, 1], 2), ([], 0), ([3], 2), ([1, 2], 1), ([-1, 4], 2)]
+)
+def test_lengths_that_do_not_fit_are_refused(device: str, lengths: list[int], members: int) -> None:
+    zeros, refusal = [0] * len(lengths), "lengths must not be negative and must sum to 3"
+    ids = torch.arange(3, device=device)
+    bags = Bags(lengths, lengths, [], [], zeros, zeros)
+    with pytest.raises(RuntimeError, match=refusal):
+        ops.gather.group_rows(ids, [0] * members, 3, bags)
+    table = make_table(dim=4, device=device)
     table.store.blocks.reserve(8)
-    words = [torch.empty(9, dtype=torch.int64) for _ in range(4)]
-    with pytest.raises(RuntimeError, match="lengths must sum to 3"):
+    words = [torch.empty(9, dtype=torch.int64, device=device) for _ in range(4)]
+    with pytest.raises(RuntimeError, match=refusal):
         torch.ops.recis.insert_grouped(
             table.store.id_map.slots,
             table.store.id_map.counters,
@@ -190,13 +195,13 @@ def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
             *table.store.blocks.handle,
             0,
             4,
-            torch.zeros(1, 5, dtype=torch.int64),
+            torch.zeros(1, 5, dtype=torch.int64, device=device),
             [],
             [],
             [],
             [],
-            [torch.arange(3)],
-            [0] * len(lengths),
+            [ids],
+            [0] * members,
             [],
             8,
             lengths,
@@ -205,12 +210,17 @@ def test_lengths_that_do_not_fit_are_refused(lengths: list[int]) -> None:
             [],
             zeros,
             zeros,
-            torch.empty(3, dtype=torch.int64),
+            torch.empty(3, dtype=torch.int64, device=device),
             *words[:3],
             None,
             words[3][:1],
         )
     assert len(table) == 0
+    numbers = [torch.empty(3, dtype=torch.int64, device=device) for _ in range(3)]
+    with pytest.raises(RuntimeError, match=refusal):
+        torch.ops.recis.distinct_ids(
+            [ids], [0] * members, [], [-1], 1, *bags, *words[:3], None, words[3][:1], *numbers[:2], numbers[2][:1]
+        )
 
 
 IDS = st.lists(st.one_of(st.integers(-3, 3), st.integers(-(2**63), 2**63 - 1)), max_size=40)
@@ -303,6 +313,7 @@ def test_schemas_and_fakes_of_operators() -> None:
         (
             [torch.tensor([1, 7, 1])],
             [0],
+            [],
             [-1],
             2,
             *singles(3),

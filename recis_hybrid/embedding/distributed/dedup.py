@@ -46,16 +46,17 @@ def distinct_ids(
         ranks: W.
         deduplicate: False treats every position as a distinct id.
     """
-    if request.ids[0].is_cpu and deduplicate:
+    if deduplicate:
         owners = [-1 if kind.owner is None else kind.owner for kind in kinds]
-        return ops.gather.distinct_ids(request.ids, kind_of, owners, ranks, gradient_bags(request.bags))
+        bags = gradient_bags(request.bags)
+        return ops.gather.distinct_ids(request.ids, kind_of, owners, ranks, bags, used=request.used)
     return distinct_by_sorting(request, kind_of, kinds, ranks, deduplicate=deduplicate)
 
 
 def distinct_by_sorting(
     request: Request, kind_of: Sequence[int], kinds: Sequence[Kind], ranks: int, *, deduplicate: bool = True
 ) -> Distinct:
-    """Like :func:`distinct_ids`, with torch operations: for GPUs, and without deduplication."""
+    """Like :func:`distinct_ids`, with torch operations; also without deduplication."""
     ids = torch.cat(request.ids) if len(request.ids) > 1 else request.ids[0]
     n, device = ids.numel(), ids.device
     lengths = torch.tensor(request.bags.lengths, device=device)

@@ -9,9 +9,11 @@ from hypothesis import given
 
 from recis_hybrid.embedding.distributed.dedup import Distinct, Kind, distinct_by_sorting, distinct_ids, rank_of
 from recis_hybrid.embedding.table.lookup import FeatureIds, Request
+from recis_hybrid.ops.gather import MEAN, SOURCE_SHIFT
 from recis_hybrid.ops.id_map import bucket_of
 from recis_hybrid.ops.update import Gradients, reduce_rows
-from tests.support.devices import EDGE_IDS, on_devices
+from tests.support import emulated
+from tests.support.devices import EDGE_IDS, on_accelerators, on_devices
 from tests.support.tables import feature
 
 KINDS = [Kind(0, 0, None), Kind(1, 1, None), Kind(0, -1, None), Kind(2, 2, 1)]
@@ -36,6 +38,7 @@ def check(found: Distinct, expected: dict[tuple[int, int, int], list[int]], rank
     assert count == len(expected)
     share = torch.arange(ranks * len(KINDS)).repeat_interleave(found.sizes.cpu().view(-1))
     places = found.places.tolist()
+    assert found.counts[count:].tolist() == [0] * (found.counts.numel() - count)
     for number, (key, at) in enumerate(zip(found.ids[:count].tolist(), share.tolist(), strict=True)):
         positions = expected[divmod(at, len(KINDS))[0], at % len(KINDS), key]
         assert int(found.counts[number]) == len(positions)
@@ -45,9 +48,18 @@ def check(found: Distinct, expected: dict[tuple[int, int, int], list[int]], rank
 ids = st.lists(st.sampled_from(EDGE_IDS) | st.integers(0, 20), max_size=40)
 
 
-@given(st.lists(st.tuples(ids, st.integers(0, 3)), min_size=1, max_size=5), st.integers(2, 5))
-def test_distinct_ids_by_owner_and_kind(features: list[tuple[list[int], int]], ranks: int) -> None:
-    request = Request.of([feature(keys, member=KINDS[kind].member) for keys, kind in features])
+@on_devices
+@given(
+    features=st.lists(st.tuples(ids, st.integers(0, 3)), min_size=1, max_size=5),
+    ranks=st.integers(2, 5),
+    seed=st.integers(0, 99),
+)
+def test_distinct_ids_by_owner_and_kind(
+    device: str, features: list[tuple[list[int], int]], ranks: int, seed: int
+) -> None:
+    if device == "emulated":
+        emulated.configure(seed=seed)
+    request = Request.of([feature(keys, member=KINDS[kind].member, device=device) for keys, kind in features])
     kind_of = [kind for _, kind in features]
     expected = plain(request, kind_of, ranks)
     native = distinct_ids(request, kind_of, KINDS, ranks)
@@ -59,10 +71,10 @@ def test_distinct_ids_by_owner_and_kind(features: list[tuple[list[int], int]], r
     # Summing position numbers by group yields the sum of each id's positions, in the order of the ids.
     assert native.groups is not None
     count = len(expected)
-    sums = torch.zeros(max(count, 1), 1)
+    sums = torch.zeros(max(count, 1), 1, device=device)
     starts = [sum(request.bags.lengths[:f]) for f in range(len(features))]
     values = [
-        torch.arange(start, start + n, dtype=torch.float32).view(-1, 1)
+        torch.arange(start, start + n, dtype=torch.float32, device=device).view(-1, 1)
         for start, n in zip(starts, request.bags.lengths, strict=True)
     ]
     reduce_rows(Gradients(values, native.groups), sums)
@@ -96,8 +108,50 @@ def test_distinct_ids_do_not_depend_on_threads(device: str, threads: int) -> Non
     assert torch.equal(again.places, found.places)
 
 
-def test_unused_ids_are_ignored() -> None:
-    used = FeatureIds(torch.tensor([5, 6, 5, 7]), 2, 0, torch.tensor([0, 1, 3]), used=torch.tensor([0, 1, 3]))
-    found = distinct_by_sorting(Request.of([used, feature([7, 5])]), [0, 0], KINDS, 1)
+def partly_used(device: str) -> Request:
+    """Return a request for the ids 5 | 6 5 (7) and 7, 5, of which one is not in use."""
+    offsets = torch.tensor([0, 1, 3], device=device)
+    used = FeatureIds(torch.tensor([5, 6, 5, 7], device=device), 2, 0, offsets, combiner=MEAN, used=offsets)
+    return Request.of([used, feature([7, 5], device=device)])
+
+
+@on_devices
+def test_unused_ids_are_ignored(device: str) -> None:
+    found = distinct_by_sorting(partly_used(device), [0, 0], KINDS, 1)
     assert found.ids[: int(found.sizes.sum())].tolist() == [5, 6, 7]
     assert found.places.tolist() == [0, 1, 0, -1, 2, 0]
+
+
+@on_accelerators
+def test_unused_ids_belong_to_no_group(device: str) -> None:
+    found = distinct_ids(partly_used(device), [0, 0], KINDS[:1], 1)
+    assert found.ids[:3].tolist() == [5, 6, 7]
+    assert found.counts.tolist() == [3, 1, 1, 0, 0, 0]
+    assert found.places.tolist() == [0, 1, 0, -1, 2, 0]
+    assert found.sizes.tolist() == [[3]]
+    groups = found.groups
+    assert groups is not None
+    assert groups.scales is not None
+    assert groups.count.tolist() == [3]
+    assert groups.offsets[:4].tolist() == [0, 3, 4, 5]
+    second = 1 << SOURCE_SHIFT
+    assert groups.sources[:5].tolist() == [0, 1, second + 1, 1, second]
+    assert groups.scales[:5].tolist() == [1, 0.5, 1, 0.5, 1]
+
+
+@on_accelerators
+def test_a_request_without_ids(device: str) -> None:
+    found = distinct_ids(Request.of([feature([], device=device)]), [1], KINDS, 2)
+    assert found.sizes.tolist() == [[0] * 4] * 2
+    assert found.groups is not None
+    assert (found.groups.count.tolist(), found.groups.offsets.tolist()) == ([0], [0])
+
+
+@pytest.mark.emulated
+def test_the_device_is_not_waited_for() -> None:
+    request = Request.of([feature(range(50), member=k % 2, device="emulated") for k in range(100)])
+    with emulated.schedule(late=1):
+        emulated.clear_counts()
+        distinct_ids(request, [k % 2 for k in range(100)], KINDS, 3)
+        counts = emulated.counts()
+    assert counts["synchronizations"] == counts["pageable_copies"] == counts["copies_from_device"] == 0
