@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import recis_hybrid.ops  # registers the operators
+from tests.support.devices import on_accelerators
 
 OPERATORS = sorted(name for name in torch._C._dispatch_get_all_op_names() if name.startswith("recis::"))
 
@@ -32,13 +33,37 @@ def test_every_operator_has_a_kernel_a_fake_and_an_opcheck(operator: str, root: 
     assert any(use.search(text) for text in checks), "check it with torch.library.opcheck in tests/ops"
 
 
-# CPU-only operators: they build vocabularies and checkpoint files. On a GPU, distinct ids are found by torch's sort.
-ON_THE_HOST = {
-    f"recis::{name}" for name in ("vocabulary_slots", "distinct_ids", "file_order", "crc32_pages", "blocks_export")
+# Operators without a kernel for accelerators, and the reason.
+HOST_ONLY = {
+    "recis::blocks_export": "Fills buffers that are written to files; blocks on a GPU are read part by part "
+    "(`blocks_read`) and copied to pinned memory.",
+    "recis::crc32_pages": "Checks bytes that are read from or written to files, which are in host memory.",
+    "recis::file_order": "Orders rows that are written to files; their ids are copied to the host first.",
+    "recis::first_bad_offsets": "Raises for offsets that were overwritten; on a GPU the host would have to wait, so "
+    "kernels check the offsets that they follow.",
+    "recis::huge_empty": "Allocates host memory; on a GPU torch's caching allocator does.",
+    "recis::vocabulary_slots": "Builds a vocabulary once, when an engine is built; the result is copied to the device.",
 }
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("operator", sorted(set(OPERATORS) - ON_THE_HOST))
-def test_every_operator_has_a_cuda_kernel(operator: str) -> None:
-    assert has_kernel(operator, "CUDA")
+def table_of_devices() -> str:
+    """Return the table of benchmarks/GPU.md: for each operator, its devices or the reason why there is only one."""
+    lines = ["| operator | CPU | CUDA | why not |", "|---|---|---|---|"]
+    for operator in OPERATORS:
+        reason = HOST_ONLY.get(operator, "")
+        lines.append(f"| `{operator.removeprefix('recis::')}` | yes | {'no' if reason else 'yes'} | {reason} |")
+    return "\n".join(lines)
+
+
+def test_the_table_of_devices_is_documented(root: Path) -> None:
+    table = table_of_devices()
+    assert table in (root / "benchmarks" / "GPU.md").read_text(), f"benchmarks/GPU.md must have this table:\n{table}"
+
+
+@on_accelerators
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_operators_have_kernels_for_accelerators(operator: str, device: str) -> None:
+    key = "CUDA" if device == "cuda" else "PrivateUse1"
+    # Not a computed kernel, which may be a fallback.
+    found = torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+    assert found == (operator not in HOST_ONLY), "register a kernel in csrc/cuda, or give the reason in HOST_ONLY"
