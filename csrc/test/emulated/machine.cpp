@@ -1,14 +1,18 @@
 #include "emulated/machine.h"
 
 #include <algorithm>
-#include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
 
 namespace emulated {
 namespace {
 
 constexpr unsigned char kPoison = 0xa5;
+
+// A kernel waits for ever if none of its threads ends within so many switches: some seconds, in which 512 threads take
+// millions of items.
+constexpr int64_t kPatience = 20'000'000;
 
 void* aligned(size_t bytes) {
   void* start = nullptr;
@@ -24,11 +28,14 @@ Machine& Machine::get() {
   return machine;
 }
 
-void Machine::fail(const char* what) const {
-  std::fprintf(stderr, "emulated device: %s", what);
-  if (running_ != nullptr) std::fprintf(stderr, " (block %u, thread %u)", running_->block.x, running_->thread.x);
-  std::fputc('\n', stderr);
-  std::abort();
+void Machine::fail(const std::string& what) const {
+  std::string text = "emulated device: " + what;
+  if (running_ != nullptr) {
+    text += " (block " + std::to_string(running_->block.x) + ", thread " + std::to_string(running_->thread.x) + ")";
+  }
+  throw std::runtime_error(text + "; seed=" + std::to_string(settings_.seed) + ", warps=" +
+                           std::to_string(settings_.warps) + ", yield_every=" + std::to_string(settings_.yield_every) +
+                           ", max_blocks=" + std::to_string(settings_.max_blocks));
 }
 
 void Machine::seed(const Settings& settings) {
@@ -49,11 +56,21 @@ void Machine::run(unsigned blocks, unsigned threads, const std::function<void()>
   while (static_cast<int>(fibers_.size()) < slots * kWarp) add_fiber();
   live_.clear();
   for (int slot = 0; slot < slots; ++slot) fill(slot);
+  int64_t patience = kPatience;
   while (!live_.empty()) {
     const size_t pick = random_() % live_.size();
     const int index = live_[pick];
     resume(index);
-    if (!fibers_[index]->done) continue;
+    if (error_ != nullptr) {
+      fibers_.clear();  // the others are in the middle of the kernel; what they hold needs no destructor
+      std::rethrow_exception(std::exchange(error_, nullptr));
+    }
+    if (!fibers_[index]->done) {
+      if (--patience > 0) continue;
+      fibers_.clear();
+      fail("the kernel does not end: its threads wait for each other");
+    }
+    patience = kPatience;
     live_[pick] = live_.back();
     live_.pop_back();
     const int slot = index / kWarp;
@@ -105,7 +122,11 @@ void Machine::add_fiber() {
 void Machine::fiber_main() {
   Machine& machine = get();
   for (;;) {
-    (*machine.body_)();
+    try {
+      (*machine.body_)();
+    } catch (...) {  // may not leave the fiber
+      machine.error_ = std::current_exception();
+    }
     machine.running_->done = true;
     machine.yield();
   }

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <deque>
+#include <exception>
 #include <functional>
 #include <map>
 #include <memory>
@@ -48,7 +49,8 @@ class Machine {
  public:
   static Machine& get();
 
-  // Runs body for each thread of a grid; a fresh warp takes the place of one that has ended.
+  // Runs body for each thread of a grid; a fresh warp takes the place of one that has ended. Throws if a thread
+  // shuffles with one that has left, or if no thread ends for long; the message has the settings, which reproduce it.
   void run(unsigned blocks, unsigned threads, const std::function<void()>& body);
 
   // An atomic access: lets other fibers go first, now and then.
@@ -70,7 +72,7 @@ class Machine {
     uint64_t values[kWarp] = {};
   };
 
-  [[noreturn]] void fail(const char* what) const;
+  [[noreturn]] void fail(const std::string& what) const;
   void add_fiber();
   static void fiber_main();
   void fill(int slot);
@@ -86,6 +88,7 @@ class Machine {
   std::map<std::pair<int, uint32_t>, Group> groups_;
   ucontext_t main_;
   const std::function<void()>* body_ = nullptr;
+  std::exception_ptr error_;  // of the fiber that ran last
   int64_t next_warp_ = 0, total_warps_ = 0, warps_of_block_ = 0;
   std::minstd_rand random_{1};
   Settings settings_;
