@@ -15,6 +15,7 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?= --quick
 TFRA_PYTHON ?= python3.11
+SOAK ?= 25
 export RECIS_CUDA CXX
 
 PY := $(VENV)/bin/python
@@ -31,8 +32,8 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test test-quick emulated faults agreement rehearsal lint format docs cuda-build sanitize bench bench-peers \
-  wheel clean setup FORCE
+.PHONY: help demo test test-quick emulated soak mutants faults agreement rehearsal lint format docs cuda-build sanitize \
+  bench bench-peers wheel clean setup FORCE
 
 help:  ## List the targets and settings
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' Makefile | expand -t 20
@@ -46,6 +47,7 @@ help:  ## List the targets and settings
 	  '  RECIS_CUDA       build the CUDA library: 0, 1 or auto, if torch is a CUDA build (auto)' \
 	  '  TFRA_PYTHON      Python for TFRA, one of the peers of bench-peers, 3.11 or older (python3.11)' \
 	  '  CXX, NVCC        compilers (g++, nvcc)' \
+	  '  SOAK             schedules of `make soak`, a factor (25)' \
 	  '  DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS (--quick)   arguments of the programs'
 
 demo: setup  ## Train a model with a torch and a JAX tower on a generated click log
@@ -72,6 +74,12 @@ rehearsal: setup  ## Disconnect one of two hosts during training, in network nam
 
 emulated: $(DEPENDENCIES)  ## Build the emulated device, on which tests run the kernels of CUDA without a GPU
 	@$(PY) setup.py --quiet build_emulated
+
+soak: setup emulated  ## Run the kernels on the emulated device under SOAK times as many schedules as the tests do
+	SOAK=$(SOAK) $(PY) -m pytest --hypothesis-profile=default $(shell find tests -name test_thread_schedules.py) $(PYTEST_ARGS)
+
+mutants: setup  ## Check that the tests on the emulated device catch faults of the CUDA kernels
+	$(PY) scripts/mutants.py
 
 lint: $(DEPENDENCIES)  ## Check format, lint rules and types; change nothing
 	$(PY) -m ruff format --check .

@@ -6,8 +6,7 @@ On the emulated device, streams run only when something waits for them, and free
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,22 +18,11 @@ from torch import Tensor
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Placement, Rows
 from recis_hybrid.saver import Saver
-from tests.support import emulated, rank_processes
-from tests.support.devices import on_accelerators
+from tests.support import rank_processes
+from tests.support.devices import late_streams, on_accelerators
 from tests.support.rank_processes import Ranks
 
 IDS = torch.arange(40).repeat(3)
-
-
-@contextmanager
-def late(device: str, how: int = 1) -> Iterator[None]:
-    """Let the streams of the emulated device run as late as they may; ``how`` as in ``emulated.configure``."""
-    if device != "emulated":
-        yield
-        return
-    emulated.load()
-    with emulated.schedule(late=how):
-        yield
 
 
 def build(device: str, blocks: str, **arguments: Any) -> tuple[EmbeddingEngine, Any]:
@@ -69,7 +57,7 @@ def test_a_checkpoint_holds_the_updates_that_are_still_queued(
     twin, twin_optimizer = build("cpu", "cpu")
     for _ in range(3):
         step(twin, twin_optimizer, IDS)
-    with late(device):
+    with late_streams(device):
         engine, optimizer = build(device, blocks)
         for _ in range(2):
             step(engine, optimizer, IDS)
@@ -110,7 +98,7 @@ def evict_and_compact(engine: EmbeddingEngine) -> None:
 def test_blocks_live_until_the_kernels_that_write_them_have_run(
     device: str, blocks: str, free: Callable[[EmbeddingEngine], None]
 ) -> None:
-    with late(device):
+    with late_streams(device):
         engine, optimizer = build(device, blocks)
         step(engine, optimizer, IDS)
         step(engine, optimizer, IDS)
@@ -122,7 +110,7 @@ def test_blocks_live_until_the_kernels_that_write_them_have_run(
 
 def prefetched(group: dist.ProcessGroup, device: str, how: int) -> list[dict[str, Tensor]]:
     """Train on ids that are sent ahead; return the rows of this rank and the vectors of each step."""
-    with late(device, how):
+    with late_streams(device, how):
         ahead = rank_processes.AHEAD.get(dist.get_world_size(group))
         engine, optimizer = build(device, "cuda", group=group, prefetch_depth=2, prefetch_group=ahead, staleness=1)
         draw = torch.Generator().manual_seed(dist.get_rank(group))

@@ -14,7 +14,13 @@ import torch
 
 from recis_hybrid import accelerator
 
-LIBRARY = Path(__file__).resolve().parents[2] / "build" / "emulated" / "librecis_emulated.so"
+LIBRARY = Path(
+    os.environ.get("EMULATED_LIBRARY")
+    or Path(__file__).resolve().parents[2] / "build" / "emulated" / "librecis_emulated.so"
+)
+"""The library; scripts/mutants.py names its own."""
+DEVICES = 2
+"""Number of devices, as in device.cpp."""
 COUNTS = (
     "launches",
     "cub_calls",
@@ -25,6 +31,7 @@ COUNTS = (
     "pageable_copies",
     "synchronizations",
     "failed_allocations",
+    "fallbacks",
 )
 _library: ctypes.CDLL | None = None
 
@@ -51,7 +58,7 @@ def load() -> None:
     module: Any = ModuleType("torch.emulated")
     module.is_available = lambda: True
     module.is_initialized = lambda: True
-    module.device_count = lambda: torch.accelerator.device_count()
+    module.device_count = lambda: DEVICES
     module.current_device = lambda: torch.accelerator.current_device_index()
     module.device = lambda _: nullcontext()
     module.manual_seed_all = module.set_rng_state = lambda *_: None

@@ -53,6 +53,23 @@ def assert_same(one: Batch, other: Batch) -> None:
                 assert torch.equal(_bits(left), _bits(right)), name
 
 
+def moved_to(batch: Batch, device: str) -> Batch:
+    """Return a batch on a device."""
+    return {name: column.to(device) for name, column in batch.items()}
+
+
+def without_unused_values(batch: Batch) -> Batch:
+    """Return a batch on the CPU, without the unused values that a GPU leaves after the last row."""
+    trimmed: Batch = {}
+    for name, column in moved_to(batch, "cpu").items():
+        if isinstance(column, RaggedTensor) and not column.outer:
+            count = int(column.offsets[-1])
+            weights = None if column.weights is None else column.weights[:count]
+            column = RaggedTensor(column.values[:count], column.offsets, weights)
+        trimmed[name] = column
+    return trimmed
+
+
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor
