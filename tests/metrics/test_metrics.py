@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -10,15 +11,21 @@ from hypothesis import given, strategies as st
 
 from recis_hybrid.metrics import (
     AUC,
+    GAUC,
+    MSE,
     BinnedAUC,
+    Calibration,
     HitRateAtK,
     LogLoss,
     NDCGAtK,
+    NormalizedEntropy,
     PrecisionAtK,
     RecallAtK,
     auc,
     logloss,
 )
+from recis_hybrid.metrics._metric import SumMetric
+from tests.support.devices import no_synchronization, on_accelerators
 
 LABELS = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0, 1, 1])
 SCORES = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
@@ -69,6 +76,29 @@ def test_metrics_copy_their_input(metric: type[AUC] | type[LogLoss]) -> None:
     for buffer in (scores, labels, weights):
         buffer.zero_()
     assert overwritten.compute() == whole.compute()
+
+
+@on_accelerators
+@pytest.mark.parametrize(
+    "build", [AUC, BinnedAUC, Calibration, GAUC, LogLoss, MSE, NormalizedEntropy, lambda: NDCGAtK(3)]
+)
+def test_batches_on_a_gpu_are_added_without_waiting(device: str, build: Callable[[], Any]) -> None:
+    metrics = {where: build() for where in ("cpu", device)}
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(3):
+        columns = [torch.rand(64, generator=generator), torch.randint(0, 2, (64,), generator=generator)]
+        if not isinstance(metrics["cpu"], SumMetric | AUC):
+            columns.append(torch.randint(0, 9, (64,), generator=generator))
+        on_device = [column.to(device) for column in columns]
+        metrics["cpu"].update(*columns)
+        with no_synchronization(device):
+            metrics[device].update(*on_device)
+    assert metrics[device].compute() == pytest.approx(metrics["cpu"].compute(), rel=1e-12)
+    restored = build()
+    restored.load_state_dict(metrics[device].state_dict())
+    restored.merge(metrics[device])
+    metrics["cpu"].merge(metrics["cpu"])
+    assert restored.compute() == pytest.approx(metrics["cpu"].compute(), rel=1e-12)
 
 
 @pytest.mark.parametrize("metric", [AUC, LogLoss])

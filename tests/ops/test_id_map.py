@@ -7,7 +7,7 @@ from hypothesis import given, strategies as st
 from recis_hybrid import ops
 from recis_hybrid.embedding import IdMap
 from recis_hybrid.embedding.table.id_map import IdCounts
-from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.devices import EDGE_IDS, late_streams, on_accelerators, on_devices
 
 any_id = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-8, 8), st.sampled_from(EDGE_IDS))
 
@@ -112,25 +112,29 @@ def test_misaligned_slots_are_refused() -> None:
             ops.id_map.find(slots, [ids], [0], rows)
 
 
-def test_ids_beyond_the_used_ones_have_no_row() -> None:
-    ids, used = [torch.tensor([7, 8, 0]), torch.tensor([0, 9])], [torch.tensor([0, 1, 2]), torch.empty(0).long()]
-    id_map = IdMap(torch.device("cpu"))
+@on_devices
+def test_ids_beyond_the_used_ones_have_no_row(device: str) -> None:
+    ids = [torch.tensor(part, device=device) for part in ([7, 8, 0], [0, 9])]
+    used = [torch.tensor(part, dtype=torch.int64, device=device) for part in ([0, 1, 2], [])]
+    id_map = IdMap(torch.device(device))
     id_map.reserve(5)
     rows, _ = id_map.find_or_insert(ids, [0, 1], used=used)
     id_map.commit()
     assert rows.tolist()[2] == -1
     assert len(id_map) == 4
     assert torch.equal(id_map.find(ids, [0, 1], used), rows)
-    insert(id_map, torch.tensor([0]))
+    insert(id_map, torch.tensor([0], device=device))
     assert torch.equal(id_map.find(ids, [0, 1], used), rows)
-    counts, admitted = IdCounts(torch.device("cpu")), torch.empty(5, dtype=torch.uint8)
-    counts.count(ids, [0, 1], torch.full((5,), -1), used)
-    ops.id_map.admit(counts.slots, ids, [0, 1], torch.full((5,), -1), 1, admitted, used=used)
+    counts, admitted = IdCounts(torch.device(device)), torch.empty(5, dtype=torch.uint8, device=device)
+    none = torch.full((5,), -1, device=device)
+    counts.count(ids, [0, 1], none, used)
+    ops.id_map.admit(counts.slots, ids, [0, 1], none, 1, admitted, used=used)
     assert admitted.tolist() == [1, 1, 0, 1, 1]
     assert len(counts) == 4
 
 
-def test_buckets_match_the_checkpoint_format() -> None:
+@on_devices
+def test_buckets_match_the_checkpoint_format(device: str) -> None:
     # Buckets are part of the checkpoint format: the top 16 bits of SplitMix64's finalizer over id ^ salt.
     def bucket(i: int) -> int:
         mask = 2**64 - 1
@@ -139,7 +143,7 @@ def test_buckets_match_the_checkpoint_format() -> None:
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
         return (x ^ (x >> 31)) >> 48
 
-    assert ops.id_map.bucket_of(torch.tensor(EDGE_IDS)).tolist() == [bucket(i) for i in EDGE_IDS]
+    assert ops.id_map.bucket_of(torch.tensor(EDGE_IDS, device=device)).tolist() == [bucket(i) for i in EDGE_IDS]
 
 
 @on_devices
@@ -156,10 +160,11 @@ def test_rows_of_erased_ids_are_reused(device: str) -> None:
     assert torch.equal(id_map.find([torch.arange(4, 50, device=device)], [0]), rows[4:50])
 
 
-def test_repeated_erasing_needs_no_more_slots() -> None:
-    id_map = IdMap(torch.device("cpu"))
-    for repeat in range(200):
-        ids = torch.arange(500) + 500 * repeat
+@on_devices
+def test_repeated_erasing_needs_no_more_slots(device: str) -> None:
+    id_map = IdMap(torch.device(device))
+    for repeat in range(200 if device == "cpu" else 20):
+        ids = torch.arange(500, device=device) + 500 * repeat
         insert(id_map, ids)
         id_map.erase_slots(id_map.slots_of([ids], [0]))
     assert len(id_map) == 0
@@ -167,9 +172,10 @@ def test_repeated_erasing_needs_no_more_slots() -> None:
     assert id_map.row_bound == 500
 
 
-def test_growth_out_of_memory_leaves_the_map_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
-    id_map = IdMap(torch.device("cpu"))
-    rows = insert(id_map, torch.arange(700))
+@on_devices
+def test_growth_out_of_memory_leaves_the_map_unchanged(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    id_map = IdMap(torch.device(device))
+    rows = insert(id_map, torch.arange(700, device=device))
 
     def no_memory(size: int, device: torch.device) -> torch.Tensor:
         raise RuntimeError("out of memory")
@@ -177,7 +183,25 @@ def test_growth_out_of_memory_leaves_the_map_unchanged(monkeypatch: pytest.Monke
     monkeypatch.setattr(ops.memory, "empty_bytes", no_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         id_map.reserve(10_000)
-    assert torch.equal(id_map.find([torch.arange(700)], [0]), rows)
+    assert torch.equal(id_map.find([torch.arange(700, device=device)], [0]), rows)
+
+
+@on_accelerators
+def test_the_host_never_knows_fewer_rows_than_there_are(device: str) -> None:
+    with late_streams(device):
+        id_map, made = IdMap(torch.device(device)), 0
+        for number in range(12):
+            ids = torch.arange(40 * number, 40 * number + 60, device=device)  # 20 of them have a row
+            id_map.reserve(60)
+            id_map.find_or_insert([ids], [0])
+            id_map.commit()
+            made = 40 * number + 60
+            assert id_map.row_bound >= made
+            if number % 4 == 3:
+                torch.accelerator.synchronize()
+                # What was counted before the copy is known exactly; ids that were inserted since are not.
+                assert made <= id_map.row_bound <= made + 60 * number
+        assert id_map.exact_row_bound() == made == id_map.row_bound == len(id_map)
 
 
 def test_schemas_and_fakes_of_operators() -> None:

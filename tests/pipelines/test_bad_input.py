@@ -23,17 +23,20 @@ from recis_hybrid.pipelines import (
     Train,
     Trainer,
 )
-from recis_hybrid.ragged import Batch, RaggedTensor
+from recis_hybrid.ragged import Batch, RaggedTensor, batch_to
 from recis_hybrid.saver import Saver
+from tests.support.devices import on_devices
 from tests.support.small import assert_same, make_batches, make_step, state_of
 
 
-def test_a_non_finite_loss_names_the_step_and_the_columns(tmp_path: Path) -> None:
+@on_devices
+def test_a_non_finite_loss_names_the_step_and_the_columns(tmp_path: Path, device: str) -> None:
     batches = make_batches(6)
     batches[4]["label"] = torch.full((64,), math.nan)
     batches[4]["price"] = torch.tensor([1.0, math.inf, *[2.0] * 62])
     batches[4]["weights"] = RaggedTensor(torch.ones(64), torch.arange(65))
-    step, saver = make_step(), Saver(tmp_path)
+    batches = [batch_to(batch, device) for batch in batches]
+    step, saver = make_step(device=device), Saver(tmp_path)
     trainer = Trainer(step, batches, saver=saver, callbacks=[PeriodicCheckpoint(steps=2)])
     message = (
         r"the loss is nan at step 5: .* columns 'label' \(64 of 64 values\), 'price' \(1 of 64 values\) of its batch "
@@ -45,8 +48,10 @@ def test_a_non_finite_loss_names_the_step_and_the_columns(tmp_path: Path) -> Non
     assert saver.steps() == [2, 4]
 
 
-def test_a_nan_loss_of_a_finite_batch_is_distinguished() -> None:
-    trainer = Trainer(make_step(lambda logits, labels: logits.sum() * math.nan), make_batches(1))
+@on_devices
+def test_a_nan_loss_of_a_finite_batch_is_distinguished(device: str) -> None:
+    step = make_step(lambda logits, labels: logits.sum() * math.nan, device=device)
+    trainer = Trainer(step, make_batches(1, device=device))
     with pytest.raises(NonFiniteLossError, match="at step 1: its batch is finite; lower the learning rate, or clip"):
         trainer.fit([Train()])
 

@@ -31,6 +31,7 @@ from recis_hybrid.pipelines import (
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from recis_hybrid.saver.storage.step_directory import step_name
+from tests.support.devices import on_devices
 from tests.support.small import assert_same, make_batches, make_step, state_of
 from tests.support.workers import FORKED
 
@@ -54,13 +55,14 @@ class Interrupt(Callback):
 
 
 def make_trainer(folder: Path | None, data: Any, callbacks: Sequence[Callback] = (), **options: Any) -> Trainer:
-    step = make_step()
+    device = options.pop("device", "cpu")
+    step = make_step(device=device)
     saver = None if folder is None else Saver(folder, keep=None)
     checkpoint = options.pop("checkpoint", None) or PeriodicCheckpoint(steps=5)
     more = [] if folder is None else [checkpoint]
     step.schedules = [torch.optim.lr_scheduler.ExponentialLR(o, 0.97) for o in step.optimizers.values()]
     options = {"metrics": {"auc": AUC()}, "seed": 3, **options}
-    return Trainer(step, data, make_batches(2), saver=saver, callbacks=[*more, *callbacks], **options)
+    return Trainer(step, data, make_batches(2, device=device), saver=saver, callbacks=[*more, *callbacks], **options)
 
 
 def fit_until_interrupt(trainer: Trainer, stages: Any, **options: Any) -> None:
@@ -113,13 +115,16 @@ def epochs_of(trainer: Trainer) -> list[Stage]:
     return [stage for number in range(4) for stage in (Train(epochs=1, name=f"epoch {number}"), Evaluate())]
 
 
-def test_a_run_resumes_from_an_incremental_checkpoint(tmp_path: Path) -> None:
+@on_devices
+def test_a_run_resumes_from_an_incremental_checkpoint(tmp_path: Path, device: str) -> None:
+    data = make_batches(9, device=device)
+
     def train(*callbacks: Callback) -> Trainer:
         deltas = PeriodicCheckpoint(steps=2, whole_every=50)
-        return make_trainer(tmp_path / "run", make_batches(9), callbacks, checkpoint=deltas)
+        return make_trainer(tmp_path / "run", data, callbacks, checkpoint=deltas, device=device)
 
     stages = [Train(epochs=4)]
-    whole = make_trainer(None, make_batches(9))
+    whole = make_trainer(None, data, device=device)
     whole.fit(stages)
     fit_until_interrupt(train(Interrupt(15)), stages)
     fit_until_interrupt(train(Interrupt(25)), stages, resume="latest")

@@ -10,14 +10,17 @@ import pytest
 import torch
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
+from recis_hybrid.embedding import dense_parameters
 from recis_hybrid.pipelines import (
     Callback,
     TorchStep,
     Train,
     Trainer,
 )
-from recis_hybrid.ragged import Batch, batch_to
+from recis_hybrid.pipelines.step_timer import StepTimer
+from recis_hybrid.ragged import Batch
+from tests.support import emulated
+from tests.support.devices import late_streams, on_accelerators
 from tests.support.small import Model, Records, bce, make_batches, make_step
 
 
@@ -84,26 +87,39 @@ def test_a_step_that_is_not_logged_reads_no_tensor(monkeypatch: pytest.MonkeyPat
 
 
 class ForbidSynchronization(Callback):
+    def __init__(self, device: str) -> None:
+        self.device = device
+
     def before_step(self, trainer: Trainer, batches: Sequence[Batch]) -> None:
-        if trainer.steps_done >= 10:  # the first steps allocate workspaces
+        if self.device == "emulated":
+            emulated.clear_counts()
+        elif trainer.steps_done >= 10:  # the first steps allocate workspaces
             torch.cuda.set_sync_debug_mode("error")
 
     def after_step(self, trainer: Trainer) -> None:
-        torch.cuda.set_sync_debug_mode("default")
+        if self.device == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        elif trainer.steps_done >= 10:
+            assert emulated.counts()["synchronizations"] == 0
 
 
-@pytest.mark.gpu
-def test_a_step_on_a_gpu_does_not_synchronize() -> None:
-    class GpuModel(Model):
-        def __init__(self) -> None:
-            super().__init__()
-            self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer=optim.Adam, device="cuda")
-            self.tower.cuda()
-
-    model = GpuModel()
+@on_accelerators
+def test_a_step_on_a_gpu_does_not_synchronize(device: str) -> None:
+    model = Model(device=device)
     optimizers = [torch.optim.Adam(dense_parameters(model)), optim.Adam(model.engine.parameters())]
     step = TorchStep(model, bce, optimizers, clip_grad_norm=1.0)
-    batches = [batch_to(batch, "cuda") for batch in make_batches(30)]
-    trainer = Trainer(step, batches, callbacks=[ForbidSynchronization()], log_every=1000)
+    callbacks = [ForbidSynchronization(device)]
+    trainer = Trainer(step, make_batches(30, device=device), callbacks=callbacks, log_every=1000)
     trainer.fit([Train()])
     assert trainer.steps_done == 30
+
+
+@on_accelerators
+def test_a_phase_includes_the_work_that_it_queues(device: str) -> None:
+    queued = torch.zeros(3).pin_memory()
+    with late_streams(device):
+        timer = StepTimer()
+        with timer.measure([]), timer.phase("towers"):
+            queued.copy_(torch.ones(3, device=device), non_blocking=True)
+        assert queued.tolist() == [1.0] * 3
+        assert timer.seconds["towers"] > 0

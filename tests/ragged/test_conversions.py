@@ -17,7 +17,7 @@ from recis_hybrid.ragged import (
     to_jagged,
     to_keyed_jagged,
 )
-from tests.support.devices import on_devices
+from tests.support.devices import on_accelerators, on_devices
 
 ROWS = [[1, 2, 3], [], [4]]
 NESTED = [[[1, 2], []], [], [[3]]]
@@ -258,8 +258,8 @@ def test_levels_move_together() -> None:
     assert not nested.is_pinned()
 
 
-@pytest.mark.gpu
-def test_pinned_memory() -> None:
+@on_accelerators
+def test_pinned_memory(device: str) -> None:
     pinned = RaggedTensor.from_lists(NESTED).pin_memory()
     assert pinned.is_pinned()
-    assert pinned.to("cuda", non_blocking=True).to("cpu").to_lists() == NESTED
+    assert pinned.to(device, non_blocking=True).to("cpu").to_lists() == NESTED

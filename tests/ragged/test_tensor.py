@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid.ragged import Batch, RaggedTensor, batch_size, batch_to, build, checks
+from tests.support.devices import no_synchronization, on_accelerators
 
 INT64 = st.integers(-(2**63), 2**63 - 1)
 
@@ -172,16 +173,13 @@ def test_unused_values_are_valid_on_a_gpu() -> None:
         checks.check_content(2, lists, (), tail=True)
 
 
-@pytest.mark.gpu
-def test_nothing_waits_for_a_gpu() -> None:
-    ragged = RaggedTensor.from_lists([[1, 2], []]).to("cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+@on_accelerators
+def test_nothing_waits_for_a_gpu(device: str) -> None:
+    ragged = RaggedTensor.from_lists([[1, 2], []]).to(device)
+    with no_synchronization(device):
         again = RaggedTensor(ragged.values + 1, ragged.offsets.clone())
         lengths = again.lengths()
-        assert repr(again).endswith("device=cuda:0)")
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
+        assert repr(again).endswith(f"device={device}:0)")
     assert lengths.tolist() == [2, 0]
     assert again.to("cpu").to_lists() == [[2, 3], []]
     RaggedTensor(ragged.values, ragged.offsets.clamp(max=1)).validate()  # a value after the last list
@@ -224,12 +222,12 @@ def test_unused_values_of_a_gpu_are_dropped_on_the_cpu(strings: bool) -> None:
     assert rows.weights.tolist() == list(range(3 if strings else 5))
 
 
-@pytest.mark.gpu
-def test_columns_shortened_on_a_gpu_are_valid_on_the_cpu() -> None:
-    offsets = torch.tensor([0, 1, 3], device="cuda")
-    column = RaggedTensor.unchecked(torch.arange(5, device="cuda"), offsets, torch.ones(5, device="cuda"))
+@on_accelerators
+def test_columns_shortened_on_a_gpu_are_valid_on_the_cpu(device: str) -> None:
+    offsets = torch.tensor([0, 1, 3], device=device)
+    column = RaggedTensor.unchecked(torch.arange(5, device=device), offsets, torch.ones(5, device=device))
     assert column.to("cpu").validate().to_lists() == [[0], [1, 2]]
-    assert column.to("cuda") is column
+    assert column.to(device) is column
 
 
 # Indices, compared with nested Python lists

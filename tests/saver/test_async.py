@@ -10,11 +10,15 @@ import torch
 
 from recis_hybrid.saver import CheckpointError, Saver
 from tests.saver.fakes import example_shelf
+from tests.support.devices import on_devices
 from tests.support.toy import Toy
 
 
-def test_a_background_save_has_the_state_at_the_call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    toy, saver = Toy(), Saver(tmp_path / "run", async_save=True)
+@on_devices
+def test_a_background_save_has_the_state_at_the_call(
+    device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    toy, saver = Toy(device=device), Saver(tmp_path / "run", async_save=True)
     toy.train_steps(3)
     before = toy.predictions()
     may_write, write = threading.Event(), Saver._write
@@ -30,7 +34,7 @@ def test_a_background_save_has_the_state_at_the_call(tmp_path: Path, monkeypatch
     may_write.set()
     saver.wait()
     assert saver.steps() == [3]
-    again = Toy(seed=4)
+    again = Toy(seed=4, device=device)
     assert saver.load(again.parts()) == 3
     assert torch.equal(again.predictions(), before)
     Saver(tmp_path / "sync").save(3, {**again.parts(), "note": {"epoch": 1}})

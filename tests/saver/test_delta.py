@@ -20,18 +20,19 @@ from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, Sa
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.checkpoint.delta import apply_changes, merge_changes
 from tests.saver.fakes import entries
-from tests.support.devices import EDGE_IDS
+from tests.support.devices import EDGE_IDS, on_devices
 
 NAMES = ("a", "b", "counted")
 
 
-def engine_of(seed: int = 0, coalesce: bool = True) -> EmbeddingEngine:
+def engine_of(seed: int = 0, coalesce: bool = True, device: str = "cpu") -> EmbeddingEngine:
     plain, counted = EmbeddingConfig(dim=3), EmbeddingConfig(dim=3, admission=MinFrequency(2))
     return EmbeddingEngine(
         {"a": plain, "b": plain, "counted": counted},
         optimizer=optim.Adam,
         seed=seed,
         coalesce=coalesce,
+        device=device,
     )
 
 
@@ -57,10 +58,12 @@ batches = st.lists(st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS)), ma
 
 
 class DeltaMachine(RuleBasedStateMachine):
+    device = "cpu"
+
     @initialize(coalesce=st.booleans(), asynchronous=st.booleans(), keep=st.sampled_from([1, 2, None]))
     def build(self, coalesce: bool, asynchronous: bool, keep: int | None) -> None:
         self.root = Path(tempfile.mkdtemp())
-        self.engine = engine_of(coalesce=coalesce)
+        self.engine = engine_of(coalesce=coalesce, device=self.device)
         self.optimizer = optim.Adam(self.engine.parameters(), lr=0.1)
         self.saver, self.reader = Saver(self.root, keep=keep, async_save=asynchronous), Saver(self.root)
         self.step = 0
@@ -74,7 +77,10 @@ class DeltaMachine(RuleBasedStateMachine):
 
     @rule(a=batches, b=batches, counted=batches, update=st.booleans())
     def train(self, a: list[int], b: list[int], counted: list[int], update: bool) -> None:
-        batch = {n: torch.tensor(i, dtype=torch.int64) for n, i in zip(NAMES, (a, b, counted), strict=True)}
+        batch = {
+            n: torch.tensor(i, dtype=torch.int64, device=self.device)
+            for n, i in zip(NAMES, (a, b, counted), strict=True)
+        }
         outputs = self.engine.train()(batch)
         if update:
             sum(out.square().sum() + out.sum() for out in outputs.values()).backward()
@@ -83,7 +89,7 @@ class DeltaMachine(RuleBasedStateMachine):
     @rule(ids=batches)
     def evaluate(self, ids: list[int]) -> None:
         with torch.no_grad():
-            self.engine.eval()(dict.fromkeys(NAMES, torch.tensor(ids, dtype=torch.int64)))
+            self.engine.eval()(dict.fromkeys(NAMES, torch.tensor(ids, dtype=torch.int64, device=self.device)))
 
     @rule(name=st.sampled_from(NAMES), ids=st.sets(st.integers(-4, 12), max_size=8), meta=st.booleans())
     def insert(self, name: str, ids: set[int], meta: bool) -> None:
@@ -139,11 +145,21 @@ TestDeltas.settings = settings(
 )
 
 
+class EmulatedDeltaMachine(DeltaMachine):
+    device = "emulated"
+
+
+TestDeltasOnTheEmulatedDevice = pytest.mark.emulated(EmulatedDeltaMachine.TestCase)
+TestDeltasOnTheEmulatedDevice.settings = settings(
+    max_examples=8, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
 def trained(engine: EmbeddingEngine, steps: int = 1, first: int = 0) -> None:
     """Train; each step looks up ten new ids."""
     optimizer = optim.Adam(engine.parameters(), lr=0.1)
     for step in range(first, first + steps):
-        ids = torch.arange(10 * step, 10 * step + 10)
+        ids = torch.arange(10 * step, 10 * step + 10, device=engine.device)
         sum(out.sum() for out in engine.train()(dict.fromkeys(NAMES, ids)).values()).backward()
         optimizer.step()
 
@@ -154,8 +170,9 @@ def written(root: Path, step: int, table: str, above: str = "sparse") -> list[in
     return sorted(torch.cat([load_file(file)["ids"] for file in files]).tolist())
 
 
-def test_only_changes_are_written(tmp_path: Path) -> None:
-    engine, saver = engine_of(), Saver(tmp_path)
+@on_devices
+def test_only_changes_are_written(tmp_path: Path, device: str) -> None:
+    engine, saver = engine_of(device=device), Saver(tmp_path)
     trained(engine, 5)
     saver.save(5, {"engine": engine}, delta=True)  # the first is full
     assert written(tmp_path, 5, "a") == list(range(50))
@@ -174,12 +191,13 @@ def test_only_changes_are_written(tmp_path: Path) -> None:
     same(Saver(tmp_path), engine, 7)
 
 
-def test_admission_counts_are_added_and_removed(tmp_path: Path) -> None:
-    engine, saver = engine_of(), Saver(tmp_path)
-    none = torch.empty(0, dtype=torch.int64)
+@on_devices
+def test_admission_counts_are_added_and_removed(tmp_path: Path, device: str) -> None:
+    engine, saver = engine_of(device=device), Saver(tmp_path)
+    none = torch.empty(0, dtype=torch.int64, device=device)
 
     def look_up(*ids: int) -> None:
-        engine.train()({"a": none, "b": none, "counted": torch.tensor(ids)})
+        engine.train()({"a": none, "b": none, "counted": torch.tensor(ids, device=device)})
 
     look_up(1, 2, 3)
     saver.save(1, {"engine": engine}, delta=True)

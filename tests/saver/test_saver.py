@@ -12,12 +12,12 @@ from safetensors.torch import load_file, save_file
 from recis_hybrid.checkpointing import tables_apart
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, PartState, Saver, TableState
 from tests.saver.fakes import Shelf, entries
-from tests.support.devices import EDGE_IDS
+from tests.support.devices import EDGE_IDS, on_devices
 from tests.support.toy import Toy
 
 
-def saved(path: Path, steps: int = 5) -> Toy:
-    toy = Toy()
+def saved(path: Path, steps: int = 5, device: str = "cpu") -> Toy:
+    toy = Toy(device=device)
     toy.train_steps(steps)
     Saver(path).save(steps, {**toy.parts(), "note": {"epoch": 1}})
     return toy
@@ -46,9 +46,10 @@ def test_a_new_process_predicts_the_same_bits(tmp_path: Path, root: Path) -> Non
     assert float(done.stdout) == toy.predictions().sum().item()
 
 
-def test_a_resumed_run_is_bitwise_identical(tmp_path: Path) -> None:
-    toy = saved(tmp_path)
-    again = Toy(seed=3)
+@on_devices
+def test_a_resumed_run_is_bitwise_identical(tmp_path: Path, device: str) -> None:
+    toy = saved(tmp_path, device=device)
+    again = Toy(seed=3, device=device)
     Saver(tmp_path).load(again.parts())
     for each in (toy, again):
         each.train_steps(4)
@@ -68,9 +69,10 @@ def test_other_tools_read_the_files(tmp_path: Path) -> None:
     assert Saver(tmp_path).read_json("note") == {"epoch": 1}
 
 
-def test_rows_are_in_bucket_order_and_equal_tables_give_equal_bytes(tmp_path: Path) -> None:
+@on_devices
+def test_rows_are_in_bucket_order_and_equal_tables_give_equal_bytes(tmp_path: Path, device: str) -> None:
     toy = saved(tmp_path / "a")
-    again = Toy(seed=3)
+    again = Toy(seed=3, device=device)
     Saver(tmp_path / "a").load(again.parts())
     Saver(tmp_path / "b").save(5, again.parts())
     assert toy.engine.tables[0].store.id_map.slots.data_ptr() != again.engine.tables[0].store.id_map.slots.data_ptr()

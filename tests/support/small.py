@@ -12,7 +12,7 @@ from recis_hybrid import optim
 from recis_hybrid.checkpointing import tables_apart
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
 from recis_hybrid.pipelines import Callback, Record, TorchStep, Trainer
-from recis_hybrid.ragged import Batch
+from recis_hybrid.ragged import Batch, batch_to
 
 bce = nn.functional.binary_cross_entropy_with_logits
 
@@ -20,10 +20,11 @@ bce = nn.functional.binary_cross_entropy_with_logits
 class Model(nn.Module):
     """An embedding and a linear tower with dropout (generators) and batch norm (running statistics)."""
 
-    def __init__(self, heads: tuple[str, ...] = ()) -> None:
+    def __init__(self, heads: tuple[str, ...] = (), device: str = "cpu") -> None:
         super().__init__()
-        self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer=optim.Adam)
+        self.engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer=optim.Adam, device=device)
         self.tower: nn.Module = nn.Sequential(nn.BatchNorm1d(4), nn.Dropout(0.1), nn.Linear(4, max(len(heads), 1)))
+        self.tower.to(device)
         self.heads = heads
 
     def forward(self, batch: Batch) -> Any:
@@ -31,20 +32,26 @@ class Model(nn.Module):
         return dict(zip(self.heads, outputs.unbind(1), strict=True)) if self.heads else outputs[:, 0]
 
 
-def make_batches(number: int = 8, rows: int = 64, seed: int = 0) -> list[Batch]:
+def make_batches(number: int = 8, rows: int = 64, seed: int = 0, device: str = "cpu") -> list[Batch]:
     generator = torch.Generator().manual_seed(seed)
     batches: list[Batch] = []
     for _ in range(number):
         ids = torch.randint(0, 20, (rows,), generator=generator)
         batches.append({"id": ids, "label": (ids % 2).float(), "other": (ids % 3 == 0).float(), "user": ids // 4})
-    return batches
+    return [batch_to(batch, device) for batch in batches]
 
 
 def make_step(
-    loss: Any = bce, heads: tuple[str, ...] = (), *, lr: float = 0.05, tower: nn.Module | None = None, **options: Any
+    loss: Any = bce,
+    heads: tuple[str, ...] = (),
+    *,
+    lr: float = 0.05,
+    tower: nn.Module | None = None,
+    device: str = "cpu",
+    **options: Any,
 ) -> TorchStep:
     torch.manual_seed(0)
-    model = Model(heads)
+    model = Model(heads, device)
     if tower is not None:
         model.tower = tower
     dense = torch.optim.Adam(dense_parameters(model), lr=lr)

@@ -12,12 +12,12 @@ from tests.support.devices import EDGE_IDS
 
 
 class Toy(nn.Module):
-    def __init__(self, seed: int = 0, dim: int = 6) -> None:
+    def __init__(self, seed: int = 0, dim: int = 6, device: str = "cpu") -> None:
         super().__init__()
         torch.manual_seed(seed)
         config = EmbeddingConfig(dim=dim, initializer=Normal(0, 0.1))
-        self.engine = EmbeddingEngine({"user": config, "item": config}, optimizer=optim.Adam, seed=seed)
-        self.tower = nn.Sequential(nn.Linear(2 * dim, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+        self.engine = EmbeddingEngine({"user": config, "item": config}, optimizer=optim.Adam, seed=seed, device=device)
+        self.tower = nn.Sequential(nn.Linear(2 * dim, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1)).to(device)
         self.sparse = optim.Adam(self.engine.parameters(), lr=0.01)
         self.dense = torch.optim.Adam(dense_parameters(self), lr=0.01)
 
@@ -28,7 +28,7 @@ class Toy(nn.Module):
         self.train()
         generator = torch.Generator().manual_seed(1)
         for _ in range(steps):
-            batch = some_batch(generator)
+            batch = self.some_batch(generator)
             for optimizer in (self.sparse, self.dense):
                 optimizer.zero_grad()
             (self(batch) - 1).square().mean().backward()
@@ -38,7 +38,10 @@ class Toy(nn.Module):
     def predictions(self) -> torch.Tensor:
         self.eval()
         with torch.no_grad():
-            return self(some_batch(torch.Generator().manual_seed(2)))
+            return self(self.some_batch(torch.Generator().manual_seed(2)))
+
+    def some_batch(self, generator: torch.Generator) -> Batch:
+        return {name: column.to(self.engine.device) for name, column in some_batch(generator).items()}
 
     def parts(self) -> dict[str, object]:
         return {"engine": self.engine, "model": self, "sparse": self.sparse, "dense": self.dense}

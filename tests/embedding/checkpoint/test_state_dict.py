@@ -23,8 +23,9 @@ from recis_hybrid.embedding import (
     dense_parameters,
     leave_out_of_ddp,
 )
-from recis_hybrid.ragged import Batch
+from recis_hybrid.ragged import Batch, batch_to
 from tests.support import sharded
+from tests.support.devices import on_devices
 from tests.support.rank_processes import Ranks
 from tests.support.sharded import rows_of
 
@@ -41,7 +42,7 @@ class Model(nn.Module):
         super().__init__()
         self.engine = EmbeddingEngine(configs, optimizer=optim.Adam, seed=seed, **more)
         torch.manual_seed(0)
-        self.tower = nn.Linear(sum(config.dim for config in configs.values()), 1)
+        self.tower = nn.Linear(sum(config.dim for config in configs.values()), 1).to(self.engine.device)
 
     def forward(self, batch: Batch) -> Tensor:
         return self.tower(torch.cat(list(self.engine(batch).values()), 1))[:, 0]  # type: ignore[no-any-return]
@@ -53,10 +54,11 @@ def batch_of(step: int) -> Batch:
 
 
 def train(model: Model, optimizers: list[torch.optim.Optimizer], steps: range) -> None:
+    device = optimizers[-1].param_groups[0]["params"][0].device
     for step in steps:
         for optimizer in optimizers:
             optimizer.zero_grad()
-        model(batch_of(step)).square().sum().backward()
+        model(batch_to(batch_of(step), device)).square().sum().backward()
         for optimizer in optimizers:
             optimizer.step()
 
@@ -142,10 +144,11 @@ def test_state_dicts_without_the_key(anchors: bool) -> None:
     assert_equal(everything(model), before)
 
 
-def test_records_in_a_state_dict_resume_training_bitwise() -> None:
-    model, optimizers = trained(rows_in_state_dict="record")
+@on_devices
+def test_records_in_a_state_dict_resume_training_bitwise(device: str) -> None:
+    model, optimizers = trained(rows_in_state_dict="record", device=device)
     saved = through_torch({"model": model.state_dict(), "optimizers": [each.state_dict() for each in optimizers]})
-    restored = Model(seed=5)
+    restored = Model(seed=5, device=device)
     again = optimizers_of(restored)
     restored.load_state_dict(saved["model"])
     for optimizer, state in zip(again, saved["optimizers"], strict=True):

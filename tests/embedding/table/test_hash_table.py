@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
 from recis_hybrid import ops, optim
 from recis_hybrid.embedding import (
+    Admission,
     Constant,
     EmbeddingBlocks,
     EmbeddingConfig,
@@ -19,14 +21,22 @@ from recis_hybrid.embedding import (
     Normal,
     Placement,
     RecordLayout,
+    Rows,
     StateField,
     Unused,
 )
-from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.devices import EDGE_IDS, on_accelerators, on_devices
 from tests.support.near import assert_near
 from tests.support.tables import feature, gathered, make_table, values_of
 
 SUM = (StateField("sum", first_value=0.25),)
+
+
+class OddIds:
+    """Evicts the rows of odd ids."""
+
+    def unwanted(self, rows: Rows) -> torch.Tensor:
+        return rows.ids % 2 == 1
 
 
 def meta(table: HashTable, ids: list[int]) -> list[list[int]]:
@@ -48,13 +58,14 @@ def test_metadata_count_training_lookups_and_steps(device: str) -> None:
     assert table.step == 3
 
 
-def test_metadata_can_hold_large_numbers() -> None:
-    table = make_table()
+@on_devices
+def test_metadata_can_hold_large_numbers(device: str) -> None:
+    table = make_table(device=device)
     rows = table.insert(0, torch.tensor([5, 6]))
-    columns = torch.tensor([[2**40 - 1, 0], [0, 2**40 - 1], [2**48 - 1, 2**24 + 3]])
+    columns = torch.tensor([[2**40 - 1, 0], [0, 2**40 - 1], [2**48 - 1, 2**24 + 3]], device=device)
     ops.blocks.write_meta(table.store.blocks.handle, rows, columns)
     assert torch.equal(ops.blocks.read_meta(table.store.blocks.handle, rows), columns)
-    table.lookup([feature([5, 6, 6])], train=True)
+    table.lookup([feature([5, 6, 6], device=device)], train=True)
     assert meta(table, [5, 6])[2] == [2**48 - 1, 2**24 + 5]
 
 
@@ -129,8 +140,9 @@ def test_bad_bulk_changes_are_refused_and_change_nothing(change: Callable[[HashT
     assert len(table) == 0
 
 
-def test_an_interrupted_insert_adds_no_ids(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = make_table(dim=4)
+@on_devices
+def test_an_interrupted_insert_adds_no_ids(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(dim=4, device=device)
     first = values_of(table, [1, 2])
 
     def interrupted(*_: object) -> None:
@@ -146,12 +158,13 @@ def test_an_interrupted_insert_adds_no_ids(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(values_of(table, [50]), values_of(make_table(dim=4), [50]))
 
 
-def test_a_compaction_out_of_memory_moves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = make_table(dim=4)
+@on_devices
+def test_a_compaction_out_of_memory_moves_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(dim=4, device=device)
     table.insert(0, torch.arange(2000))
     table.erase(0, torch.arange(0, 2000, 2))
     before = table.export(0)
-    lookup = table.lookup([feature([1, 3])], train=True)
+    lookup = table.lookup([feature([1, 3], device=device)], train=True)
 
     def no_memory(size: int, device: torch.device) -> torch.Tensor:
         raise RuntimeError("out of memory")
@@ -165,37 +178,41 @@ def test_a_compaction_out_of_memory_moves_nothing(monkeypatch: pytest.MonkeyPatc
     assert torch.equal(table.export(0)["embedding"], before["embedding"])
 
 
-def test_admission_counts_survive_growth_out_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = make_table(dim=4, admission=MinFrequency(2))
-    table.lookup([feature([7])], train=True)
+@on_devices
+def test_admission_counts_survive_growth_out_of_memory(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(dim=4, admission=MinFrequency(2), device=device)
+    table.lookup([feature([7], device=device)], train=True)
 
     def no_blocks(rows: int) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(table.store.blocks, "reserve", no_blocks)
     with pytest.raises(RuntimeError, match="out of memory"):
-        table.lookup([feature([7])], train=True)
+        table.lookup([feature([7], device=device)], train=True)
     monkeypatch.undo()
-    table.lookup([feature([7])], train=True)
+    table.lookup([feature([7], device=device)], train=True)
     assert table.ids(0).tolist() == [7]
 
 
+@on_devices
 @pytest.mark.parametrize("where", [(ops.id_map, "find_or_insert"), (ops.blocks, "init_fresh")], ids=["map", "blocks"])
-def test_admission_counts_survive_a_failed_insert(where: tuple[object, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    table = make_table(dim=4, admission=MinFrequency(3))
+def test_admission_counts_survive_a_failed_insert(
+    device: str, where: tuple[object, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = make_table(dim=4, admission=MinFrequency(3), device=device)
     assert table.store.gate is not None
-    table.lookup([feature([7, 7, 8])], train=True)
+    table.lookup([feature([7, 7, 8], device=device)], train=True)
 
     def no_memory(*_: object, **__: object) -> None:
         raise RuntimeError("out of memory")
 
     monkeypatch.setattr(*where, no_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
-        table.lookup([feature([7, 8])], train=True)
+        table.lookup([feature([7, 8], device=device)], train=True)
     monkeypatch.undo()
     known = table.store.gate.state_dict(0)
     assert (known["ids"].tolist(), known["count"].tolist(), len(table)) == ([7, 8], [3, 2], 0)
-    table.lookup([feature([7, 8])], train=True)
+    table.lookup([feature([7, 8], device=device)], train=True)
     assert table.ids(0).tolist() == [7, 8]
     assert table.store.gate.state_dict(0)["ids"].tolist() == []
 
@@ -216,12 +233,13 @@ def test_counts_of_ids_never_admitted_are_reported_and_can_be_dropped() -> None:
     assert engine.memory()["admission"] == empty
 
 
-def test_inserting_an_id_drops_its_count() -> None:
-    table = make_table(dim=4, admission=MinFrequency(3))
-    table.lookup([feature([7, 7])], train=True)
+@on_devices
+def test_inserting_an_id_drops_its_count(device: str) -> None:
+    table = make_table(dim=4, admission=MinFrequency(3), device=device)
+    table.lookup([feature([7, 7], device=device)], train=True)
     table.insert(0, torch.tensor([7]))
     table.erase(0, torch.tensor([7]))
-    table.lookup([feature([7])], train=True)
+    table.lookup([feature([7], device=device)], train=True)
     assert len(table) == 0
 
 
@@ -264,8 +282,9 @@ def test_eviction_erases_unused_rows_and_reuses_them(device: str) -> None:
     assert engine.evict(Unused(steps=100)) == 0
 
 
-def test_bulk_changes_refuse_pending_gradients_and_invalidate_lookups() -> None:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)})
+@on_devices
+def test_bulk_changes_refuse_pending_gradients_and_invalidate_lookups(device: str) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2)}, device=device)
     table, ids = engine.tables[0], torch.tensor([1, 2])
     engine({"id": ids})["id"].sum().backward()
     for change in (table.compact, lambda: table.erase(0, ids), lambda: table.evict(Unused(1)), lambda: table.clear(0)):
@@ -333,8 +352,9 @@ def make_engine_table(config: EmbeddingConfig) -> HashTable:
     return EmbeddingEngine({"id": EmbeddingConfig(dim=config.dim, initializer=config.initializer)}).tables[0]
 
 
-def test_an_evicted_id_is_counted_from_zero() -> None:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, admission=MinFrequency(2))})
+@on_devices
+def test_an_evicted_id_is_counted_from_zero(device: str) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, admission=MinFrequency(2))}, device=device)
     table = engine.tables[0]
     engine({"id": torch.tensor([7, 7])})
     table.erase(0, torch.tensor([7]))
@@ -344,8 +364,9 @@ def test_an_evicted_id_is_counted_from_zero() -> None:
     assert len(table) == 1
 
 
-def test_a_read_only_table_changes_only_by_loading() -> None:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, trainable=False)})
+@on_devices
+def test_a_read_only_table_changes_only_by_loading(device: str) -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=2, trainable=False)}, device=device)
     table = engine.tables[0]
     table.load(0, torch.tensor([1]), {"embedding": torch.ones(1, 2)})
     output = engine({"id": torch.tensor([1, 2])})["id"]
@@ -358,7 +379,9 @@ def test_a_read_only_table_changes_only_by_loading() -> None:
         "erase": lambda: table.erase(0, torch.tensor([1])),
         "clear": lambda: table.clear(),
         "evict": lambda: table.evict(Unused(1)),
-        "apply_gradients": lambda: table.gradients_of(table.lookup([feature([1])], train=False), [torch.ones(1, 2)]),
+        "apply_gradients": lambda: table.gradients_of(
+            table.lookup([feature([1], device=device)], train=False), [torch.ones(1, 2, device=device)]
+        ),
     }
     for name, change in changes.items():
         with pytest.raises(RuntimeError, match=f"table id: {name} would change it, but it is read-only"):
@@ -388,8 +411,9 @@ def test_growing_blocks_takes_at_most_a_tenth_of_extra_memory() -> None:
     assert tracker["peak"] <= 1.1 * table.store.blocks.nbytes
 
 
-def test_growing_blocks_out_of_memory_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    table = make_table(dim=16, state=SUM)
+@on_devices
+def test_growing_blocks_out_of_memory_changes_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(dim=16, state=SUM, device=device)
     before = values_of(table, [1, 2, 3])
     allocate = ops.memory.empty_bytes
 
@@ -400,7 +424,7 @@ def test_growing_blocks_out_of_memory_changes_nothing(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(ops.memory, "empty_bytes", no_blocks)
     with pytest.raises(RuntimeError, match="out of memory"):
-        table.lookup([feature(torch.arange(table.store.blocks.capacity + 1))], train=True)
+        table.lookup([feature(torch.arange(table.store.blocks.capacity + 1), device=device)], train=True)
     monkeypatch.undo()
     assert len(table) == 3
     assert torch.equal(values_of(table, [1, 2, 3]), before)
@@ -508,22 +532,31 @@ def test_rounding_depends_on_the_seed_but_not_on_row_numbers() -> None:
     assert not torch.equal(results[0], results[2])
 
 
-@pytest.mark.gpu
+@on_accelerators
 @pytest.mark.parametrize("id_map", ["cpu", "cuda"])
 @pytest.mark.parametrize("blocks", ["cpu", "cuda", "pinned"])
-def test_every_placement_trains_to_the_same_values(id_map: str, blocks: str) -> None:
-    outputs = []
+@pytest.mark.parametrize("admission", [None, MinFrequency(6)])
+def test_every_placement_trains_to_the_same_values(
+    device: str, id_map: Any, blocks: Any, admission: Admission | None
+) -> None:
+    outputs, states = [], []
     for placement in (Placement(id_map="cuda", blocks="cuda"), Placement(id_map=id_map, blocks=blocks)):
-        config = EmbeddingConfig(dim=16, placement=placement)
-        engine = EmbeddingEngine({"id": config}, optimizer=optim.Adam, device="cuda")
-        optimizer = optim.Adam(engine.parameters(), lr=0.1)
+        config = EmbeddingConfig(dim=16, placement=placement, admission=admission)
+        engine = EmbeddingEngine({"id": config}, optimizer=optim.Adam, device=device)
+        optimizer, (table,) = optim.Adam(engine.parameters(), lr=0.1), engine.tables
         for step in range(4):
-            ids = torch.arange(step, step + 3000, device="cuda") % 700
+            ids = torch.arange(step, step + 2000, device=device) % 700
             engine({"id": ids})["id"].square().sum().backward()
             optimizer.step()
-        outputs.append(engine({"id": torch.arange(703, device="cuda")})["id"])
-        assert outputs[-1].is_cuda
+        table.erase(0, torch.arange(3, 90, device=device))
+        assert engine.evict(OddIds()) > 0
+        engine.compact()
+        outputs.append(engine.eval()({"id": torch.arange(703, device=device)})["id"])
+        assert outputs[-1].device.type == device
+        states.append(engine.checkpoint_state().tables["id"])
     assert_near(outputs[0], outputs[1])
+    for name, column in states[0].columns.items():
+        assert_near(states[1].columns[name].cpu(), column.cpu())
 
 
 def test_pinned_blocks_need_a_gpu() -> None:
