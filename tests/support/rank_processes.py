@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.support import emulated
+
 RANKS = 4
 TIMEOUT_S = 20.0
 
@@ -88,6 +90,8 @@ SAVING: dict[int, dist.ProcessGroup] = {}
 def serve(rank: int, ranks: int, store: str, timeout_s: float, connection: Connection) -> None:
     """Run the calls that a rank receives, sequentially."""
     torch.set_num_threads(1)
+    if emulated.is_usable():
+        emulated.load()  # before the first backward pass, at which autograd counts the devices
     timeout = timedelta(seconds=timeout_s)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=timeout)
     sizes = [size for size in (1, 2, 3, 4, 8) if size <= ranks]
