@@ -40,6 +40,7 @@ from recis_hybrid.features import (
 from recis_hybrid.features.program.lowering import run_alone
 from recis_hybrid.features.program.plan import compile_plan
 from recis_hybrid.ragged import RaggedTensor
+from tests.support.devices import on_accelerators
 from tests.support.features import fused_or_not, run
 
 ROWS = RaggedTensor.from_lists([[1, 2, 3], [4]])
@@ -327,3 +328,31 @@ def test_operations_by_name() -> None:
 
 def test_columns_keep_their_form() -> None:
     assert Column.of(NESTED).pack().outer == NESTED.outer  # type: ignore[union-attr]
+
+
+@on_accelerators
+@fused_or_not
+def test_bad_offsets_of_strings_on_an_accelerator_are_found_by_check(device: str, fuse: bool) -> None:
+    engine = FeatureEngine([Feature("word", ops=[Hash()])], fuse=fuse)
+    words = RaggedTensor.from_strings(["ab", "c", "def"]).to(device)
+    expected = engine({"word": words})["word"]
+    engine.check()
+    bad = RaggedTensor.unchecked(words.values, words.offsets.clone())
+    bad.offsets[2] = -5
+    engine({"word": bad})
+    with pytest.raises(ValueError, match="offsets"):
+        engine.check()
+    # The accelerator works as before.
+    assert torch.equal(engine({"word": words})["word"].cpu(), expected.cpu())
+    engine.check()
+
+
+@on_accelerators
+@fused_or_not
+def test_strings_that_were_cut_off_on_an_accelerator_are_not_refused(device: str, fuse: bool) -> None:
+    words = RaggedTensor.from_strings([["ab", "c", "def"], ["g"] * 9, []])
+    engine = FeatureEngine([Feature("word", ops=[Truncate(1), Hash()])], fuse=fuse)
+    hashes = engine({"word": words.to(device)})["word"]
+    engine.check()
+    assert hashes.offsets.tolist() == [0, 1, 2, 2]
+    assert hashes.values[:2].tolist() == engine({"word": words})["word"].values.tolist()
