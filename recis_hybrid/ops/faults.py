@@ -39,7 +39,7 @@ def words(values: Tensor, reason: str) -> Tensor | None:
     Raises:
         RuntimeError: If a kernel of an earlier call has refused an element for this reason.
     """
-    if not is_accelerator(values):
+    if values.is_cpu or not is_accelerator(values):
         return None
     if not torch.compiler.is_compiling():
         _raise_if(_word(reason, values.device).take(), reason, values.device)
