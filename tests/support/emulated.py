@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import ModuleType
@@ -105,6 +105,13 @@ def counts() -> dict[str, int]:
     library = _functions()
     library.emulated_count.restype = ctypes.c_int64
     return {name: library.emulated_count(name.encode()) for name in COUNTS}
+
+
+def synchronizations(call: Callable[[], object]) -> int:
+    """Return how often the host waits for the device in a call."""
+    before = counts()["synchronizations"]
+    call()
+    return counts()["synchronizations"] - before
 
 
 def clear_counts() -> None:

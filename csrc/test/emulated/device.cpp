@@ -17,8 +17,10 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cstring>
+#include <set>
 #include <string>
 
 #include "emulated/machine.h"
@@ -199,7 +201,8 @@ at::Tensor empty_strided(c10::SymIntArrayRef size, c10::SymIntArrayRef stride, s
 }
 
 // As CUDA copies: to and from pinned memory in stream order without waiting if asked, from pageable memory through a
-// staging buffer, to pageable memory with a synchronization.
+// staging buffer, to pageable memory with a synchronization. A blocking copy from pageable memory counts as one too,
+// but does not wait, so that late streams stay late.
 at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_blocking) {
   const bool reads_device = from.device().is_privateuseone(), writes_device = to.device().is_privateuseone();
   at::Tensor source = on_host(from);
@@ -211,6 +214,7 @@ at::Tensor copy_from(const at::Tensor& from, const at::Tensor& to, bool non_bloc
     count("copies_to_device");
     if (!from.is_pinned()) {
       count("pageable_copies");
+      if (waits) count("synchronizations");
       source = source.clone();
       waits = false;
     }
@@ -275,11 +279,30 @@ void record_stream(at::Tensor& tensor, at::Stream stream) {
   device().record_use(const_cast<void*>(tensor.storage().data()), stream.id());
 }
 
+// Whether the host waits in an operator on CUDA, because the result's size depends on data or is a number.
+bool waits_on_cuda(const std::string& name, c10::ArrayRef<c10::IValue> arguments) {
+  static const std::set<std::string> kWaiting = {
+      "aten::nonzero",    "aten::masked_select",      "aten::_unique",  "aten::_unique2",
+      "aten::unique_dim", "aten::unique_consecutive", "aten::bincount", "aten::unique_dim_consecutive",
+      "aten::equal",      "aten::is_nonzero"};
+  if (kWaiting.count(name) > 0) return true;
+  if (name == "aten::repeat_interleave") return arguments.back().isNone();
+  // Reading by a mask calls nonzero, and writing one number by a mask is a masked fill.
+  if (name != "aten::_index_put_impl_" || arguments[2].toTensor().numel() == 1) return false;
+  const auto indices = arguments[1].toListRef();
+  return std::any_of(indices.begin(), indices.end(), [](const c10::IValue& index) {
+    if (!index.isTensor()) return false;
+    const auto dtype = index.toTensor().scalar_type();
+    return dtype == at::kBool || dtype == at::kByte;
+  });
+}
+
 // All other operators run on the CPU; a missing kernel of ours must not.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const std::string& name = op.schema().name();
   TORCH_CHECK(name.rfind("recis::", 0) != 0, name, " has no kernel for the emulated device");
   device().count("fallbacks");
+  if (waits_on_cuda(name, torch::jit::last(*stack, op.schema().arguments().size()))) count("synchronizations");
   device().synchronize(current_stream());
   const bool outer = in_fallback;
   in_fallback = true;
