@@ -5,6 +5,8 @@ All other modules ask here, and not ``torch.cuda``, so that tests can put anothe
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,18 @@ def is_initialized() -> bool:
 def accelerator(index: int | None = None) -> torch.device:
     """Return the accelerator with its number, the current one where ``index`` is None."""
     return torch.device(KIND, torch.accelerator.current_device_index() if index is None else index)
+
+
+def copied(tensor: Tensor, where: torch.device) -> Tensor:
+    """Return a tensor on a device. The host waits for a copy to the CPU only; others are queued."""
+    return tensor.to(where, non_blocking=is_accelerator(where))
+
+
+def numbers_on(where: torch.device, numbers: Sequence[int]) -> Tensor:
+    """Return whole numbers as int64 ``[n]`` on a device, for which ``torch.tensor`` would wait."""
+    if not is_accelerator(where):
+        return torch.tensor(numbers, dtype=torch.int64, device=where)
+    return torch.tensor(numbers, dtype=torch.int64, pin_memory=True).to(where, non_blocking=True)
 
 
 def record_event(where: torch.device) -> torch.Event:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from recis_hybrid.accelerator import is_accelerator
 from recis_hybrid.ragged.checks import Parts, describe, one_level
 
 
@@ -29,7 +30,11 @@ def to_padded(
     if side not in ("left", "right"):
         raise ValueError(f"RaggedTensor.to_padded: side must be 'left' or 'right', got {side!r}")
     lengths = offsets[1:] - offsets[:-1]
+    if is_accelerator(values) and length is not None:
+        return _padded(values, offsets, lengths, length, padding, side)
     longest = int(lengths.max()) if len(lengths) else 0
+    if is_accelerator(values):
+        return _padded(values, offsets, lengths, longest, padding, side)
     if length is None:
         length = longest
     if longest > length:
@@ -44,6 +49,26 @@ def to_padded(
         places = places + (length - lengths)[rows]
     padded[rows, places] = values
     return padded
+
+
+def _padded(
+    values: torch.Tensor, offsets: torch.Tensor, lengths: torch.Tensor, length: int, padding: float, side: str
+) -> torch.Tensor:
+    """Return the dense tensor without waiting for a GPU; longer rows are cut."""
+    rows, count = len(lengths), values.shape[0]
+    # An additional row takes the values that belong to no row, and those of long rows that are cut.
+    padded = values.new_full((rows * length + 1, *values.shape[1:]), padding)
+    if rows:
+        numbers = torch.arange(count, device=values.device)
+        row = torch.searchsorted(offsets[1:], numbers, right=True)
+        in_use = row < rows
+        row = row.clamp(max=rows - 1)
+        places = numbers - offsets[:-1][row]
+        if side == "left":
+            places = places + (length - lengths)[row]
+        in_use = in_use & (places >= 0) & (places < length)
+        padded[torch.where(in_use, row * length + places, rows * length)] = values
+    return padded[:-1].view(rows, length, *values.shape[1:])
 
 
 def from_padded(padded: torch.Tensor, lengths: torch.Tensor | None, padding: float | None) -> Parts:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from recis_hybrid.accelerator import copied, is_accelerator
 from recis_hybrid.ragged.checks import Parts
 from recis_hybrid.ragged.dense import positions
 
@@ -111,27 +112,67 @@ def _rows(parts: Parts, which: Any) -> Parts | torch.Tensor:
         if step == 1:
             return _between(parts, start, max(start, stop))
         which = list(range(start, stop, step))
-    return _taken(parts, _numbers(which, count, values.device))
+    numbers = _numbers(which, count)
+    if is_accelerator(numbers):
+        return _taken_on_device(parts, numbers, count, which)
+    if numbers.dtype == torch.bool:
+        numbers = numbers.nonzero().view(-1)
+    if numbers.numel() and not (-count <= int(numbers.min()) and int(numbers.max()) < count):
+        raise _no_such_rows(which, count)
+    return _taken(parts, copied(numbers % max(count, 1), values.device))
 
 
-def _numbers(which: Any, count: int, device: torch.device) -> torch.Tensor:
-    """Return the row numbers, int64, of a mask or a list of indices."""
+def _numbers(which: Any, count: int) -> torch.Tensor:
+    """Return a mask, bool ``[B]``, or row numbers, int64 ``[n]``, on their own device."""
     if which is None or isinstance(which, str | bytes | bool | np.bool_ | float | Mapping | Set):
         raise _wrong_index(which)
     try:
-        numbers = torch.as_tensor(which, device=device)
+        numbers = torch.as_tensor(which)
     except (TypeError, ValueError, RuntimeError) as error:
         raise _wrong_index(which) from error
     if numbers.dtype == torch.bool:
         if numbers.shape != (count,):
             raise IndexError(f"RaggedTensor: a mask of rows must be [{count}], got {list(numbers.shape)}")
-        numbers = numbers.nonzero().view(-1)
+        return numbers
     if (numbers.is_floating_point() or numbers.is_complex()) and numbers.numel():
         raise TypeError(f"RaggedTensor: row numbers must be integers, got {numbers.dtype}; convert them")
-    numbers = numbers.to(torch.int64)
-    if numbers.dim() != 1 or (numbers.numel() and not (-count <= int(numbers.min()) and int(numbers.max()) < count)):
-        raise IndexError(f"RaggedTensor: rows must be a list of numbers from {-count} to {count - 1}, got {which}")
-    return numbers % max(count, 1)
+    if numbers.dim() != 1:
+        raise _no_such_rows(which, count)
+    return numbers.to(torch.int64)
+
+
+def _no_such_rows(which: Any, count: int) -> IndexError:
+    return IndexError(f"RaggedTensor: rows must be a list of numbers from {-count} to {count - 1}, got {which}")
+
+
+def _taken_on_device(parts: Parts, which: torch.Tensor, count: int, given: Any) -> Parts:
+    """Take rows by a mask or numbers on a GPU. The host waits once: for the sizes, and to check the numbers."""
+    values, offsets, _, outer = parts
+    which = which.to(values.device)
+    if which.dtype == torch.bool:
+        # The rows of the mask come first.
+        numbers, used = which.to(torch.uint8).argsort(descending=True, stable=True), which.sum()
+        kept = torch.arange(len(numbers), device=which.device) < used
+        bad = torch.zeros_like(used)
+    else:
+        bad = ((which < -count) | (which >= count)).sum()
+        numbers = which.clamp(-count, max(count - 1, 0)) % max(count, 1)
+        kept, used = torch.ones_like(numbers, dtype=torch.bool), torch.full_like(bad, len(numbers))
+    if count == 0:
+        numbers, kept = numbers[:0], kept[:0]
+    *totals, taken, wrong = torch.stack([*_totals((*outer, offsets), numbers, kept), used, bad]).tolist()
+    if wrong:
+        raise _no_such_rows(given, count)
+    return _taken(parts, numbers[:taken], totals)
+
+
+def _totals(levels: Sequence[torch.Tensor], numbers: torch.Tensor, kept: torch.Tensor) -> list[torch.Tensor]:
+    """Return for each level the number of items of the rows that are kept, int64 ``[]``."""
+    totals, starts, stops = [], numbers, numbers + 1
+    for level in levels:
+        starts, stops = level[starts], level[stops]
+        totals.append(torch.where(kept, stops - starts, 0).sum())
+    return totals
 
 
 def _within(parts: Parts, which: tuple[Any, ...], depth: int) -> Parts | torch.Tensor:
@@ -222,12 +263,31 @@ def _slices(which: slice, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Te
 
 def _between(parts: Parts, start: int, stop: int) -> Parts:
     """Return the rows from start to stop; they share the values."""
+    if is_accelerator(parts[1]):
+        return _cut(parts, start, stop, _bounds(parts, start, stop).tolist())
+    bounds, first, last = [], start, stop
+    for level in (*parts[3], parts[1]):
+        first, last = int(level[first]), int(level[last])
+        bounds.append((first, last))
+    return _cut(parts, start, stop, bounds)
+
+
+def _bounds(parts: Parts, start: int, stop: int) -> torch.Tensor:
+    """Return for each level the first and the last offset of the rows from start to stop, int64 ``[levels, 2]``."""
+    _, offsets, _, outer = parts
+    first, *rest = (*outer, offsets)
+    found = [torch.stack([first[start], first[stop]])]
+    for level in rest:
+        found.append(level[found[-1]])
+    return torch.stack(found)
+
+
+def _cut(parts: Parts, start: int, stop: int, bounds: Sequence[Sequence[int]]) -> Parts:
     values, offsets, weights, outer = parts
     levels = []
-    for level in (*outer, offsets):
-        part = level[start : stop + 1]
-        start, stop = int(part[0]), int(part[-1])
-        levels.append(part - start)
+    for level, (first, last) in zip((*outer, offsets), bounds, strict=True):
+        levels.append(level[start : stop + 1] - first)
+        start, stop = first, last
         if len(levels) == len(outer):
             strings = start, stop
     if weights is not None:
@@ -236,8 +296,12 @@ def _between(parts: Parts, start: int, stop: int) -> Parts:
     return values[start:stop], levels[-1], weights, tuple(levels[:-1])
 
 
-def _taken(parts: Parts, numbers: torch.Tensor) -> Parts:
+def _taken(parts: Parts, numbers: torch.Tensor, totals: Sequence[int] | None = None) -> Parts:
+    """Return rows by their numbers; ``totals`` as from :func:`_totals`, None to compute them."""
     values, offsets, weights, outer = parts
+    if totals is None and is_accelerator(numbers):
+        kept = torch.ones_like(numbers, dtype=torch.bool)
+        totals = torch.stack(_totals((*outer, offsets), numbers, kept)).tolist()
     of_strings = bool(outer) and values.dtype == torch.uint8
     levels = []
     for depth, level in enumerate((*outer, offsets)):
@@ -247,7 +311,7 @@ def _taken(parts: Parts, numbers: torch.Tensor) -> Parts:
         levels.append(new_offsets)
         if of_strings and depth == len(outer) and weights is not None:
             weights = weights[numbers]
-        which, places = positions(new_offsets, int(new_offsets[-1]))
+        which, places = positions(new_offsets, int(new_offsets[-1]) if totals is None else totals[depth])
         numbers = level[:-1][numbers][which] + places
     if weights is not None and not of_strings:
         weights = weights[numbers]
@@ -269,7 +333,12 @@ def concat(parts: Sequence[Parts]) -> Parts:
         )
     # Operations on a GPU may leave unused values after the last offset; drop them. A trace has no offsets to read.
     if not torch.compiler.is_compiling():
-        parts = [_between(one, 0, (*one[3], one[1])[0].shape[0] - 1) for one in parts]
+        ends = [(*outer, offsets)[0].shape[0] - 1 for _, offsets, _, outer in parts]
+        if is_accelerator(parts[0][1]):
+            bounds = torch.stack([_bounds(one, 0, end) for one, end in zip(parts, ends, strict=True)]).tolist()
+            parts = [_cut(one, 0, end, found) for one, end, found in zip(parts, ends, bounds, strict=True)]
+        else:
+            parts = [_between(one, 0, end) for one, end in zip(parts, ends, strict=True)]
     levels = [
         _concat_offsets([(*outer, offsets)[depth] for _, offsets, _, outer in parts])
         for depth in range(len(parts[0][3]) + 1)

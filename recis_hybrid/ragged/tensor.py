@@ -240,10 +240,10 @@ class RaggedTensor:
         return build.listed(self.values.cpu().numpy().tobytes(), [*self.outer, self.offsets])
 
     def to_padded(self, length: int | None = None, *, padding: float = 0, side: str = "right") -> torch.Tensor:
-        """Return rows of one level as a dense tensor; waits for a GPU.
+        """Return rows of one level as a dense tensor.
 
         Args:
-            length: L; None for the length of the longest row.
+            length: L; None for the length of the longest row, for which the host waits for a GPU.
             padding: Value that fills short rows.
             side: ``"right"`` to pad after the values, ``"left"`` before them.
 
@@ -252,7 +252,9 @@ class RaggedTensor:
             ``RaggedTensor(r.weights, r.offsets)``.
 
         Raises:
-            ValueError: If a row is longer than ``length``, rows hold lists, or ``side`` is neither.
+            ValueError: If a row is longer than ``length``, rows hold lists, or ``side`` is neither. On a GPU, where the
+                host would have to wait for the lengths, longer rows are cut instead: ``"right"`` keeps their first
+                values, ``"left"`` their last.
         """
         return dense.to_padded(self.values, self.offsets, self.outer, length, padding, side)
 
