@@ -9,7 +9,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def(
       "ragged_take(Tensor[] offsets, Tensor[] rows, Tensor[] planes, int[] owner, int[] bounds, str labels, "
       "bool exact, bool parallel) -> Tensor[]");
-  m.def("ragged_cross(Tensor[] tensors, int[] index, int[] most, str labels, bool exact, bool parallel) -> Tensor[]");
+  m.def(
+      "ragged_cross(Tensor[] tensors, int[] index, int[] most, int[] bounds, str labels, bool exact, bool parallel) "
+      "-> Tensor[]");
   m.def(
       "ragged_topk(Tensor[] values, Tensor[] offsets, Tensor[] weights, int[] most, str labels, bool exact, "
       "bool parallel) -> Tensor[]");

@@ -111,15 +111,16 @@ Tensors ragged_take(const Tensors& offsets, const Tensors& rows, const Tensors& 
 }
 
 // Crosses pairs of columns: `index` holds x and then y, three tensor indices each (ids; offsets, or -1 for one id per
-// row; weights or -1), and a row has at most `most` pairs. Returns for each pair of columns the offsets, the ids, and
-// the weights if x or y has any.
+// row; weights or -1), and a row has at most `most` pairs. Unless `exact`, `bounds` holds an upper bound on the number
+// of pairs of each result. Returns for each pair of columns the offsets, the ids, and the weights if x or y has any.
 template <class Device>
-Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most, const std::string& labels, bool exact,
-                     bool parallel) {
+Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most, const Ints& bounds,
+                     const std::string& labels, bool exact, bool parallel) {
   if (index.empty()) return {};
   const Tensor& like = tensors.at(static_cast<size_t>(index[0]));
   Device device(like);
-  RECIS_CHECK(index.size() == most.size() * 6, "ragged_cross: arguments have different lengths");
+  RECIS_CHECK(index.size() == most.size() * 6 && (exact || bounds.size() == most.size()),
+              "ragged_cross: arguments have different lengths");
   std::vector<CrossRule> rules;
   Ints counts;
   for (size_t k = 0; k < most.size(); ++k) {
@@ -139,9 +140,7 @@ Tensors ragged_cross(const Tensors& tensors, const Ints& index, const Ints& most
   for (size_t k = 0; k < most.size(); ++k) {
     const Column x(tensors, index, 6 * k);
     const Column y(tensors, index, 6 * k + 3);
-    const int64_t bound = x.offsets == nullptr   ? y.values.size(0)
-                          : y.offsets == nullptr ? x.values.size(0)
-                                                 : times(counts[k], most[k]);
+    const int64_t bound = exact ? 0 : bounds[k];
     results.push_back(offsets[k]);
     results.push_back(new_values(x.values, offsets[k], bound, exact));
     CrossPart part{0,

@@ -73,17 +73,20 @@ def _fake_take(
 
 
 def _fake_cross(
-    tensors: Sequence[Tensor], index: Sequence[int], most: Sequence[int], labels: str, exact: bool, parallel: bool
+    tensors: Sequence[Tensor],
+    index: Sequence[int],
+    most: Sequence[int],
+    bounds: Sequence[int],
+    labels: str,
+    exact: bool,
+    parallel: bool,
 ) -> list[Tensor]:
     results = []
-    for k, limit in enumerate(most):
-        x, xo, xw, y, yo, yw = index[6 * k : 6 * k + 6]
+    for k in range(len(most)):
+        x, xo, xw, _, _, yw = index[6 * k : 6 * k + 6]
         rows = tensors[xo].shape[0] - 1 if xo >= 0 else tensors[x].shape[0]
         size: int | torch.SymInt
-        if exact:
-            size = torch.library.get_ctx().new_dynamic_size()
-        else:
-            size = tensors[y].shape[0] if xo < 0 else tensors[x].shape[0] if yo < 0 else rows * limit
+        size = torch.library.get_ctx().new_dynamic_size() if exact else bounds[k]
         results += [tensors[x].new_empty((rows + 1,)), tensors[x].new_empty((size,))]
         if xw >= 0 or yw >= 0:
             results.append(tensors[xw if xw >= 0 else yw].new_empty((size,)))
@@ -192,6 +195,24 @@ for _name, _fake in (
     ("first_bad_offsets", lambda offsets, totals: offsets[0].new_empty(1)),
 ):
     torch.library.register_fake(f"recis::{_name}", _fake)
+
+
+def shorten(offsets: Tensor, planes: Sequence[Tensor], most: int, label: str) -> tuple[Tensor, list[Tensor]]:
+    """Return the first ``most`` values of each row; does not wait for a GPU.
+
+    Args:
+        offsets: int64 ``[B + 1]``, contiguous.
+        planes: ``[N]`` each, contiguous, on the device of the offsets.
+        most: Maximum number of values in a row.
+        label: Names the column in errors.
+
+    Returns:
+        The new offsets and planes; on a GPU, zeros follow the values in use.
+    """
+    owner = [0] * len(planes)
+    exact = offsets.is_cpu
+    results = torch.ops.recis.ragged_resize([offsets], planes, owner, [0], [most], [0], owner, label, exact, True)
+    return results[0], results[1:]
 
 
 def first_bad_offsets(offsets: Sequence[Tensor], totals: Sequence[int]) -> int:

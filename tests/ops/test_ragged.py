@@ -46,7 +46,7 @@ def test_other_operators(device: str) -> None:
     bounds = [] if exact else [8]
     for op, arguments in (
         (RECIS.ragged_take, ([offsets], [rows], [values, weights], [0, 0], bounds, "a", exact, True)),
-        (RECIS.ragged_cross, ([values, offsets, weights], [0, 1, 2, 0, 1, -1], [9], "a", exact, True)),
+        (RECIS.ragged_cross, ([values, offsets, weights], [0, 1, 2, 0, 1, -1], [9], bounds, "a", exact, True)),
         (RECIS.ragged_topk, ([values], [offsets], [weights], [2], "a", exact, True)),
         (RECIS.ragged_distinct, ([values, values], [offsets, offsets], [weights], [0, -1], "a\nb", exact, True)),
         (RECIS.decimal_strings, ([values, offsets], [0, 1], exact, True)),
@@ -64,9 +64,9 @@ def test_native_checks() -> None:
     with pytest.raises(RuntimeError, match="a: row 0 is not a row of the column"):
         RECIS.ragged_take([offsets], [torch.tensor([3])], [values], [0], [], "a", True, True)
     with pytest.raises(RuntimeError, match="has no upper bound"):
-        RECIS.ragged_cross([values, offsets], [0, 1, -1, 0, 1, -1], [NO_BOUND], "a", False, True)
+        RECIS.ragged_cross([values, offsets], [0, 1, -1, 0, 1, -1], [NO_BOUND], [NO_BOUND], "a", False, True)
     for op, arguments in (
-        (RECIS.ragged_cross, ([values, offsets, weights[:2]], [0, 1, 2, 0, 1, -1], [9], "a", True, True)),
+        (RECIS.ragged_cross, ([values, offsets, weights[:2]], [0, 1, 2, 0, 1, -1], [9], [], "a", True, True)),
         (RECIS.ragged_concat, ([values, offsets, weights[:2]], [2, 0, 1, 2, 0, 1, -1], "a", True)),
         (RECIS.multi_hot, ([values, offsets, weights[:2]], [0, 1, 2], [3], "a", True)),
         (RECIS.ragged_tile, ([values, offsets, weights[:2]], [0, 1, 2], [2], "a", True)),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.features.common import FLOATS, INTEGERS, ids_of, integers
@@ -32,9 +33,38 @@ class CrossCall(LabeledCall):
                 tensors.add(ids_of(column), column.offsets, column.weights)
         exact = exact_on(tensors.list[0].device)
         outputs = torch.ops.recis.ragged_cross(
-            tensors.list, tensors.index, self._most, self._labels, exact, self._parallel
+            tensors.list,
+            tensors.index,
+            self._most,
+            [] if exact else self._bounds(columns),
+            self._labels,
+            exact,
+            self._parallel,
         )
         return unpack(outputs, [True] * len(columns), self._weighted)
+
+    def _bounds(self, columns: Sequence[tuple[Column, ...]]) -> list[int]:
+        """Return an upper bound of the number of pairs of each job; waits once if a job has no limit."""
+        bounds = []
+        counted: dict[int, Tensor] = {}
+        for k, ((x, y), most) in enumerate(zip(columns, self._most, strict=True)):
+            if x.offsets is None or y.offsets is None:
+                bounds.append((y if x.offsets is None else x).values.shape[0])
+            elif most < NO_BOUND:
+                bounds.append((x.offsets.shape[0] - 1) * most)
+            else:
+                bounds.append(0)
+                counted[k] = (_lengths(x) * _lengths(y)).sum()
+        if counted:
+            for k, pairs in zip(counted, torch.stack(list(counted.values())).tolist(), strict=True):
+                bounds[k] = pairs
+        return bounds
+
+
+def _lengths(column: Column) -> Tensor:
+    """Return the number of values in each row, which is in their range even if offsets are not valid."""
+    assert column.offsets is not None
+    return column.offsets.diff().clamp(0, column.values.shape[0])
 
 
 @dataclass(frozen=True)
@@ -47,8 +77,9 @@ class Cross(ShapingOp):
     and so on.
 
     Args:
-        limit: Maximum number of pairs in a row; a row with more raises on the CPU. Required for two ragged columns on a
-            GPU, where it bounds a size for which the host would otherwise have to wait.
+        limit: Maximum number of pairs in a row; a row with more raises on the CPU. For two ragged columns on a GPU, it
+            bounds the size of the result; without it, the host waits for the number of pairs, once for all crosses that
+            run together.
         distinct: Whether an id that occurs several times in a row counts once, with the weight of its first occurrence,
             as in RecIS. Equivalent to :class:`Distinct` before the cross.
 
@@ -87,11 +118,6 @@ class Cross(ShapingOp):
         if x.device != y.device:
             raise TypeError(f"Cross takes columns on one device, got {x.device} and {y.device}")
         levels = max(x.levels, y.levels)
-        if x.levels == y.levels == 1 and x.device.type != "cpu" and self.limit is None:
-            raise TypeError(
-                "Cross of two ragged columns on a GPU requires limit=, the maximum number of pairs in a row; set it, "
-                "or cross them in the reader"
-            )
         return Form(torch.int64, levels, x.weighted or y.weighted, 1, x.device)
 
     def lower(self, forms: Sequence[Form]) -> Lowered | None:

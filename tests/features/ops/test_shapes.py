@@ -16,6 +16,8 @@ from recis_hybrid.features import (
     Column,
     Concat,
     Cross,
+    Feature,
+    FeatureEngine,
     FillNull,
     Hash,
     Log,
@@ -31,7 +33,7 @@ from recis_hybrid.features import (
 )
 from recis_hybrid.features.ops import joins, resize, rows
 from recis_hybrid.ragged import RaggedTensor
-from tests.support import hashes
+from tests.support import emulated, hashes
 from tests.support.devices import on_devices
 from tests.support.features import fused_or_not, run
 from tests.support.near import assert_near
@@ -291,3 +293,25 @@ def test_lists_are_copied_once_if_results_have_a_bound(ops: list[Any], monkeypat
     result = run(ops, True, column)
     assert result.offsets[-1] <= result.values.shape[0]
     assert result.to_lists() == want
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize(("limits", "waits"), [((None, None), 1), ((None, 8), 1), ((8, 8), 0)])
+def test_crosses_without_a_limit_wait_once_for_all(limits: tuple[int | None, int | None], waits: int) -> None:
+    x = RaggedTensor.from_lists([[1, 2, 3], [], [4], [5, 6]], weights=[[0.5, 2.0, 1.0], [], [3.0], [1.0, 4.0]])
+    y = RaggedTensor.from_lists([[7, 8], [9], [], [1, 2, 3]])
+    engine = FeatureEngine(
+        [
+            Feature(f"pair{n}", ops=[Cross(limit=limit)], source=["x", "y"][:: 1 - 2 * n])
+            for n, limit in enumerate(limits)
+        ]
+    )
+    expected = engine({"x": x, "y": y})
+    batch = {"x": x.to("emulated"), "y": y.to("emulated")}
+    engine(batch)
+    results: list[Any] = []
+    assert emulated.synchronizations(lambda: results.append(engine(batch))) == waits
+    for name, column in expected.items():
+        found = results[0][name].to("cpu")
+        assert found.to_lists() == column.to_lists()
+        assert torch.equal(found.weights, column.weights)
