@@ -24,6 +24,20 @@ def check_shapes(where: str, labels: Tensor, scores: Tensor, **others: Tensor | 
             )
 
 
+def on_host(*columns: Tensor | None) -> tuple[Tensor, ...]:
+    """Return the columns (``[N]`` each) that are not None on the CPU, waiting once for a device."""
+    given = [column.detach() for column in columns if column is not None]
+    away = [number for number, column in enumerate(given) if not column.is_cpu]
+    if len({given[number].device for number in away}) == 1:
+        # One copy of the bytes of all, the widest elements first so that each column is aligned.
+        away.sort(key=lambda number: -given[number].element_size())
+        parts = [given[number].contiguous().view(torch.uint8).view(-1) for number in away]
+        received = torch.cat(parts).cpu().split([part.numel() for part in parts])
+        for number, part in zip(away, received, strict=True):
+            given[number] = part.view(given[number].dtype)
+    return tuple(column.cpu() for column in given)
+
+
 def check_rows(
     where: str, labels: Tensor, scores: Tensor, weights: Tensor | None, *, binary: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -34,8 +48,9 @@ def check_rows(
             a weight is negative or not finite.
     """
     check_shapes(where, labels, scores, weights=weights)
-    labels, scores = labels.detach().cpu(), scores.detach().cpu().double()
-    weights = torch.ones_like(scores) if weights is None else weights.detach().cpu().double()
+    labels, scores, *rest = on_host(labels, scores, weights)
+    scores = scores.double()
+    weights = rest[0].double() if rest else torch.ones_like(scores)
     if binary and not bool(((labels == 0) | (labels == 1)).all()):
         raise ValueError(f"{where}: labels must be 0 or 1, got values from {labels.min()} to {labels.max()}")
     if not binary and not bool(((labels >= 0) & (labels != math.inf)).all()):

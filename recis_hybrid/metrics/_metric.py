@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid.distributed import sum_over_ranks, world_size
-from recis_hybrid.metrics._checks import check_shapes
+from recis_hybrid.metrics._checks import check_shapes, on_host
 from recis_hybrid.metrics._ranks import gather_rows
 from recis_hybrid.validation import check_flag
 
@@ -209,7 +209,8 @@ class RowMetric(Metric):
     def state_dict(self) -> dict[str, Tensor]:
         """Return this rank's ``labels``, ``scores``, ``weights`` (and ``groups``), ``[N]`` each, on the CPU."""
         names = [*(["groups"] if self.takes_groups else []), "labels", "scores", "weights"]
-        return {name: self._column(name).to(_DTYPES[name]) for name in names}
+        columns = on_host(*(self._column(name) for name in names))
+        return {name: column.to(_DTYPES[name]) for name, column in zip(names, columns, strict=True)}
 
     @_outside_inference
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
@@ -228,7 +229,7 @@ class RowMetric(Metric):
             assert labels is not None
             # Batches without weights have weight 1.
             parts.append(torch.ones(labels.numel(), device=labels.device) if values is None else values)
-        return torch.cat([part.to(parts[0].device) for part in parts]).cpu()
+        return torch.cat([part.to(parts[0].device) for part in parts])
 
 
 RowSelf = TypeVar("RowSelf", bound=RowMetric)

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from recis_hybrid.metrics._checks import check_rows, check_shapes, undefined
+from recis_hybrid.metrics._checks import check_rows, check_shapes, on_host, undefined
 from recis_hybrid.metrics._metric import GroupedLabels
 from recis_hybrid.metrics._sorted import Sorted
 
@@ -93,10 +93,11 @@ def _gauc(
 ) -> float:
     _check_average(where, average)
     check_shapes(where, labels, scores, groups=groups)
-    labels, scores, weights = check_rows(where, labels, scores, weights)
+    labels, scores, groups, *rest = on_host(labels, scores, groups, weights)
+    labels, scores, weights = check_rows(where, labels, scores, rest[0] if rest else None)
     if not len(labels):
         return undefined(where, "there are no rows")
-    rows = Sorted.of(groups.cpu(), scores)
+    rows = Sorted.of(groups, scores)
     weights, labels = weights[rows.order], labels[rows.order]
     positive, negative = (rows.by_tie(torch.where(of_class, weights, 0.0)) for of_class in (labels, ~labels))
     positives, negatives = rows.by_group(positive), rows.by_group(negative)

@@ -22,9 +22,11 @@ from recis_hybrid.metrics import (
     PrecisionAtK,
     RecallAtK,
     auc,
+    gauc,
     logloss,
 )
 from recis_hybrid.metrics._metric import SumMetric
+from tests.support import emulated
 from tests.support.devices import no_synchronization, on_accelerators
 
 LABELS = torch.tensor([0, 0, 1, 0, 0, 0, 1, 0, 1, 1])
@@ -203,3 +205,31 @@ def test_repr_shows_settings_and_accumulated_state() -> None:
     ]
     loss.update(torch.tensor([2.0]), torch.tensor([1]))  # compute() raises
     assert repr(loss) == "LogLoss()"
+
+
+@pytest.mark.emulated
+def test_exact_metrics_wait_once_for_their_rows() -> None:
+    draw = torch.Generator().manual_seed(1)
+    scores, weights = torch.rand(50, generator=draw).half(), torch.rand(50, generator=draw)
+    labels, groups = torch.rand(50, generator=draw) < 0.3, torch.randint(0, 5, (50,), generator=draw)
+
+    def run(device: str) -> list[tuple[Any, int]]:
+        rows = [column.to(device) for column in (scores, labels, groups, weights)]
+        metrics = [AUC(), GAUC(), NDCGAtK(3)]
+        metrics[0].update(rows[0], rows[1], rows[3])
+        metrics[1].update(*rows)
+        metrics[2].update(*rows[:3])
+        calls = [
+            lambda: auc(rows[1], rows[0], rows[3]),
+            lambda: gauc(rows[1], rows[0], rows[2], rows[3]),
+            *[metric.compute for metric in metrics],
+        ]
+        found: list[tuple[Any, int]] = []
+        for call in calls:
+            value: list[float] = []
+            waits = emulated.synchronizations(lambda call=call, value=value: value.append(call()))
+            found.append((value[0], waits))
+        return found
+
+    expected = run("cpu")
+    assert run("emulated") == [(value, 1) for value, _ in expected]
