@@ -257,7 +257,9 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 ``[B, L, K]``, a sequence of L bags per row; or a RaggedTensor, whose innermost lists are the bags. Also
                 an array of numpy, pandas, JAX or another library with DLPack, or a list of numbers; arrays are never
                 written to, and their memory is shared where possible. uint64 keeps its bits. Without
-                ``jax_enable_x64``, JAX has int32 ids only. Columns of optional features may be missing.
+                ``jax_enable_x64``, JAX has int32 ids only. Columns of optional features may be missing. An engine on a
+                GPU takes columns on the CPU too, and does not wait for their copies: memory that is pinned must not be
+                overwritten before the GPU has read it.
 
         Raises:
             ExchangeError: If another rank could not look up its batch, died, or is in another mode.

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.accelerator import copied
 from recis_hybrid.embedding.compilation import not_recorded
 from recis_hybrid.embedding.config import EmbeddingConfig
 from recis_hybrid.embedding.table.lookup import FeatureIds, Request
@@ -56,39 +57,28 @@ class FeatureReader:
         weights = None
         if not config.optional or self.name in batch:
             column = self._column(batch, self.name)
-            weights = self._weights(batch, column, device)
+            weights = self._weights(batch, column)
         values = column.values if isinstance(column, RaggedTensor) else column
         if values.dtype not in (torch.int64, torch.int32):
             hint = "hash it first (features.Hash)" if values.dtype == torch.uint8 else "cast it, or bucketize it first"
             raise TypeError(f"{self._where}: ids must be int64 or int32, got {values.dtype}; {hint}")
-        ids = values.to(device=device, dtype=torch.int64).contiguous()
-        length = used = None
         if isinstance(column, RaggedTensor):
-            if ids.dim() != 1:
-                raise ValueError(f"{self._where}: ragged ids must be [N], got {list(ids.shape)}")
-            offsets = column.offsets.to(device=device).contiguous()
-            if column.outer and column.outer[-1].is_cpu:
-                offsets = offsets[: int(column.outer[-1][-1]) + 1]  # the tensor may have room for more lists
+            if values.dim() != 1:
+                raise ValueError(f"{self._where}: ragged ids must be [N], got {list(values.shape)}")
+            length = None
+            ids, weights, offsets, used = self._ragged(column, weights, device)
             bags = offsets.numel() - 1
-            # After lists are shortened on a GPU, only part of the values is valid, and the host does not know how many.
-            if offsets.is_cpu or config.max_length is not None:
-                valid = int(offsets[-1])
-                ids, weights = ids[:valid], None if weights is None else weights[:valid]
-            else:
-                used = offsets
-        elif ids.dim() >= 1:
-            leading = ids.shape if ids.dim() == 1 else ids.shape[:-1]
-            bags, length = math.prod(leading), ids.size(-1) if ids.dim() > 1 else 1
+            shape: tuple[int, ...] = (bags,)
+        elif values.dim() >= 1:
+            used = None
+            shape = tuple(values.shape if values.dim() == 1 else values.shape[:-1])
+            ids, weights, length = self._dense(values, weights, device)
+            bags = math.prod(shape)
             offsets = torch.arange(bags + 1, dtype=torch.int64, device=device) * length
         else:
             raise ValueError(
-                f"{self._where}: ids must be [B], [B, L], [B, L, K] or a RaggedTensor, got {list(ids.shape)}"
+                f"{self._where}: ids must be [B], [B, L], [B, L, K] or a RaggedTensor, got {list(values.shape)}"
             )
-        ids = ids.view(-1)
-        if config.max_length is not None and (length is None or length > config.max_length):
-            ids, weights, offsets = _first(ids, weights, offsets, config.max_length)
-            length = length and config.max_length
-        shape: tuple[int, ...] = (bags,) if isinstance(column, RaggedTensor) else tuple(leading)
         if config.combiner is None:
             if isinstance(column, RaggedTensor):
                 shape = (ids.numel(),)
@@ -99,8 +89,45 @@ class FeatureReader:
         if config.combiner == "tile":
             assert config.max_length is not None
             vectors = bags * config.max_length
-            return self._ids(ids, vectors, offsets, tile=config.max_length), (*shape, config.width)
+            return self._ids(ids, vectors, offsets, tile=config.max_length, used=used), (*shape, config.width)
         return self._ids(ids, bags, None if length == 1 else offsets, weights, used=used), (*shape, config.dim)
+
+    def _dense(self, ids: Tensor, weights: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
+        """Return the ids and weights of bags of equal length, and that length."""
+        most = self.config.max_length
+        length = ids.size(-1) if ids.dim() > 1 else 1
+        if most is not None and length > most:
+            if weights is not None:
+                weights = weights.view(ids.shape)[..., :most]
+            ids, length = ids[..., :most], most
+        return _whole(ids, device), None if weights is None else _onto(device, weights.reshape(-1)), length
+
+    def _ragged(
+        self, column: RaggedTensor, weights: Tensor | None, device: torch.device
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor | None]:
+        """Return the ids, weights and offsets of lists, and ``used`` as in :class:`FeatureIds`.
+
+        Columns on the CPU are shortened there, so that only the ids in use are copied, and the host knows their number.
+        """
+        where = torch.device("cpu") if device.type == "cpu" or column.values.is_cpu else device
+        ids, offsets = _whole(column.values, where), _onto(where, column.offsets).contiguous()
+        weights = None if weights is None else _onto(where, weights)
+        if column.outer and column.outer[-1].is_cpu:
+            offsets = offsets[: int(column.outer[-1][-1]) + 1]  # the tensor may have room for more lists
+        most = self.config.max_length
+        if most is not None:
+            planes = [ids] if weights is None else [ids, weights]
+            offsets, planes = ops.ragged.shorten(offsets, planes, most, self._where)
+            ids, weights = planes[0], None if weights is None else planes[1]
+        # After lists are shortened on a GPU, only part of the values is valid, and the host does not know how many. It
+        # must know the number of outputs, though.
+        if offsets.is_cpu or (most is not None and self.config.combiner is None):
+            valid = int(offsets[-1])
+            ids, weights = ids[:valid], None if weights is None else weights[:valid]
+        if self.config.combiner is not None:  # without a combiner, only their number matters
+            offsets = _onto(device, offsets)
+        used = None if where.type == "cpu" else offsets
+        return _onto(device, ids), None if weights is None else _onto(device, weights), offsets, used
 
     def _ids(
         self,
@@ -116,7 +143,8 @@ class FeatureReader:
             kind = ops.gather.SUM  # all combiners agree on bags of one id
         return FeatureIds(ids, vectors, self.member, offsets, weights, kind, tile, zeros, used)
 
-    def _weights(self, batch: Batch, column: Tensor | RaggedTensor, device: torch.device) -> Tensor | None:
+    def _weights(self, batch: Batch, column: Tensor | RaggedTensor) -> Tensor | None:
+        """Return the weights of a column, float32 ``[n]``, on their own device."""
         name = self.config.weights
         if name is None:
             if not isinstance(column, RaggedTensor) or column.weights is None:
@@ -126,13 +154,13 @@ class FeatureReader:
                     f"{self._where}: the combiner {self.config.combiner!r} takes no weights, but the column carries "
                     f"some; drop them, or use 'sum', 'mean' or 'sqrtn'"
                 )
-            return self._as_weights(column.weights, "weights", column.values, device)
+            return self._as_weights(column.weights, "weights", column.values)
         weights = self._column(batch, name)
         ids = column.values if isinstance(column, RaggedTensor) else column
         if not isinstance(weights, RaggedTensor):
-            return self._as_weights(weights, repr(name), ids, device)
+            return self._as_weights(weights, repr(name), ids)
         self._refuse_other_rows(column, weights, name)
-        return self._as_weights(weights.values, repr(name), ids, device)
+        return self._as_weights(weights.values, repr(name), ids)
 
     def _refuse_other_rows(self, column: Tensor | RaggedTensor, weights: RaggedTensor, name: str) -> None:
         """Raise ValueError if ragged weights and the ids have different offsets."""
@@ -148,7 +176,7 @@ class FeatureReader:
                 f"{_row_differences(column, weights)}"
             )
 
-    def _as_weights(self, weights: Tensor, name: str, ids: Tensor, device: torch.device) -> Tensor:
+    def _as_weights(self, weights: Tensor, name: str, ids: Tensor) -> Tensor:
         if not weights.dtype.is_floating_point:
             raise TypeError(f"{self._where}: {name} must be floating-point numbers, got {weights.dtype}; cast them")
         if weights.shape != ids.shape:
@@ -158,7 +186,7 @@ class FeatureReader:
             )
         if weights.requires_grad:
             raise ValueError(f"{self._where}: {name} must not require a gradient; detach() them")
-        return weights.to(device=device, dtype=torch.float32).contiguous().view(-1)
+        return weights.to(torch.float32).contiguous().view(-1)
 
     def _column(self, batch: Batch, name: str) -> Tensor | RaggedTensor:
         if not isinstance(batch, Mapping):
@@ -175,13 +203,13 @@ class FeatureReader:
         return f"feature {self.name!r}"
 
 
-def _first(ids: Tensor, weights: Tensor | None, offsets: Tensor, most: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Return the first ``most`` ids of each bag; on CUDA this waits for the device to learn their number."""
-    lengths = offsets.diff()
-    place = torch.arange(ids.numel(), device=ids.device) - torch.repeat_interleave(offsets[:-1], lengths)
-    chosen = place < most
-    starts = torch.cat([offsets[:1], lengths.clamp(max=most).cumsum(0)])
-    return ids[chosen], None if weights is None else weights[chosen], starts
+def _onto(device: torch.device, tensor: Tensor) -> Tensor:
+    return tensor if tensor.device == device else copied(tensor, device)
+
+
+def _whole(ids: Tensor, device: torch.device) -> Tensor:
+    """Return ids as contiguous int64 ``[n]`` on a device."""
+    return _onto(device, ids.to(torch.int64).contiguous().view(-1))
 
 
 def _row_differences(ids: RaggedTensor, weights: RaggedTensor) -> str:

@@ -136,6 +136,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        anchors = [anchor for group in self.param_groups for anchor in group["params"]]
+        HashTable.announce_gradients(anchor.table for anchor in anchors if not anchor.table.read_only)
         for group in self.param_groups:
             for anchor in group["params"]:
                 table = anchor.table

@@ -1,4 +1,4 @@
-"""How often the host waits for the device in operations of RaggedTensors, counted on the emulated device."""
+"""Waits of the host for the device in operations of RaggedTensors, counted on the emulated device."""
 
 from __future__ import annotations
 

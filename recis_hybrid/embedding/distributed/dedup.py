@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.accelerator import numbers_on
 from recis_hybrid.checkpointing import rank_of_bucket
 from recis_hybrid.embedding.table.lookup import Request, gradient_bags
 from recis_hybrid.ops.gather import Distinct
@@ -59,14 +60,14 @@ def distinct_by_sorting(
     """Like :func:`distinct_ids`, with torch operations; also without deduplication."""
     ids = torch.cat(request.ids) if len(request.ids) > 1 else request.ids[0]
     n, device = ids.numel(), ids.device
-    lengths = torch.tensor(request.bags.lengths, device=device)
+    lengths = numbers_on(device, request.bags.lengths)
     feature = torch.arange(lengths.numel(), device=device).repeat_interleave(lengths, output_size=n)
-    kind = torch.tensor(kind_of, device=device)[feature]
+    kind = numbers_on(device, kind_of)[feature]
     owners = [kind.owner for kind in kinds]
     if all(owner is None for owner in owners):
         owner = rank_of(ids, ranks)
     else:
-        fixed = torch.tensor([-1 if owner is None else owner for owner in owners], device=device)[kind]
+        fixed = numbers_on(device, [-1 if owner is None else owner for owner in owners])[kind]
         owner = torch.where(fixed < 0, rank_of(ids, ranks), fixed)
     share, shares = owner * len(kinds) + kind, ranks * len(kinds)
     if request.used:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid import distributed, ops
-from recis_hybrid.accelerator import is_accelerator
+from recis_hybrid.accelerator import copied, is_accelerator
 from recis_hybrid.validation import describe_value
 
 WIRE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -93,7 +93,7 @@ class Exchange:
         Returns:
             The n numbers sent to each rank, and the n numbers received from it.
         """
-        send = send.to(self.device)
+        send = copied(send, self.device)
         receive = self.start("sizes", send, [1] * self.size, [1] * self.size).wait()
         sent, received = torch.stack([send, receive]).tolist()
         return sent, received
@@ -113,7 +113,7 @@ class Exchange:
             send: For each rank, the length of the slice sent to it.
             receive: For each rank, the length of the slice received from it.
         """
-        values = values.to(self.device).contiguous()
+        values = copied(values, self.device).contiguous()
         received = ops.memory.empty((sum(receive), *values.shape[1:]), values.dtype, self.device)
         width = values[0].numel() if len(values) else int(values.shape[1:].numel())
         remote = sum(send) - send[self.rank]

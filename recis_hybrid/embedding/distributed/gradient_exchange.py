@@ -10,6 +10,7 @@ Letters: U distinct ids of this rank's batch, R ids requested from this rank, W 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
 from typing import Literal, TypeAlias
@@ -18,12 +19,14 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.accelerator import copied, numbers_on
 from recis_hybrid.embedding.distributed.exchange import Exchange
 from recis_hybrid.embedding.distributed.id_exchange import TableRouting
-from recis_hybrid.embedding.table.gradients import Part, PendingGradients
+from recis_hybrid.embedding.table.gradients import Part, PendingGradients, RemoteGradients
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.lookup import Lookup
 from recis_hybrid.ops.gather import Bags, RowGroups
+from recis_hybrid.ops.update import Gradients
 
 Reduce: TypeAlias = Literal["mean", "sum", "id"]
 _NO_GRADIENTS, _ALL_GRADIENTS, _SOME_GRADIENTS = range(3)
@@ -72,16 +75,23 @@ class SharedLookup:
         return _NO_GRADIENTS if not self.local else _ALL_GRADIENTS if self.full else _SOME_GRADIENTS
 
 
-@dataclass(frozen=True)
-class Sums:
-    """Gradients that a rank sends."""
+@dataclass
+class Sending:
+    """Gradients of one lookup that a rank is about to send, ordered by the ranks that receive them."""
 
-    values: Tensor
-    """float32 ``[U, D]``, or fewer rows; ordered by the ranks that receive them."""
-    places: Tensor | None
-    """int64: the numbers of their distinct ids, ascending; None: all ids, or no ids."""
+    state: int
+    alive: bool
+    """True if autograd holds the lookup on this rank."""
+    gradients: Gradients | None
+    """None if there are none."""
     counts: list[int]
     """For each rank, the number of gradients that it receives."""
+    places: Tensor | None = None
+    """int64: the numbers of their distinct ids, ascending; None: all ids, or no ids."""
+    order: Tensor | None = None
+    """int64: their places among the summed gradients; None: in order already."""
+    on_device: Tensor | None = None
+    """int64 ``[W]``: the counts that the host has not read yet."""
 
 
 class GradientExchange:
@@ -114,12 +124,14 @@ class GradientExchange:
         self.columns = routing.columns
         self.dim = dim
         self._lookups: list[SharedLookup] = []
+        self._announced: tuple[list[Sending], list[list[int]]] | None = None
 
     def __bool__(self) -> bool:
         return any(lookup.local for lookup in self._lookups)
 
     def clear(self) -> None:
         """Drop gradients that were not exchanged; the same lookups may get new ones."""
+        self._announced = None
         for lookup in self._lookups:
             lookup.clear()
 
@@ -134,23 +146,29 @@ class GradientExchange:
         lookup.user = weakref.ref(user)
         self._lookups.append(lookup)
 
+    def announce(self, tables: Sequence[RemoteGradients]) -> None:
+        """Exchange the numbers of gradients of several tables at once; collective.
+
+        So the host waits for the device once, not once for each table. The next :meth:`fetch` of each table uses them.
+        """
+        shared = [each for each in tables if isinstance(each, GradientExchange)]
+        for exchange in dict.fromkeys(each.exchange for each in shared):
+            _announce(exchange, [each for each in shared if each.exchange is exchange])
+
     def fetch(self) -> list[tuple[Lookup, Part]]:
         """Exchange the gradients of all lookups, and return those of this rank's rows; collective."""
         if not self._lookups:
             return []
-        lines, own = [], []
-        for lookup in self._lookups:
-            alive = lookup.user is not None and lookup.user() is not None
-            sums = self._sums(lookup)
-            own.append(sums)
-            lines += [[int(alive)] * self.exchange.size, [lookup.state] * self.exchange.size, sums.counts]
-            lookup.clear()
-        _, headers = self.exchange.sizes(torch.tensor(lines).t())
+        if self._announced is None:
+            _announce(self.exchange, [self])
+        assert self._announced is not None
+        (sending, headers), self._announced = self._announced, None
         remaining, parts = [], []
-        for number, (lookup, sums) in enumerate(zip(self._lookups, own, strict=True)):
+        for number, (lookup, own) in enumerate(zip(self._lookups, sending, strict=True)):
+            lookup.clear()
             alive_on, states, counts = ([header[3 * number + k] for header in headers] for k in range(3))
             if any(states):
-                parts.append((lookup.owned, self._exchange(lookup, sums, states, counts)))
+                parts.append((lookup.owned, self._exchange(lookup, own, states, counts)))
             if any(alive_on):
                 remaining.append(lookup)
         self._lookups = remaining
@@ -158,16 +176,16 @@ class GradientExchange:
 
     def exchange_full(self, lookup: SharedLookup) -> list[Tensor]:
         """Exchange the gradients of a lookup, of which all ranks have all; return ``[n, D]`` for each rank and kind."""
-        sums = self._sums(lookup)
+        sending = self._sending(lookup)
         lookup.clear()
-        values = self._send(sums, lookup.receive)
+        values = self._send(lookup, sending, lookup.receive)
         if self.reduce == "id":
             values = self._mean_over_ranks(lookup.owned.rows, values, lookup.receive)
         return list(values.split(lookup.owned.request.bags.lengths))
 
-    def _exchange(self, lookup: SharedLookup, own: Sums, states: list[int], counts: list[int]) -> Part:
+    def _exchange(self, lookup: SharedLookup, own: Sending, states: list[int], counts: list[int]) -> Part:
         """Exchange the gradients of one lookup, and return those of this rank's rows."""
-        values, owned = self._send(own, counts), lookup.owned
+        values, owned = self._send(lookup, own, counts), lookup.owned
         if all(state == _ALL_GRADIENTS for state in states):
             if self.reduce == "id":
                 values = self._mean_over_ranks(owned.rows, values, counts)
@@ -179,7 +197,7 @@ class GradientExchange:
             values = self._mean_over_ranks(rows, values, counts)
         return Part(rows, [0], owned.row_bound, Bags.single([rows.numel()]), [values], None)
 
-    def _positions(self, lookup: SharedLookup, own: Sums, states: list[int], counts: list[int]) -> Tensor:
+    def _positions(self, lookup: SharedLookup, own: Sending, states: list[int], counts: list[int]) -> Tensor:
         """Return the position of each received gradient's id among the R ids requested from this rank, int64."""
         ranks, device = self.exchange.size, self.table.device
         places = [torch.arange(n, device=device) for n in counts]
@@ -188,11 +206,12 @@ class GradientExchange:
             send, own_places = [0] * ranks, lookup.owned.rows[:0]
             if own.places is not None:
                 send = own.counts
+                places_sent = own.places[: self._sent(own)]
                 starts = [0] * ranks if self.everywhere else list(accumulate(lookup.send[:-1], initial=0))
-                copies = own.places.repeat(ranks) if self.everywhere else own.places
+                copies = places_sent.repeat(ranks) if self.everywhere else places_sent
                 own_places = torch.cat([part - start for part, start in zip(copies.split(send), starts, strict=True)])
             receive = [n if state == _SOME_GRADIENTS else 0 for n, state in zip(counts, states, strict=True)]
-            received = self.exchange.start("ids", own_places, send, receive).wait().to(device).split(receive)
+            received = copied(self.exchange.start("ids", own_places, send, receive).wait(), device).split(receive)
             places = [
                 received_places if state == _SOME_GRADIENTS else all_places
                 for received_places, all_places, state in zip(received, places, states, strict=True)
@@ -200,32 +219,46 @@ class GradientExchange:
         starts_of_ranks = accumulate(lookup.receive[:-1], initial=0)
         return torch.cat([start + part for start, part in zip(starts_of_ranks, places, strict=True)])
 
-    def _sums(self, lookup: SharedLookup) -> Sums:
-        """Return the sums of this rank's gradients, in the order in which the ids were sent."""
-        dim, ranks = self.dim, self.exchange.size
-        n, state = lookup.distinct(self.everywhere), lookup.state
-        sums = ops.memory.empty((n if state != _NO_GRADIENTS else 0, dim), torch.float32, self.table.device)
+    def _sending(self, lookup: SharedLookup) -> Sending:
+        """Return this rank's gradients, not summed yet; the host may not know yet how many there are."""
+        n, state, ranks = lookup.distinct(self.everywhere), lookup.state, self.exchange.size
+        alive = lookup.user is not None and lookup.user() is not None
         if state == _NO_GRADIENTS or n == 0:
-            return Sums(sums, None, lookup.send if state == _ALL_GRADIENTS else [0] * ranks)
+            return Sending(state, alive, None, lookup.send if state == _ALL_GRADIENTS else [0] * ranks)
         gradients = lookup.local.gradients()
         if lookup.weight != 1.0:
-            gradients = gradients._replace(factor=torch.full((1,), lookup.weight, device=sums.device))
-        ops.update.reduce_rows(gradients, sums)
+            factor = torch.full((1,), lookup.weight, device=self.table.device)
+            gradients = gradients._replace(factor=factor)
         groups = gradients.groups
         if groups is lookup.groups:
-            return Sums(sums, None, lookup.send)
+            return Sending(state, alive, gradients, lookup.send)
+        # Beyond the valid groups, an accelerator leaves the numbers undefined.
+        unique = groups.unique[: int(groups.count)] if groups.unique.is_cpu else groups.unique
+        numbers = torch.arange(unique.numel(), device=unique.device)
+        places, order = torch.where(numbers < groups.count, unique, n).sort()
         if state == _ALL_GRADIENTS:
-            return Sums(torch.empty_like(sums).index_copy_(0, groups.unique[:n], sums), None, lookup.send)
-        places, order = groups.unique[: int(groups.count)].sort()
-        if self.everywhere:
-            counts = [places.numel()] * ranks
-        else:
-            ends = torch.tensor(list(accumulate(lookup.send)), device=places.device)
-            counts = torch.searchsorted(places, ends).diff(prepend=ends.new_zeros(1)).tolist()
-        return Sums(sums[order], places, counts)
+            return Sending(state, alive, gradients, lookup.send, order=order)
+        ends = [n] * ranks if self.everywhere else list(accumulate(lookup.send))
+        upto = torch.searchsorted(places, numbers_on(places.device, ends))
+        counts = upto if self.everywhere else upto.diff(prepend=upto.new_zeros(1))
+        if counts.is_cpu:
+            return Sending(state, alive, gradients, counts.tolist(), places, order)
+        return Sending(state, alive, gradients, [], places, order, counts)
 
-    def _send(self, own: Sums, receive: list[int]) -> Tensor:
-        values, send = own.values.to(self.wire_dtype), own.counts
+    def _summed(self, lookup: SharedLookup, own: Sending) -> Tensor:
+        """Return the sums of this rank's gradients, float32 ``[U, D]`` or fewer rows."""
+        n = lookup.distinct(self.everywhere) if own.gradients is not None else 0
+        sums = ops.memory.empty((n, self.dim), torch.float32, self.table.device)
+        if own.gradients is None:
+            return sums
+        ops.update.reduce_rows(own.gradients, sums)
+        return sums if own.order is None else sums[own.order[: self._sent(own)]]
+
+    def _sent(self, own: Sending) -> int:
+        return own.counts[0] if self.everywhere else sum(own.counts)
+
+    def _send(self, lookup: SharedLookup, own: Sending, receive: list[int]) -> Tensor:
+        values, send = self._summed(lookup, own).to(self.wire_dtype), own.counts
         dim = self.table.layout.dim
         if self.columns is not None:
             values = torch.cat([part.reshape(-1) for part in values.split(self.columns, 1)])
@@ -234,14 +267,41 @@ class GradientExchange:
         elif self.everywhere and len(values):
             values = values.repeat(self.exchange.size, 1)
         received = self.exchange.start("gradients", values, send, receive).wait().view(-1, dim)
-        return received.to(device=self.table.device, dtype=torch.float32)
+        return copied(received, self.table.device).to(torch.float32)
 
     def _mean_over_ranks(self, rows: Tensor, values: Tensor, counts: list[int]) -> Tensor:
         """Divide the gradient of each row by the number of ranks that have a gradient for it."""
-        ranks = torch.arange(len(counts), device=rows.device).repeat_interleave(
-            torch.tensor(counts, device=rows.device)
+        size, n = self.exchange.size, rows.numel()
+        ranks = numbers_on(rows.device, range(len(counts))).repeat_interleave(
+            numbers_on(rows.device, counts), output_size=n
         )
-        pairs = torch.unique(rows * self.exchange.size + ranks)
-        owners, ranks_of = torch.unique(pairs.div(self.exchange.size, rounding_mode="floor"), return_counts=True)
-        divisors: Tensor = ranks_of[torch.searchsorted(owners, rows)]
+        pairs, order = (rows * size + ranks).sort()
+        sorted_rows = pairs.div(size, rounding_mode="floor")
+        is_new = torch.ones(2, n, dtype=torch.int64, device=rows.device)
+        is_new[0, 1:] = sorted_rows[1:] != sorted_rows[:-1]
+        is_new[1, 1:] = pairs[1:] != pairs[:-1]
+        row = is_new[0].cumsum(0) - 1
+        counted = torch.zeros_like(row).scatter_add_(0, row, is_new[1])
+        divisors = torch.empty_like(row).scatter_(0, order, counted[row])
         return values / divisors.unsqueeze(1)
+
+
+def _announce(exchange: Exchange, tables: Sequence[GradientExchange]) -> None:
+    """Exchange the numbers of gradients of all lookups of tables; collective."""
+    sending = [[table._sending(lookup) for lookup in table._lookups] for table in tables]
+    flat = [one for lookups in sending for one in lookups]
+    if not flat:
+        return
+    unread = [(one, one.on_device) for one in flat if one.on_device is not None]
+    if unread:
+        for (one, _), counts in zip(unread, torch.stack([counts for _, counts in unread]).tolist(), strict=True):
+            one.counts = counts
+    lines = [
+        line for one in flat for line in ([int(one.alive)] * exchange.size, [one.state] * exchange.size, one.counts)
+    ]
+    _, headers = exchange.sizes(torch.tensor(lines).t())
+    at = 0
+    for table, lookups in zip(tables, sending, strict=True):
+        end = at + 3 * len(lookups)
+        table._announced = lookups, [header[at:end] for header in headers]
+        at = end

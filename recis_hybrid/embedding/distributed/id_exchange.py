@@ -12,6 +12,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from recis_hybrid.accelerator import copied, is_accelerator, numbers_on
 from recis_hybrid.embedding.distributed.dedup import Kind, distinct_ids
 from recis_hybrid.embedding.distributed.exchange import Exchange, ExchangeError, Transfer
 from recis_hybrid.embedding.table.lookup import Request
@@ -139,10 +140,9 @@ class Router:
                 found.append(distinct_ids(request, routing.kind_of, routing.kinds, ranks, deduplicate=deduplicate))
         except Exception as error:
             failure = error
-        status = torch.tensor([int(failure is not None), int(train) + int(train and grad), samples])
+        status = [int(failure is not None), int(train) + int(train and grad), samples]
         if failure is not None:
-            parts = [status, torch.zeros(len(kinds) + sum(kinds), dtype=torch.int64)]
-            header = torch.cat(parts).expand(exchange.size, -1)
+            header = torch.tensor(status + [0] * (len(kinds) + sum(kinds))).expand(exchange.size, -1)
         else:
             header = self._header(status, found)
         sent, received = exchange.sizes(header)
@@ -150,13 +150,18 @@ class Router:
         routes = self._send_ids(exchange, requests, found, sent, received, train=train)
         return RoutedBatch(routes, [line[2] for line in received], train)
 
-    def _header(self, status: Tensor, found: Sequence[Distinct]) -> Tensor:
-        """Return int64 [W, 3 + tables + kinds]: status, the highest count of each table, the sizes of all kinds."""
-        ranks, device = self._exchange.size, self._exchange.device
-        highest = [(each.counts.max() if each.counts.numel() else each.counts.sum()).to(device) for each in found]
-        same = torch.cat([status.to(device), torch.stack(highest)])
+    def _header(self, status: list[int], found: Sequence[Distinct]) -> Tensor:
+        """Return int64 [W, 3 + tables + kinds]: status, the highest count of each table, the sizes of all kinds.
+
+        It is on an accelerator if a table's ids are, so that the host waits once for the numbers of all tables.
+        """
+        ranks = self._exchange.size
+        devices = [each.sizes.device for each in found]
+        device = next((one for one in devices if is_accelerator(one)), devices[0])
+        highest = [each.counts.max() if each.counts.numel() else each.counts.sum() for each in found]
+        same = torch.cat([numbers_on(device, status), *(copied(count.view(1), device) for count in highest)])
         sizes = [
-            (each.sizes.sum(0).expand(ranks, -1) if routing.everywhere else each.sizes).to(device)
+            copied(each.sizes.sum(0).expand(ranks, -1) if routing.everywhere else each.sizes, device)
             for routing, each in zip(self._routings, found, strict=True)
         ]
         return torch.cat([same.expand(ranks, -1), *sizes], dim=1)
@@ -218,8 +223,8 @@ class Router:
             received_counts = None
             if counts is not None:
                 highest_counts = [line[3 + number] for line in received]
-                received_counts = _widened(counts.wait(), receive, highest_counts).to(device)
-            each, received_ids = found[number], ids.wait().to(device)
+                received_counts = copied(_widened(counts.wait(), receive, highest_counts), device)
+            each, received_ids = found[number], copied(ids.wait(), device)
             routes.append(
                 Route(request, shapes, each.places, each.groups, send, receive, lengths, received_ids, received_counts)
             )

@@ -35,6 +35,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.accelerator import copied, numbers_on
 from recis_hybrid.embedding.distributed.column_split import side_by_side
 from recis_hybrid.embedding.distributed.dedup import Kind
 from recis_hybrid.embedding.distributed.exchange import WIRE_DTYPES, Exchange, Transfer
@@ -163,7 +164,7 @@ class ShardedTable:
         """Return the lookup of this rank's positions, after waiting for its rows."""
         route, shared = reply.route, reply.shared
         if rows is not None:
-            received = rows.wait().to(self.device)
+            received = copied(rows.wait(), self.device)
             if self.routing.columns is not None:
                 received = side_by_side(received, route.send[0], self.routing.columns)
             received = _padded(received)
@@ -171,7 +172,7 @@ class ShardedTable:
         rank, owned = self.exchange.rank, shared.owned
         first = sum(route.receive[:rank])
         # Places of -1 have no id and index the additional last row.
-        own_rows = torch.cat([owned.rows[first : first + route.receive[rank]], owned.rows.new_tensor([-1])])
+        own_rows = torch.nn.functional.pad(owned.rows[first : first + route.receive[rank]], (0, 1), value=-1)
         own = Lookup(
             route.request, own_rows[route.places], owned.row_bound, owned.generation, owned.complete, owned.step
         )
@@ -184,7 +185,7 @@ class ShardedTable:
             return
         _, _, bags, unknown, *_ = lookup.request
         received, dim = lookup.received, self.layout.dim
-        address = torch.tensor([received.data_ptr()], dtype=torch.int64, device=self.device)
+        address = numbers_on(self.device, [received.data_ptr()])
         blocks = Blocks(address, 40, 16, received.stride(0) * received.element_size())
         ops.gather.gather_bags(
             blocks,

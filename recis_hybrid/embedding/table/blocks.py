@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.accelerator import is_accelerator
+from recis_hybrid.accelerator import is_accelerator, numbers_on
 from recis_hybrid.embedding.table.record_layout import RecordLayout
 
 _BLOCK_BYTES = 32 << 20
@@ -88,7 +88,7 @@ class EmbeddingBlocks:
     def _set(self, blocks: list[Tensor]) -> None:
         if self.pinned and len(blocks) < len(self.blocks):
             torch.accelerator.synchronize(self.device)  # torch does not know that kernels use pinned blocks
-        addresses = torch.tensor([block.data_ptr() for block in blocks], dtype=torch.int64, device=self.device)
+        addresses = numbers_on(self.device, [block.data_ptr() for block in blocks])
         self.blocks[:] = blocks
         self.handle = ops.blocks.Blocks(
             addresses, self.block_rows.bit_length() - 1, self.layout.meta_offset, self.layout.record_bytes

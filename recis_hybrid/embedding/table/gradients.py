@@ -67,6 +67,9 @@ class RemoteGradients(Protocol):
     def __bool__(self) -> bool:
         """Return whether this rank has any."""
 
+    def announce(self, tables: Sequence[RemoteGradients]) -> None:
+        """Exchange the numbers of gradients of several tables at once; collective."""
+
     def fetch(self) -> list[tuple[Lookup, Part]]:
         """Exchange the gradients, and return those of this rank's rows with their lookups; collective."""
 

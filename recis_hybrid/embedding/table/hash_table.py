@@ -6,7 +6,7 @@ Letters: n ids, N positions (ids of a call over all features), D dim.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
 
@@ -290,6 +290,13 @@ class HashTable:
     @remote.setter
     def remote(self, remote: RemoteGradients) -> None:
         self._remote = weakref.ref(remote)
+
+    @staticmethod
+    def announce_gradients(tables: Iterable[HashTable]) -> None:
+        """Tell other ranks how many gradients several tables have, before each fetches them; collective."""
+        remotes = [remote for table in tables if (remote := table.remote) is not None]
+        if remotes:
+            remotes[0].announce(remotes)
 
     def fetch_gradients(self) -> None:
         """Receive the gradients of other ranks for this rank's rows; collective."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -65,9 +66,9 @@ class IdMap:
         """Greater than every row assigned so far; on the CPU, exactly the number of rows ever created."""
         return self._bounds.bound(ops.id_map.ROWS)
 
-    def exact_row_bound(self) -> int:
-        """Return the number of rows ever made; waits for the device."""
-        return self._bounds.exact()[ops.id_map.ROWS]
+    def row_bound_after_inserts(self) -> int:
+        """Like ``row_bound``, but the number of rows itself if all are committed; waits for the inserts only."""
+        return self._bounds.bound_after_inserts(ops.id_map.ROWS)
 
     @property
     def may_have_fresh(self) -> bool:
@@ -92,6 +93,8 @@ class IdMap:
     def reserve(self, more: int) -> None:
         """Make room for ``more`` additional ids. If memory runs out, nothing changes."""
         if self._bounds.bound(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
+            return
+        if self._bounds.bound_after_inserts(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
             return
         exact = self._bounds.exact()
         if exact[ops.id_map.LIVE] + more > MAX_ROWS:
@@ -218,7 +221,7 @@ def list_entries(slots: Tensor, live: int) -> Entries:
 class CounterBounds:
     """Upper bounds of device counters that the host can read at any time.
 
-    On CUDA, the counters are copied asynchronously after each insert. When the copy has arrived, the bound becomes the
+    On CUDA, the counters are copied asynchronously after each insert. When a copy has arrived, the bound becomes the
     copied count plus the number of ids inserted since.
     """
 
@@ -226,41 +229,56 @@ class CounterBounds:
         self._counters = counters
         self._view = None if is_accelerator(counters) else counters.numpy()
         self._counted = counters.tolist()
-        self._since = 0
-        self._copy: tuple[Tensor, torch.Event] | None = None
-        self._since_copy = 0
+        self._inserted = 0
+        self._copied = 0
+        """``_inserted`` when the last copy was started."""
+        self._counted_at = 0
+        """``_inserted`` when ``_counted`` was copied, less the rows that were not committed then."""
+        self._copies: deque[tuple[Tensor, torch.Event, int]] = deque()
 
     def bound(self, counter: int) -> int:
         """Return an upper bound of a counter without waiting; on the CPU, the counter itself."""
         if self._view is not None:
             return int(self._view[counter])
-        if self._copy is not None and self._copy[1].query():
-            self._counted = _checked(self._copy[0])
-            # The copied count does not include rows that were assigned but not yet committed at that time.
-            self._since = self._since_copy + int(self._counted[ops.id_map.FRESH])
-            self._copy = None
-        return int(self._counted[counter]) + self._since
+        while self._copies and self._copies[0][1].query():
+            self._take_copy()
+        return int(self._counted[counter]) + self._inserted - self._counted_at
+
+    def bound_after_inserts(self, counter: int) -> int:
+        """Return an upper bound of a counter after waiting for the inserts, but not for what was queued after them.
+
+        It is the counter itself if all inserts have committed their rows.
+        """
+        if self._copied < self._inserted:  # an insert has failed
+            self.exact()
+        elif self._copies:
+            self._copies[-1][1].synchronize()
+        return self.bound(counter)
 
     def exact(self) -> list[int]:
         """Return the counters; waits for the device."""
         self._counted = _checked(self._counters)
-        self._since = 0
-        self._copy = None
+        self._counted_at = self._copied = self._inserted
+        self._copies.clear()
         return [int(count) for count in self._counted]
 
     def count_inserts(self, at_most: int) -> None:
         """Count ids that a call may insert; before the call, so that the bound holds even if it raises."""
-        if self._view is None:
-            self._since += at_most
-            self._since_copy += at_most
+        self._inserted += at_most
 
     def copy(self) -> None:
-        """Start copying the counters, unless a copy is on its way."""
-        if self._view is None and self._copy is None:
+        """Start copying the counters."""
+        self._copied = self._inserted
+        if self._view is None:
             host = torch.empty(ops.id_map.COUNTERS, dtype=torch.int64, pin_memory=True)
             host.copy_(self._counters, non_blocking=True)
-            self._copy = (host, record_event(self._counters.device))
-            self._since_copy = 0
+            self._copies.append((host, record_event(self._counters.device), self._inserted))
+
+    def _take_copy(self) -> None:
+        host, _, inserted = self._copies.popleft()
+        self._counted = _checked(host)
+        # The copied count does not include rows that were assigned but not yet committed at that time.
+        self._counted_at = inserted - int(self._counted[ops.id_map.FRESH])
 
 
 def _checked(counters: Tensor) -> list[int]:

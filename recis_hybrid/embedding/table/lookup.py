@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.accelerator import numbers_on
 from recis_hybrid.ops.gather import MAX, SOURCE_SHIFT, Bags, RowGroups
 
 
@@ -145,7 +146,7 @@ class Lookup:
         counts, groups = self.request.counts, self.groups
         if counts is None:
             return groups.offsets
-        lengths = torch.tensor([0, *self.request.bags.lengths[:-1]], device=counts.device)
+        lengths = numbers_on(counts.device, [0, *self.request.bags.lengths[:-1]])
         features, vectors = groups.sources >> SOURCE_SHIFT, groups.sources & (1 << SOURCE_SHIFT) - 1
         # Beyond the valid groups the buffers are undefined.
         n = counts.numel()

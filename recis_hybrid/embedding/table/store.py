@@ -201,7 +201,7 @@ class RowStore:
         bound = self.id_map.row_bound + more
         if bound > self.blocks.capacity:
             # The bound counts ids, of which most have a row already; blocks that it alone asks for would stay empty.
-            bound = self.id_map.exact_row_bound() + more
+            bound = self.id_map.row_bound_after_inserts() + more
         self.blocks.reserve(bound)
         self.id_map.reserve(more)
         return bound

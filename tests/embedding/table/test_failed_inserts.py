@@ -112,7 +112,7 @@ def test_a_full_map_ends_every_probe(device: str) -> None:
         rows, _, _ = table.store.insert_grouped(request, None, [])
         assert int((rows >= 0).sum()) == capacity
         with pytest.raises(RuntimeError, match="an insert found no free slot, and its ids have no row"):
-            id_map.exact_row_bound()
+            id_map.row_bound_after_inserts()
     assert int(id_map.counters[ops.id_map.OVERFLOW]) == 1
     assert int((id_map.slots[:, 1] == 0).sum()) == 0
     found = id_map.find([ids.to(device)], [0])
