@@ -3,8 +3,10 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "core/element.h"
+#include "core/for_each.h"
 #include "core/id_map.h"
 #include "core/initializer.h"
 #include "core/table.h"
@@ -193,9 +195,12 @@ struct CopyRecords {
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes lanes) const {
-    const uint64_t* source = reinterpret_cast<const uint64_t*>(blocks.record(from[i]));
-    uint64_t* target = reinterpret_cast<uint64_t*>(blocks.record(to[i]));
-    for (int64_t w = lanes.rank; w < blocks.record_bytes / 8; w += lanes.size) target[w] = source[w];
+    // A thread of CUDA moves 16 bytes at once; the CPU's compiler vectorizes a loop over words.
+    using Part = std::conditional_t<std::is_same_v<Lanes, OneLane>, uint64_t, Word<16>>;
+    const Part* source = reinterpret_cast<const Part*>(blocks.record(from[i]));
+    Part* target = reinterpret_cast<Part*>(blocks.record(to[i]));
+    const int64_t words = blocks.record_bytes / static_cast<int64_t>(sizeof(Part));
+    for (int64_t w = lanes.rank; w < words; w += lanes.size) target[w] = source[w];
   }
 };
 

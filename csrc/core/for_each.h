@@ -17,7 +17,9 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <thread>
+#include <type_traits>
 #include <vector>
 
 #include "core/macros.h"
@@ -135,13 +137,83 @@ RECIS_HD float lanes_sum(float x, [[maybe_unused]] ManyLanes lanes) {
   return x;
 }
 
+// Whether this is code of CUDA, where W divides dim, and tiles pass through registers.
+#if defined(__CUDA_ARCH__)
+inline constexpr bool kOnCuda = true;
+#else
+inline constexpr bool kOnCuda = false;
+#endif
+
 // Loops over one item's inner dimension in tiles of W consecutive elements: f(first, count), where count is Const<W>
-// for a whole tile and an int for the last, shorter one.
+// for a whole tile and, on the CPU, an int for the last, shorter one.
 template <int W, class Lanes, class F>
 RECIS_HD void for_tiles(int64_t dim, Lanes lanes, F&& f) {
   int64_t d = int64_t{lanes.rank} * W;
   for (; d + W <= dim; d += int64_t{lanes.size} * W) f(d, Const<W>{});
-  if (d < dim) f(d, static_cast<int>(dim - d));
+  if constexpr (!kOnCuda) {
+    if (d < dim) f(d, static_cast<int>(dim - d));
+  }
 }
+
+// N bytes that CUDA loads or stores at once. The vector types of CUDA, since the compiler may split a copied struct.
+#if defined(__CUDACC__)
+template <int N>
+using Word =
+    std::conditional_t<N == 16, int4, std::conditional_t<N == 8, int2, std::conditional_t<N == 4, int, short>>>;
+#else
+template <int N>
+struct alignas(N) Word {
+  char bytes[N];
+};
+#endif
+
+// Access to the elements of a tile, through data().
+//
+// On CUDA the tile passes through registers, by one access of W elements, to which its address must be aligned: element
+// by element, a thread would move single words. On the CPU, data() is the address itself, and the compiler vectorizes
+// the loops over it.
+template <class T, int W, bool kReads, bool kWrites>
+class TileAccess {
+ public:
+  RECIS_HD explicit TileAccess(T* at) : at_(at) {
+    if constexpr (kOnCuda && kReads) {
+      const Whole whole = *reinterpret_cast<const Whole*>(at);
+      memcpy(&tile_, &whole, sizeof(Whole));
+    }
+  }
+  RECIS_HD ~TileAccess() {
+    if constexpr (kOnCuda && kWrites) {
+      Whole whole;
+      memcpy(&whole, &tile_, sizeof(Whole));
+#if defined(__CUDACC__)
+      __stwb(reinterpret_cast<Whole*>(at_), whole);  // a plain store may be split
+#else
+      *reinterpret_cast<Whole*>(at_) = whole;
+#endif
+    }
+  }
+  TileAccess(const TileAccess&) = delete;
+  TileAccess& operator=(const TileAccess&) = delete;
+
+  RECIS_HD T* data() {
+    if constexpr (kOnCuda) {
+      return tile_;
+    } else {
+      return at_;
+    }
+  }
+
+ private:
+  using Whole = Word<sizeof(T) * W>;
+  T* at_;
+  std::remove_const_t<T> tile_[kOnCuda ? W : 1];  // registers
+};
+
+template <class T, int W>
+using ReadTile = TileAccess<const T, W, true, false>;
+template <class T, int W>
+using WriteTile = TileAccess<T, W, false, true>;
+template <class T, int W>
+using EditTile = TileAccess<T, W, true, true>;
 
 }  // namespace recis

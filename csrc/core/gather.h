@@ -11,6 +11,7 @@
 
 #include "core/bags.h"
 #include "core/element.h"
+#include "core/for_each.h"
 #include "core/initializer.h"
 #include "core/segments.h"
 #include "core/table.h"
@@ -43,10 +44,12 @@ RECIS_HD void copy_vector(float* RECIS_RESTRICT out, const E* RECIS_RESTRICT row
     if constexpr (kCanStream<E, decltype(n)>) {
       if (streams) return stream_copy<decltype(n)::value>(out + d, row + d);
     }
-    if constexpr (std::is_same_v<E, float>) {
-      memcpy(out + d, row + d, n * sizeof(float));
+    ReadTile<E, W> from(row + d);
+    WriteTile<float, W> to(out + d);
+    if constexpr (std::is_same_v<E, float> && !kOnCuda) {
+      memcpy(to.data(), from.data(), n * sizeof(float));
     } else {
-      for (int j = 0; j < n; ++j) out[d + j] = load_element(row[d + j]);
+      for (int j = 0; j < n; ++j) to.data()[j] = load_element(from.data()[j]);
     }
   });
 }
@@ -106,7 +109,8 @@ struct GatherBags {
         if (p + 4 < bag.end && d == 0) prefetch_row(bag_rows[p + 4]);
         const float weight = span.bags.weight(p);
         if (bag_rows[p] >= 0) {
-          const E* row = reinterpret_cast<const E*>(blocks.record(bag_rows[p])) + d;
+          ReadTile<E, W> tile(reinterpret_cast<const E*>(blocks.record(bag_rows[p])) + d);
+          const E* row = tile.data();
           for (int j = 0; j < n; ++j) sum[j] += weight * load_element(row[j]);
         } else if (span.init != nullptr) {
           float unknown[W];
@@ -114,7 +118,8 @@ struct GatherBags {
           for (int j = 0; j < n; ++j) sum[j] += weight * unknown[j];
         }
       }
-      for (int j = 0; j < n; ++j) out[d + j] = sum[j] * norm;
+      WriteTile<float, W> to(out + d);
+      for (int j = 0; j < n; ++j) to.data()[j] = sum[j] * norm;
     });
   }
 
@@ -131,7 +136,8 @@ struct GatherBags {
       for (int64_t p = bag.begin; p < bag.end; ++p) {
         float x[W];
         if (bag_rows[p] >= 0) {
-          const E* row = reinterpret_cast<const E*>(blocks.record(bag_rows[p])) + d;
+          ReadTile<E, W> tile(reinterpret_cast<const E*>(blocks.record(bag_rows[p])) + d);
+          const E* row = tile.data();
           for (int j = 0; j < n; ++j) x[j] = load_element(row[j]);
         } else if (span.init != nullptr) {
           first(span, p, d, n, x);
@@ -145,9 +151,17 @@ struct GatherBags {
           winner[j] = wins ? static_cast<int32_t>(p - bag.begin) : winner[j];
         }
       }
-      for (int j = 0; j < n; ++j) {
-        span.out[at + d + j] = best[j];
-        if (span.winners != nullptr) span.winners[at + d + j] = winner[j];
+      if constexpr (kOnCuda) {
+        WriteTile<float, W> to(span.out + at + d);
+        for (int j = 0; j < n; ++j) to.data()[j] = best[j];
+        if (span.winners == nullptr) return;
+        WriteTile<int32_t, W> winners(span.winners + at + d);
+        for (int j = 0; j < n; ++j) winners.data()[j] = winner[j];
+      } else {
+        for (int j = 0; j < n; ++j) {
+          span.out[at + d + j] = best[j];
+          if (span.winners != nullptr) span.winners[at + d + j] = winner[j];
+        }
       }
     });
   }
@@ -155,8 +169,20 @@ struct GatherBags {
   // Elements d .. d + n - 1 of the initial value of the id at position p, rounded to the record's type.
   template <class Count>
   RECIS_HD void first(const BagSpan& span, int64_t p, int64_t d, Count n, float (&out)[W]) const {
-    int64_t quad = -1;
     float values[4];
+    if constexpr (kOnCuda) {
+      // A tile lies within these four. They are selected by comparisons: an indexed array would not be in registers.
+      first_values(*span.init, span.ids[p], d / 4, values);
+      for (int j = 0; j < n; ++j) {
+        float value = values[0];
+        for (int k = 1; k < 4; ++k) value = (d + j) % 4 == k ? values[k] : value;
+        E rounded;
+        store_element(&rounded, value);
+        out[j] = load_element(rounded);
+      }
+      return;
+    }
+    int64_t quad = -1;
     for (int j = 0; j < n; ++j) {
       if ((d + j) / 4 != quad) {
         quad = (d + j) / 4;

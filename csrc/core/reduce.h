@@ -74,7 +74,8 @@ struct GroupedGradients {
     float sum[W];  // a local array, so that the compiler knows that no pointer aliases it
     for (int j = 0; j < n; ++j) sum[j] = 0.0f;
     for (int64_t k = begin; k < end; ++k) {
-      const float* RECIS_RESTRICT gradient = source(k) + d;
+      ReadTile<float, W> tile(source(k) + d);
+      const float* RECIS_RESTRICT gradient = tile.data();
       if (scales == nullptr) {
         for (int j = 0; j < n; ++j) sum[j] += gradient[j];
       } else {
@@ -105,7 +106,8 @@ struct ReduceRows {
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
       float sum[W];
       gradients.template sum<W>(u, d, n, sum);
-      for (int j = 0; j < n; ++j) out[u * dim + d + j] = sum[j];
+      WriteTile<float, W> to(out + u * dim + d);
+      for (int j = 0; j < n; ++j) to.data()[j] = sum[j];
     });
   }
 };

@@ -134,7 +134,8 @@ struct UpdateRows {
 // w -= scale * g, for elements d .. d + n - 1 of a record.
 template <class E, class Count, int W>
 RECIS_HD void descend(char* record, int64_t d, Count n, const float (&g)[W], float scale, Rounding rounding) {
-  E* w = field_at<E>(record, 0, d);
+  EditTile<E, W> w_tile(field_at<E>(record, 0, d));
+  E* w = w_tile.data();
   for (int j = 0; j < n; ++j) rounding.store(w + j, load_element(w[j]) - scale * g[j], d + j);
 }
 
@@ -160,8 +161,10 @@ struct MomentumRule {
 
   template <class E, class S, class Count, int W>
   RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
-    E* RECIS_RESTRICT w = field_at<E>(record, 0, d);
-    S* RECIS_RESTRICT buffer = field_at<S>(record, buffer_offset, d);
+    EditTile<E, W> w_tile(field_at<E>(record, 0, d));
+    EditTile<S, W> buffer_tile(field_at<S>(record, buffer_offset, d));
+    E* RECIS_RESTRICT w = w_tile.data();
+    S* RECIS_RESTRICT buffer = buffer_tile.data();
     for (int j = 0; j < n; ++j) {
       const float b = momentum * load_element(buffer[j]) + g[j];
       rounding.part(1).store(buffer + j, b, d + j);
@@ -180,8 +183,10 @@ struct AdagradRule {
 
   template <class E, class S, class Count, int W>
   RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
-    E* RECIS_RESTRICT w = field_at<E>(record, 0, d);
-    S* RECIS_RESTRICT sum = field_at<S>(record, sum_offset, d);
+    EditTile<E, W> w_tile(field_at<E>(record, 0, d));
+    EditTile<S, W> sum_tile(field_at<S>(record, sum_offset, d));
+    E* RECIS_RESTRICT w = w_tile.data();
+    S* RECIS_RESTRICT sum = sum_tile.data();
     for (int j = 0; j < n; ++j) {
       const float s = load_element(sum[j]) + g[j] * g[j];
       rounding.part(1).store(sum + j, s, d + j);
@@ -225,9 +230,12 @@ struct AdamRule {
 
   template <class E, class S, class Count, int W>
   RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
-    E* RECIS_RESTRICT w = field_at<E>(record, 0, d);
-    S* RECIS_RESTRICT m = field_at<S>(record, exp_avg_offset, d);
-    S* RECIS_RESTRICT v = field_at<S>(record, exp_avg_sq_offset, d);
+    EditTile<E, W> w_tile(field_at<E>(record, 0, d));
+    EditTile<S, W> m_tile(field_at<S>(record, exp_avg_offset, d));
+    EditTile<S, W> v_tile(field_at<S>(record, exp_avg_sq_offset, d));
+    E* RECIS_RESTRICT w = w_tile.data();
+    S* RECIS_RESTRICT m = m_tile.data();
+    S* RECIS_RESTRICT v = v_tile.data();
     for (int j = 0; j < n; ++j) {
       const float m0 = load_element(m[j]);
       const float v0 = load_element(v[j]);

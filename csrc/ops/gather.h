@@ -68,7 +68,8 @@ void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset,
   spans.reserve(lengths.size());
   int64_t total = 0;
   int64_t positions = 0;
-  bool aligned = dim % 4 == 0 && reinterpret_cast<uintptr_t>(buffer) % 16 == 0;
+  bool aligned = dim % 4 == 0 && reinterpret_cast<uintptr_t>(buffer) % 16 == 0 &&
+                 reinterpret_cast<uintptr_t>(winner_data) % 16 == 0;
   for (size_t f = 0; f < lengths.size(); ++f) {
     const Bags bags = bags_of(offsets, weights, lengths, vectors, combiners, tiles, f);
     RECIS_CHECK(starts[f] >= 0 && starts[f] + vectors[f] * dim <= out.numel(), "out is too small");

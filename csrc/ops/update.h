@@ -43,7 +43,7 @@ struct Grouped {
   }
 };
 
-// Whether every gradient row starts at a multiple of 16 bytes.
+// Whether every gradient row starts at a multiple of 16 bytes; the parts of a record always do.
 inline bool aligned16(const std::vector<GradientSpan>& spans, int64_t dim) {
   bool aligned = dim % 4 == 0;
   for (const GradientSpan& span : spans) {
@@ -60,9 +60,11 @@ void reduce_rows(Tensors gradients, const Tensor& count, const Tensor& unique, c
   const int64_t dim = out.size(1);
   std::vector<GradientSpan> spans;
   const auto grouped = Grouped{gradients, count, unique, offsets, sources, scales, factor}.ref(device, spans, dim);
-  device.with_width(dim, aligned16(spans, dim), [&](auto width) {
+  float* sums = data<float>(out, "out");
+  const bool aligned = aligned16(spans, dim) && reinterpret_cast<uintptr_t>(sums) % 16 == 0;
+  device.with_width(dim, aligned, [&](auto width) {
     device.for_each(device.items(grouped.count, unique.numel()), dim,
-                    ReduceRows<decltype(width)::value>{grouped, dim, data<float>(out, "out")});
+                    ReduceRows<decltype(width)::value>{grouped, dim, sums});
   });
 }
 
