@@ -52,21 +52,19 @@ struct RecordStart {
   }
 };
 
-// Writes the initial values of the rows that a find-or-insert has just allocated. Launched over an upper bound on the
-// number of new rows. The exact number is read from the counters, so the host need not know it.
+// Writes the initial values of the rows that a find-or-insert has just allocated. One item per new row; the counter
+// kFresh holds their number, which the host need not know.
 template <class E>
 struct InitFreshRows {
   Segments<IdSpan> spans;  // not named `segments`, because items are new rows, not positions
   BlocksRef blocks;
   const Initializer* initializers;  // by member table
-  const int64_t* counters;
   const int64_t* rows;
   const int64_t* fresh;
   RecordStart start;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes lanes) const {
-    if (i >= counters[kFresh]) return;
     const int64_t position = fresh[i];
     const IdSpan& span = spans[spans.find(position)];
     const int64_t row = rows[position];
@@ -77,20 +75,17 @@ struct InitFreshRows {
 // Marks the rows of a training lookup as seen: row unique[u] occurs offsets[u + 1] - offsets[u] times in it.
 struct SeeRows {
   BlocksRef blocks;
-  const int64_t* count;
   const int64_t* unique;
   const int64_t* offsets;
   int64_t step;
 
   static constexpr int64_t fetched_bytes() { return 64; }
 
-  RECIS_HD void prefetch(int64_t u) const {
-    if (u < *count) prefetch_bytes<true>(blocks.meta(unique[u]), 1);
-  }
+  RECIS_HD void prefetch(int64_t u) const { prefetch_bytes<true>(blocks.meta(unique[u]), 1); }
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t u, Lanes lanes) const {
-    if (u >= *count || lanes.rank != 0) return;
+    if (lanes.rank != 0) return;
     RowMeta* meta = blocks.meta(unique[u]);
     *meta = RowMeta::of(meta->updated_step(), step, meta->frequency() + offsets[u + 1] - offsets[u]);
   }
@@ -192,6 +187,8 @@ struct CopyRecords {
   BlocksRef blocks;
   const int64_t* from;
   const int64_t* to;
+
+  int64_t lanes() const { return blocks.record_bytes / 16; }
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes lanes) const {

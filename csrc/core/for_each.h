@@ -7,8 +7,9 @@
 //
 // Items run in any order and at the same time. `lanes` is the group that works on one item: the body loops its inner
 // dimension with stride lanes.size from lanes.rank. On CPU there is one lane, and the compiler vectorizes the loop; on
-// CUDA there are 1 to 32 threads. A kernel may define prefetch(), with the same arguments except `lanes`, and
-// fetched_bytes(), the number of bytes that it loads; the CPU launcher calls prefetch() some items ahead.
+// CUDA there are 1 to 32 threads; a kernel may define lanes(), the number of threads that have work on an item. It may
+// also define prefetch(), with the same arguments except `lanes`, and fetched_bytes(), the number of bytes that it
+// loads; the CPU launcher calls prefetch() some items ahead.
 //
 // The executor provides the CPU threads: it is callable as executor(n, grain, body) and calls body(begin, end) on
 // disjoint ranges that cover [0, n). TorchPool (ops/device.h) uses torch's threads; Serial and Threads are defined

@@ -77,6 +77,7 @@ struct GatherBags {
   bool streams;  // whether to use stream_copy: the output is larger than the caches, and every vector is aligned
 
   int64_t fetched_bytes() const { return dim * static_cast<int64_t>(sizeof(E)); }
+  int64_t lanes() const { return (dim + W - 1) / W; }
 
   RECIS_HD void prefetch(int32_t part, int64_t v) const {
     const BagSpan& span = segments[part];

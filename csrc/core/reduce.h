@@ -95,14 +95,12 @@ struct ReduceRows {
   float* out;  // [upper bound, dim]
 
   int64_t fetched_bytes() const { return dim * 4; }
+  int64_t lanes() const { return (dim + W - 1) / W; }
 
-  RECIS_HD void prefetch(int64_t u) const {
-    if (u < *gradients.count) gradients.prefetch(u, dim);
-  }
+  RECIS_HD void prefetch(int64_t u) const { gradients.prefetch(u, dim); }
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t u, Lanes lanes) const {
-    if (u >= *gradients.count) return;
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
       float sum[W];
       gradients.template sum<W>(u, d, n, sum);

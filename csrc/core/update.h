@@ -52,16 +52,15 @@ struct UpdateRows {
   Rule rule;
 
   int64_t fetched_bytes() const { return blocks.record_bytes + dim * 4; }
+  int64_t lanes() const { return (dim + W - 1) / W; }
 
   RECIS_HD void prefetch(int64_t u) const {
-    if (u >= *gradients.count) return;
     prefetch_record<true>(blocks, gradients.unique[u], blocks.record_bytes);
     gradients.prefetch(u, dim);
   }
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t u, Lanes lanes) const {
-    if (u >= *gradients.count) return;
     const int64_t row = gradients.unique[u];
     char* record = blocks.record(row);
     if (lanes.rank == 0) {

@@ -46,7 +46,7 @@ inline int bits_for(int64_t bound) {
 
 // A group of `lanes` threads (a power of two up to 32) works on an item; a grid-stride loop supports any n.
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads) for_each_kernel(const Kernel kernel, const int64_t n, const int lanes) {
+__device__ __forceinline__ void run_items(const Kernel& kernel, const int64_t n, const int lanes) {
   const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
   const int64_t groups = static_cast<int64_t>(gridDim.x) * blockDim.x / lanes;
   const ManyLanes mine{static_cast<int>(threadIdx.x % lanes), lanes};
@@ -57,6 +57,17 @@ __global__ void __launch_bounds__(kThreads) for_each_kernel(const Kernel kernel,
       kernel(i, mine);
     }
   }
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(kThreads) for_each_kernel(const Kernel kernel, const int64_t n, const int lanes) {
+  run_items(kernel, n, lanes);
+}
+
+template <class Kernel>
+__global__ void __launch_bounds__(kThreads)
+    for_each_counted_kernel(const Kernel kernel, const int64_t* count, const int lanes) {
+  run_items(kernel, *count, lanes);
 }
 
 // Bytes that travel in the arguments of a kernel, of which CUDA takes 4 KiB.
@@ -86,10 +97,20 @@ class CudaDevice {
   template <class Kernel>
   void for_each(int64_t n, int64_t width, const Kernel& kernel) const {
     if (n <= 0) return;
-    int lanes = 1;
-    while (lanes < 32 && lanes * 4 < width) lanes *= 2;
-    const int64_t blocks = std::min(max_blocks(), (n * lanes + kThreads - 1) / kThreads);
-    RECIS_LAUNCH(for_each_kernel<Kernel>, static_cast<unsigned>(blocks), kThreads, stream_, kernel, n, lanes);
+    const int lanes = lanes_of(kernel, width);
+    RECIS_LAUNCH(for_each_kernel<Kernel>, blocks_of(n * lanes), kThreads, stream_, kernel, n, lanes);
+    RECIS_CUDA_CHECK(cudaGetLastError());
+  }
+
+  // Runs a kernel over *count items, of which the host knows only an upper bound. The grid is no larger than the
+  // device holds at once, so that no block starts only to find that it has no item.
+  template <class Kernel>
+  void for_each_counted(const int64_t* count, int64_t bound, int64_t width, const Kernel& kernel) const {
+    if (bound <= 0) return;
+    const int lanes = lanes_of(kernel, width);
+    static const int64_t resident = resident_blocks(for_each_counted_kernel<Kernel>);  // GPUs of a process are alike
+    RECIS_LAUNCH(for_each_counted_kernel<Kernel>, blocks_of(std::min(bound * lanes, resident * kThreads)), kThreads,
+                 stream_, kernel, count, lanes);
     RECIS_CUDA_CHECK(cudaGetLastError());
   }
 
@@ -141,8 +162,6 @@ class CudaDevice {
     return buffers_.back();
   }
 
-  int64_t items(const int64_t*, int64_t bound) const { return bound; }
-
   // Four floats per lane, one 16-byte access, if rows are aligned.
   template <class F>
   void with_width(int64_t, bool aligned, F&& f) const {
@@ -163,6 +182,31 @@ class CudaDevice {
     RECIS_CHECK(is_on_device(where),
                 "the operator's first tensor must be on the device of the others, and is not on CUDA");
     return where.get_device_index();
+  }
+
+  // One lane for four elements, unless the kernel says how many have work.
+  template <class Kernel>
+  static int lanes_of(const Kernel& kernel, int64_t width) {
+    int64_t most = (width + 3) / 4;
+    if constexpr (requires { kernel.lanes(); }) most = kernel.lanes();
+    int lanes = 1;
+    while (lanes < 32 && lanes < most) lanes *= 2;
+    return lanes;
+  }
+
+  static unsigned blocks_of(int64_t threads) {
+    return static_cast<unsigned>(std::min(max_blocks(), (threads + kThreads - 1) / kThreads));
+  }
+
+  template <class... Parameters>
+  static int64_t resident_blocks(void (*kernel)(Parameters...)) {
+    int device = 0;
+    int processors = 0;
+    int blocks = 0;
+    RECIS_CUDA_CHECK(cudaGetDevice(&device));
+    RECIS_CUDA_CHECK(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device));
+    RECIS_CUDA_CHECK(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&blocks, kernel, kThreads, 0));
+    return int64_t{processors} * std::max(blocks, 1);
   }
 
   Tensor like_;

@@ -1,5 +1,5 @@
 // Grouping of equal rows on CUDA; core/group.h is its CPU counterpart. CUB's radix sort is stable, so input order is
-// kept within a row.
+// kept within a row. Positions fit into 32 bits, and so do rows as a rule: the sort then moves half the bytes.
 #include <cub/cub.cuh>
 
 #include "cuda/device.cuh"
@@ -10,16 +10,17 @@ namespace recis {
 namespace {
 
 // Positions without a row are sorted to the end, as a last group.
+template <class Key>
 struct NumberPositions {
   const int64_t* rows;
   int64_t row_bound;
-  int64_t* keys;
-  int64_t* positions;
+  Key* keys;
+  uint32_t* positions;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
-    keys[i] = rows[i] < 0 ? row_bound : rows[i];
-    positions[i] = i;
+    keys[i] = static_cast<Key>(rows[i] < 0 ? row_bound : rows[i]);
+    positions[i] = static_cast<uint32_t>(i);
   }
 };
 
@@ -36,7 +37,7 @@ struct DropLastGroup {
 };
 
 struct PermuteSources {
-  const int64_t* order;
+  const uint32_t* order;
   const int64_t* sources;
   const float* scales;
   int64_t* grouped_sources;
@@ -49,16 +50,39 @@ struct PermuteSources {
   }
 };
 
-// Sets the lengths past the last group to zero, so that one scan over the upper bound yields every offset and the end.
-struct ClearTail {
-  const int64_t* count;
-  int64_t* lengths;
+// Sorts the positions by row into `order`, and finds the distinct rows and where their positions begin.
+template <class Key>
+void sort_rows(CudaDevice& device, const int64_t* rows, int64_t n, int64_t row_bound, int64_t* unique, int64_t* begins,
+               uint32_t* order, int64_t* count) {
+  const auto words = [&](int64_t size, auto word) {
+    return static_cast<decltype(word)*>(device.scratch(size * static_cast<int64_t>(sizeof(word))).data_ptr());
+  };
+  Key* keys = words(n, Key{});
+  Key* sorted_keys = words(n, Key{});
+  uint32_t* positions = words(n, uint32_t{});
+  uint32_t* lengths = words(n + 1, uint32_t{});
+  const int bits = bits_for(row_bound + 1);
+  const auto stream = device.stream();
 
-  template <class Lanes>
-  RECIS_HD void operator()(int64_t i, Lanes) const {
-    if (i >= *count) lengths[i] = 0;
-  }
-};
+  // Keys are never negative, so their low bits determine the order.
+  size_t sort_bytes = 0;
+  size_t encode_bytes = 0;
+  size_t scan_bytes = 0;
+  RECIS_CUDA_CHECK(
+      cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, keys, sorted_keys, positions, order, n, 0, bits, stream));
+  RECIS_CUDA_CHECK(
+      cub::DeviceRunLengthEncode::Encode(nullptr, encode_bytes, sorted_keys, unique, lengths, count, n, stream));
+  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, lengths, begins, n + 1, stream));
+  void* temporary = device.scratch(static_cast<int64_t>(std::max({sort_bytes, encode_bytes, scan_bytes}))).data_ptr();
+
+  device.for_each(n, 1, NumberPositions<Key>{rows, row_bound, keys, positions});
+  RECIS_CUDA_CHECK(
+      cub::DeviceRadixSort::SortPairs(temporary, sort_bytes, keys, sorted_keys, positions, order, n, 0, bits, stream));
+  RECIS_CUDA_CHECK(
+      cub::DeviceRunLengthEncode::Encode(temporary, encode_bytes, sorted_keys, unique, lengths, count, n, stream));
+  // The lengths past the last group are undefined, and so are the sums past its end, which nothing reads.
+  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, lengths, begins, n + 1, stream));
+}
 
 void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets,
                 Tensors weights, Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts,
@@ -75,37 +99,17 @@ void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints length
     RECIS_CUDA_CHECK(cudaMemsetAsync(begins, 0, sizeof(int64_t), device.stream()));
     return;
   }
-  const auto words = [&](int64_t size) { return static_cast<int64_t*>(device.scratch(size * 8).data_ptr()); };
-  int64_t* position_sources = words(n);
-  float* position_scales = factors == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4).data_ptr());
+  auto* position_sources = static_cast<int64_t*>(device.scratch(n * 8).data_ptr());
+  auto* position_scales = factors == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4).data_ptr());
+  auto* order = static_cast<uint32_t*>(device.scratch(n * 4).data_ptr());
   fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, position_sources, position_scales);
-  int64_t* keys = words(n);
-  int64_t* positions = words(n);
-  int64_t* sorted_keys = words(n);
-  int64_t* order = words(n);
-  int64_t* group_lengths = words(n + 1);
+  const int64_t* position_rows = data<int64_t>(rows, "rows");
   int64_t* distinct = data<int64_t>(unique, "unique");
-  const int bits = bits_for(row_bound + 1);
-  const auto stream = device.stream();
-
-  // Keys are never negative, so their low bits determine the order.
-  size_t sort_bytes = 0;
-  size_t encode_bytes = 0;
-  size_t scan_bytes = 0;
-  RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, keys, sorted_keys, positions, order, n, 0, bits, stream));
-  RECIS_CUDA_CHECK(cub::DeviceRunLengthEncode::Encode(nullptr, encode_bytes, sorted_keys, distinct, group_lengths,
-                                                      group_count, n, stream));
-  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, group_lengths, begins, n + 1, stream));
-  void* temporary = device.scratch(static_cast<int64_t>(std::max({sort_bytes, encode_bytes, scan_bytes}))).data_ptr();
-
-  device.for_each(n, 1, NumberPositions{data<int64_t>(rows, "rows"), row_bound, keys, positions});
-  RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(temporary, sort_bytes, keys, sorted_keys, positions, order, n, 0, bits, stream));
-  RECIS_CUDA_CHECK(cub::DeviceRunLengthEncode::Encode(temporary, encode_bytes, sorted_keys, distinct, group_lengths,
-                                                      group_count, n, stream));
-  device.for_each(n + 1, 1, ClearTail{group_count, group_lengths});
-  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, group_lengths, begins, n + 1, stream));
+  if (row_bound < int64_t{1} << 32) {
+    sort_rows<uint32_t>(device, position_rows, n, row_bound, distinct, begins, order, group_count);
+  } else {
+    sort_rows<uint64_t>(device, position_rows, n, row_bound, distinct, begins, order, group_count);
+  }
   device.for_each(n, 1,
                   PermuteSources{order, position_sources, position_scales, data<int64_t>(sources, "sources"), factors});
   device.for_each(1, 1, DropLastGroup{distinct, row_bound, group_count});
@@ -128,11 +132,12 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
     // What may raise, for lack of memory or for bad arguments, comes before the first launch: once ids are inserted,
     // their rows must get first values and be committed.
     const auto init = init_fresh_rows<decltype(element)>(
-        device, blocks_ref(blocks, block_shift, meta_offset, record_bytes), counters, rows, fresh, spans, initializers,
+        device, blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, fresh, spans, initializers,
         record_start(dim, field_offsets, field_widths, field_sizes, field_values));
     id_map_find_or_insert<CudaDevice>(slots, counters, free_rows, std::nullopt, ids, members, used, rows, fresh);
-    device.for_each(fresh.numel(), record_bytes / 4, init);
-    device.for_each(1, 1, CommitInserts{counter_data(counters)});
+    int64_t* counts = counter_data(counters);
+    device.for_each_counted(counts + kFresh, fresh.numel(), record_bytes / 4, init);
+    device.for_each(1, 1, CommitInserts{counts});
   });
   group_rows(rows, members, row_bound, lengths, vectors, offsets, weights, combiners, tiles, unique, starts, sources,
              scales, count);

@@ -37,15 +37,14 @@ inline std::vector<IdSpan> id_spans(const Tensors& ids, const Ints& members) {
 
 // The kernel that gives fresh rows their first values; everything about it that may raise.
 template <class E, class Device>
-InitFreshRows<E> init_fresh_rows(Device& device, const BlocksRef& blocks, const Tensor& counters, const Tensor& rows,
-                                 const Tensor& fresh, const std::vector<IdSpan>& spans, const Tensor& initializers,
+InitFreshRows<E> init_fresh_rows(Device& device, const BlocksRef& blocks, const Tensor& rows, const Tensor& fresh,
+                                 const std::vector<IdSpan>& spans, const Tensor& initializers,
                                  const RecordStart& start) {
   InitFreshRows<E> kernel{};
   device.place(kernel.spans, spans);
   kernel.spans.total = rows.numel();
   kernel.blocks = blocks;
   kernel.initializers = initializer_data(initializers);
-  kernel.counters = data<int64_t>(counters, "counters");
   kernel.rows = data<int64_t>(rows, "rows");
   kernel.fresh = data<int64_t>(fresh, "fresh");
   kernel.start = start;
@@ -62,10 +61,9 @@ void blocks_init_fresh(const Tensor& blocks, int64_t block_shift, int64_t meta_o
   const RecordStart start = record_start(dim, field_offsets, field_widths, field_sizes, field_values);
   const int64_t* count = data<int64_t>(counters, "counters");
   with_element(type, [&](auto element) {
-    const auto kernel =
-        init_fresh_rows<decltype(element)>(device, blocks_ref(blocks, block_shift, meta_offset, record_bytes), counters,
-                                           rows, fresh, spans, initializers, start);
-    device.for_each(device.items(count + kFresh, fresh.numel()), record_bytes / 4, kernel);
+    const auto kernel = init_fresh_rows<decltype(element)>(
+        device, blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, fresh, spans, initializers, start);
+    device.for_each_counted(count + kFresh, fresh.numel(), record_bytes / 4, kernel);
   });
 }
 
@@ -120,9 +118,9 @@ void see_rows(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, in
               const Tensor& unique, const Tensor& offsets, int64_t step) {
   Device device(unique);
   const int64_t* row_count = data<int64_t>(count, "count");
-  device.for_each(device.items(row_count, unique.numel()), 1,
-                  SeeRows{blocks_ref(blocks, block_shift, meta_offset, record_bytes), row_count,
-                          data<int64_t>(unique, "unique"), data<int64_t>(offsets, "offsets"), step});
+  device.for_each_counted(row_count, unique.numel(), 1,
+                          SeeRows{blocks_ref(blocks, block_shift, meta_offset, record_bytes),
+                                  data<int64_t>(unique, "unique"), data<int64_t>(offsets, "offsets"), step});
 }
 
 // Marks rows first, in memory order, then scans the slots: each row's metadata is read once, and no slot waits for it.

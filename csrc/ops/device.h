@@ -30,6 +30,12 @@ class CpuDevice {
     for_each_cpu(TorchPool{}, n, std::max<int64_t>(64, 32768 / std::max<int64_t>(width, 16)), kernel);
   }
 
+  // Runs a kernel over *count items, at most `bound`. On CUDA only the kernel can read the counter.
+  template <class Kernel>
+  void for_each_counted(const int64_t* count, int64_t, int64_t width, const Kernel& kernel) const {
+    for_each(*count, width, kernel);
+  }
+
   // Runs a kernel over n large items, eight per task; only on this thread unless `parallel`.
   template <class Kernel>
   void for_each_task(int64_t n, bool parallel, const Kernel& kernel) const {
@@ -74,10 +80,6 @@ class CpuDevice {
     segments.count = static_cast<int32_t>(parts.size());
     segments.far = upload(parts);
   }
-
-  // The number of items to launch over, given a counter and its upper bound. The CPU reads the counter; on CUDA the
-  // bound is used, and the kernel reads the counter itself.
-  int64_t items(const int64_t* counter, int64_t) const { return *counter; }
 
   // Calls f(Const<W>), where W is the number of elements that a lane handles at a time.
   template <class F>

@@ -63,8 +63,7 @@ void reduce_rows(Tensors gradients, const Tensor& count, const Tensor& unique, c
   float* sums = data<float>(out, "out");
   const bool aligned = aligned16(spans, dim) && reinterpret_cast<uintptr_t>(sums) % 16 == 0;
   device.with_width(dim, aligned, [&](auto width) {
-    device.for_each(device.items(grouped.count, unique.numel()), dim,
-                    ReduceRows<decltype(width)::value>{grouped, dim, sums});
+    device.for_each_counted(grouped.count, unique.numel(), dim, ReduceRows<decltype(width)::value>{grouped, dim, sums});
   });
 }
 
@@ -116,10 +115,10 @@ void update_rows(const Table& table, const Grouped& gradients, const Rule& rule)
   const auto grouped = gradients.ref(device, spans, table.dim);
   const BlocksRef blocks = blocks_ref(table.blocks, table.block_shift, table.meta_offset, table.record_bytes);
   with_types<Rule>(device, table, aligned16(spans, table.dim), [&](auto element, auto state, auto width) {
-    device.for_each(device.items(grouped.count, gradients.unique.numel()), 4 * table.dim,
-                    UpdateRows<Rule, decltype(element), decltype(state), decltype(width)::value>{
-                        grouped, blocks, table.dim, table.step, table.mark_seen,
-                        Rounding{static_cast<uint32_t>(table.seed)}, rule});
+    device.for_each_counted(grouped.count, gradients.unique.numel(), 4 * table.dim,
+                            UpdateRows<Rule, decltype(element), decltype(state), decltype(width)::value>{
+                                grouped, blocks, table.dim, table.step, table.mark_seen,
+                                Rounding{static_cast<uint32_t>(table.seed)}, rule});
   });
 }
 

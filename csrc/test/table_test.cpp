@@ -170,7 +170,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   const RecordStart start = record_start();
   for_each_cpu(
       threads, count, 1,
-      InitFreshRows<float>{segments(spans, n), blocks, inits.data(), table.counters, rows.data(), fresh.data(), start});
+      InitFreshRows<float>{segments(spans, n), blocks, inits.data(), rows.data(), fresh.data(), start});
   for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
   CHECK(table.counters[kRows] == count && table.counters[kLive] == count && table.counters[kFresh] == 0);
 
@@ -239,7 +239,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
     std::vector<float> reduced(groups * kDim);
     for_each_cpu(threads, groups, 1, ReduceRows<16>{all, kDim, reduced.data()});
     updated.push_back(reduced);
-    for_each_cpu(threads, groups, 1, SeeRows{blocks, &groups, unique.data(), starts.data(), 1});
+    for_each_cpu(threads, groups, 1, SeeRows{blocks, unique.data(), starts.data(), 1});
     for_each_cpu(threads, groups, 1,
                  UpdateRows<AdagradRule, float, float, 16>{all, blocks, kDim, 1, true, Rounding{7},
                                                            AdagradRule{kSumOffset, 0.1f, 1e-10f}});

@@ -46,15 +46,15 @@ struct DeviceRadixSort {
 };
 
 struct DeviceRunLengthEncode {
-  template <class T, class Length, class Count, class Size>
-  static cudaError_t Encode(void* temporary, size_t& bytes, const T* in, T* unique, Length* lengths, Count* count,
+  template <class Key, class T, class Length, class Count, class Size>
+  static cudaError_t Encode(void* temporary, size_t& bytes, const Key* in, T* unique, Length* lengths, Count* count,
                             Size n, cudaStream_t stream) {
     if (detail::asks_for_size(temporary, bytes)) return cudaSuccess;
     return detail::run(temporary, bytes, stream, [=] {
       Count runs = 0;
       for (Size i = 0; i < n; ++i) {
         if (i == 0 || in[i] != in[i - 1]) {
-          unique[runs] = in[i];
+          unique[runs] = static_cast<T>(in[i]);
           lengths[runs++] = 0;
         }
         ++lengths[runs - 1];
@@ -65,14 +65,15 @@ struct DeviceRunLengthEncode {
 };
 
 struct DeviceScan {
-  template <class T, class Size>
-  static cudaError_t ExclusiveSum(void* temporary, size_t& bytes, const T* in, T* out, Size n, cudaStream_t stream) {
+  // Like CUB, adds in the type of the input.
+  template <class T, class Sum, class Size>
+  static cudaError_t ExclusiveSum(void* temporary, size_t& bytes, const T* in, Sum* out, Size n, cudaStream_t stream) {
     if (detail::asks_for_size(temporary, bytes)) return cudaSuccess;
     return detail::run(temporary, bytes, stream, [=] {
       T sum = 0;
       for (Size i = 0; i < n; ++i) {
         const T value = in[i];
-        out[i] = sum;
+        out[i] = static_cast<Sum>(sum);
         sum += value;
       }
     });
