@@ -24,8 +24,9 @@ struct GroupedGradients {
   const int64_t* unique;
   const int64_t* offsets;
   const int64_t* sources;
-  const float* scales;  // in the order of `sources`; or null
-  const float* factor;  // [1]: multiplies the summed gradients (unscaling, clipping); or null
+  const float* scales;              // in the order of `sources`; or null
+  const float* factor;              // [1]: multiplies the summed gradients (unscaling, clipping); or null
+  const float* partials = nullptr;  // CUDA: the sums of SumChunks, [chunks of positions, dim]; null if no group is long
 
   RECIS_HD const float* source(int64_t k) const {
     const GradientSpan& feature = features[static_cast<int32_t>(sources[k] >> kSourceShift)];
@@ -52,17 +53,25 @@ struct GroupedGradients {
   static constexpr int64_t kChunk = 256;
 
   template <int W, class Count>
-  RECIS_HD void sum(int64_t u, int64_t d, Count n, float (&total)[W]) const {
+  RECIS_HD void sum(int64_t u, int64_t dim, int64_t d, Count n, float (&total)[W]) const {
     const int64_t begin = offsets[u];
     const int64_t end = offsets[u + 1];
     if (d == 0) {
       for (int64_t k = begin + kAhead; k < min64(end, begin + 64); ++k) prefetch_source(k, n);
     }
     sum_chunk<W>(begin, min64(end, begin + kChunk), d, n, total);
-    for (int64_t at = begin + kChunk; at < end; at += kChunk) {
-      float chunk[W];
-      sum_chunk<W>(at, min64(end, at + kChunk), d, n, chunk);
-      for (int j = 0; j < n; ++j) total[j] += chunk[j];
+    if constexpr (kOnCuda) {
+#pragma unroll 4  // so that loads are in flight together
+      for (int64_t at = begin + kChunk; at < end; at += kChunk) {
+        ReadTile<float, W> chunk(partials + at / kChunk * dim + d);
+        for (int j = 0; j < n; ++j) total[j] += chunk.data()[j];
+      }
+    } else {
+      for (int64_t at = begin + kChunk; at < end; at += kChunk) {
+        float chunk[W];
+        sum_chunk<W>(at, min64(end, at + kChunk), d, n, chunk);
+        for (int j = 0; j < n; ++j) total[j] += chunk[j];
+      }
     }
     if (factor != nullptr) {
       for (int j = 0; j < n; ++j) total[j] *= *factor;
@@ -87,6 +96,48 @@ struct GroupedGradients {
   }
 };
 
+// Sums the chunks of long groups, except the first of each, in parallel: the threads of a row would add the gradients
+// of a frequent id one after another. One item per kChunk positions: at most one of these chunks begins among them,
+// because a group that has one is longer than kChunk.
+template <int W>
+struct SumChunks {
+  GroupedGradients gradients;
+  int64_t dim;
+  float* partials;  // [items, dim]
+
+  static constexpr int64_t kChunk = GroupedGradients::kChunk;
+
+  int64_t lanes() const { return (dim + W - 1) / W; }
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes lanes) const {
+    const int64_t* offsets = gradients.offsets;
+    const int64_t position = i * kChunk;
+    // The group of this position: the last one that begins at or before it.
+    int64_t low = 0;
+    int64_t high = *gradients.count;
+    if (position >= offsets[high]) return;
+    while (high - low > 1) {
+      const int64_t middle = (low + high) / 2;
+      if (offsets[middle] <= position) {
+        low = middle;
+      } else {
+        high = middle;
+      }
+    }
+    const int64_t begin = offsets[low];
+    const int64_t end = offsets[low + 1];
+    const int64_t at = begin + (position - begin + kChunk - 1) / kChunk * kChunk;
+    if (at <= begin || at >= end) return;
+    for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
+      float sum[W];
+      gradients.template sum_chunk<W>(at, min64(end, at + kChunk), d, n, sum);
+      WriteTile<float, W> to(partials + i * dim + d);
+      for (int j = 0; j < n; ++j) to.data()[j] = sum[j];
+    });
+  }
+};
+
 // out[u] = the summed gradient of row unique[u].
 template <int W>
 struct ReduceRows {
@@ -103,7 +154,7 @@ struct ReduceRows {
   RECIS_HD void operator()(int64_t u, Lanes lanes) const {
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
       float sum[W];
-      gradients.template sum<W>(u, d, n, sum);
+      gradients.template sum<W>(u, dim, d, n, sum);
       WriteTile<float, W> to(out + u * dim + d);
       for (int j = 0; j < n; ++j) to.data()[j] = sum[j];
     });

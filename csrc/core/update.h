@@ -73,36 +73,37 @@ struct UpdateRows {
     } else {
       for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
         float gradient[W];
-        gradients.template sum<W>(u, d, n, gradient);
+        gradients.template sum<W>(u, dim, d, n, gradient);
         rule.template apply<E, S>(record, d, n, gradient, rounding);
       });
     }
   }
 
   // The row's number must be advanced with the whole gradient before any element is updated. A gradient of one or two
-  // tiles is buffered; a longer one is summed twice.
+  // tiles (CUDA: one for each lane) is buffered; a longer one is summed twice.
   template <class Lanes>
   RECIS_HD void rowwise(int64_t u, char* record, Lanes lanes) const {
     if (dim == W && lanes.size == 1) return one_tile(u, record);
-    float buffer[2][W];
-    const bool fits = dim <= 2 * W && lanes.size == 1;
+    constexpr int kBuffered = kOnCuda ? 1 : 2;
+    float buffer[kBuffered][W];
+    const bool fits = dim <= int64_t{kBuffered} * W * lanes.size;
     float squares[W];
     for (int j = 0; j < W; ++j) squares[j] = 0.0f;
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
       float gradient[W];
-      gradients.template sum<W>(u, d, n, gradient);
+      gradients.template sum<W>(u, dim, d, n, gradient);
       for (int j = 0; j < n; ++j) squares[j] += gradient[j] * gradient[j];
       if (fits) {
-        for (int j = 0; j < n; ++j) buffer[d / W][j] = gradient[j];
+        for (int j = 0; j < n; ++j) buffer[kOnCuda ? 0 : d / W][j] = gradient[j];
       }
     });
     // One lane advances the row's number; the sum broadcasts its result to all lanes.
     const float mean = lanes_sum(halved(squares), lanes) / static_cast<float>(dim);
     const float scale = lanes_sum(lanes.rank == 0 ? rule.advance(record, mean) : 0.0f, lanes);
     for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-      if (fits) return rule.template apply<E, S>(record, d, n, buffer[d / W], rounding, scale);
+      if (fits) return rule.template apply<E, S>(record, d, n, buffer[kOnCuda ? 0 : d / W], rounding, scale);
       float gradient[W];
-      gradients.template sum<W>(u, d, n, gradient);
+      gradients.template sum<W>(u, dim, d, n, gradient);
       rule.template apply<E, S>(record, d, n, gradient, rounding, scale);
     });
   }
@@ -110,7 +111,7 @@ struct UpdateRows {
   // Like rowwise, for rows of one tile: the gradient stays in registers.
   RECIS_HD void one_tile(int64_t u, char* record) const {
     float gradient[W];
-    gradients.template sum<W>(u, 0, Const<W>{}, gradient);
+    gradients.template sum<W>(u, dim, 0, Const<W>{}, gradient);
     float squares[W];
     for (int j = 0; j < W; ++j) squares[j] = gradient[j] * gradient[j];
     const float scale = rule.advance(record, halved(squares) / static_cast<float>(W));

@@ -88,6 +88,8 @@ struct StoreArguments {
 
 class CudaDevice {
  public:
+  static constexpr bool kSumsChunks = true;  // see core/reduce.h
+
   explicit CudaDevice(const Tensor& where) : like_(where), guard_(index_of(where)), scope_(where) {
     stream_ = current_stream(where.get_device_index());
   }

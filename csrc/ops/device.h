@@ -22,6 +22,8 @@ struct TorchPool {
 
 class CpuDevice {
  public:
+  static constexpr bool kSumsChunks = false;  // see core/reduce.h
+
   explicit CpuDevice(const Tensor& where) : scope_(where) { RECIS_CHECK(where.is_cpu(), "expected a CPU tensor"); }
 
   // Runs a kernel over n items of about `width` elements each; small items share a task.

@@ -52,6 +52,20 @@ inline bool aligned16(const std::vector<GradientSpan>& spans, int64_t dim) {
   return aligned;
 }
 
+// Sums the chunks of long groups first, where the device works on many rows at once.
+template <int W, class Device>
+GroupedGradients with_chunks(Device& device, GroupedGradients grouped, int64_t positions, int64_t dim) {
+  if constexpr (Device::kSumsChunks) {
+    const int64_t chunks = (positions + GroupedGradients::kChunk - 1) / GroupedGradients::kChunk;
+    if (chunks > 1) {
+      auto* partials = static_cast<float*>(device.scratch(chunks * dim * 4).data_ptr());
+      device.for_each(chunks, dim, SumChunks<W>{grouped, dim, partials});
+      grouped.partials = partials;
+    }
+  }
+  return grouped;
+}
+
 template <class Device>
 void reduce_rows(Tensors gradients, const Tensor& count, const Tensor& unique, const Tensor& offsets,
                  const Tensor& sources, const std::optional<Tensor>& scales, const std::optional<Tensor>& factor,
@@ -63,7 +77,9 @@ void reduce_rows(Tensors gradients, const Tensor& count, const Tensor& unique, c
   float* sums = data<float>(out, "out");
   const bool aligned = aligned16(spans, dim) && reinterpret_cast<uintptr_t>(sums) % 16 == 0;
   device.with_width(dim, aligned, [&](auto width) {
-    device.for_each_counted(grouped.count, unique.numel(), dim, ReduceRows<decltype(width)::value>{grouped, dim, sums});
+    constexpr int W = decltype(width)::value;
+    const GroupedGradients summed = with_chunks<W>(device, grouped, sources.numel(), dim);
+    device.for_each_counted(grouped.count, unique.numel(), dim, ReduceRows<W>{summed, dim, sums});
   });
 }
 
@@ -115,10 +131,12 @@ void update_rows(const Table& table, const Grouped& gradients, const Rule& rule)
   const auto grouped = gradients.ref(device, spans, table.dim);
   const BlocksRef blocks = blocks_ref(table.blocks, table.block_shift, table.meta_offset, table.record_bytes);
   with_types<Rule>(device, table, aligned16(spans, table.dim), [&](auto element, auto state, auto width) {
-    device.for_each_counted(grouped.count, gradients.unique.numel(), 4 * table.dim,
-                            UpdateRows<Rule, decltype(element), decltype(state), decltype(width)::value>{
-                                grouped, blocks, table.dim, table.step, table.mark_seen,
-                                Rounding{static_cast<uint32_t>(table.seed)}, rule});
+    constexpr int W = decltype(width)::value;
+    const GroupedGradients summed = with_chunks<W>(device, grouped, gradients.sources.numel(), table.dim);
+    device.for_each_counted(
+        grouped.count, gradients.unique.numel(), 4 * table.dim,
+        UpdateRows<Rule, decltype(element), decltype(state), W>{summed, blocks, table.dim, table.step, table.mark_seen,
+                                                                Rounding{static_cast<uint32_t>(table.seed)}, rule});
   });
 }
 

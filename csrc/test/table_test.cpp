@@ -168,9 +168,8 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
 
   const BlocksRef blocks = table.blocks(count);
   const RecordStart start = record_start();
-  for_each_cpu(
-      threads, count, 1,
-      InitFreshRows<float>{segments(spans, n), blocks, inits.data(), rows.data(), fresh.data(), start});
+  for_each_cpu(threads, count, 1,
+               InitFreshRows<float>{segments(spans, n), blocks, inits.data(), rows.data(), fresh.data(), start});
   for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
   CHECK(table.counters[kRows] == count && table.counters[kLive] == count && table.counters[kFresh] == 0);
 
