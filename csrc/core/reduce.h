@@ -61,7 +61,7 @@ struct GroupedGradients {
     }
     sum_chunk<W>(begin, min64(end, begin + kChunk), d, n, total);
     if constexpr (kOnCuda) {
-#pragma unroll 4  // so that loads are in flight together
+#pragma unroll 2  // so that loads are in flight together
       for (int64_t at = begin + kChunk; at < end; at += kChunk) {
         ReadTile<float, W> chunk(partials + at / kChunk * dim + d);
         for (int j = 0; j < n; ++j) total[j] += chunk.data()[j];

@@ -12,6 +12,7 @@ from recis_hybrid.embedding.table.gradients import Part, PendingGradients
 from recis_hybrid.embedding.table.lookup import Request
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
+from tests.support import emulated
 from tests.support.devices import on_devices
 from tests.support.near import assert_near
 from tests.support.tables import feature, make_table
@@ -112,6 +113,37 @@ def test_reduction_adds_exactly_in_the_documented_order(device: str, dim: int) -
     ops.update.reduce_rows(Gradients([gradient.to(device)], groups), out)
     want = np.stack([chunked_sum(gradient[rows == row].numpy()) for row in groups.unique[:7].tolist()])
     assert np.array_equal(out[:7].cpu().numpy(), want)
+
+
+@on_devices
+@pytest.mark.parametrize("dim", [3, 32])
+@pytest.mark.parametrize("scaled", [False, True])
+def test_groups_of_every_length_are_added_in_the_documented_order(device: str, dim: int, scaled: bool) -> None:
+    # Long groups begin anywhere within the chunks of positions, after each other and after short ones.
+    lengths = [1, 256, 257, 300, 511, 512, 513, 1, 1, 1025, 255, 700, 2000, *[1] * 600]
+    generator = torch.Generator().manual_seed(dim)
+    rows = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+    rows = rows[torch.randperm(rows.numel(), generator=generator)]
+    gradient = torch.randn(rows.numel(), dim, generator=generator)
+    groups = groups_of(rows.tolist(), device)
+    factor = torch.tensor([0.3]) if scaled else None
+    out = torch.full((rows.numel(), dim), torch.nan, device=device)
+    ops.update.reduce_rows(Gradients([gradient.to(device)], groups, None if factor is None else factor.to(device)), out)
+    want = np.stack([chunked_sum(gradient[rows == row].numpy()) for row in groups.unique[: len(lengths)].tolist()])
+    assert np.array_equal(out[: len(lengths)].cpu().numpy(), want if factor is None else want * factor.numpy())
+    assert bool(out[len(lengths) :].isnan().all())
+
+
+@pytest.mark.emulated
+def test_grouping_and_reducing_take_few_launches() -> None:
+    emulated.clear_counts()
+    groups = groups_of([3, 1, 3, -1] * 100, "emulated")
+    assert (emulated.counts()["launches"], emulated.counts()["cub_calls"]) == (4, 3)
+    emulated.clear_counts()
+    ops.update.reduce_rows(
+        Gradients([torch.ones(400, 4, device="emulated")], groups), torch.empty(400, 4, device="emulated")
+    )
+    assert emulated.counts()["launches"] == 2  # the chunks of long groups, and the rows
 
 
 @on_devices
