@@ -71,11 +71,7 @@ class Request(NamedTuple):
         bags = self.bags
         if not bags.offsets and not bags.weights:
             return self
-        return self._replace(
-            bags=bags._replace(
-                offsets=[part.clone() for part in bags.offsets], weights=[part.clone() for part in bags.weights]
-            )
-        )
+        return self._replace(bags=bags._replace(offsets=_copies(bags.offsets), weights=_copies(bags.weights)))
 
 
 _generations = itertools.count()
@@ -84,6 +80,15 @@ _generations = itertools.count()
 def next_generation() -> int:
     """Return a generation that no table of this process has had yet."""
     return next(_generations)
+
+
+def _copies(parts: list[Tensor]) -> list[Tensor]:
+    """Return copies of tensors, views of one buffer: one operator, whatever the number of features."""
+    if not parts:
+        return []
+    # An empty tensor that stands for None has a dtype of its own.
+    present = [part for part in parts if part.numel()] or parts[:1]
+    return list(torch.cat(present).split([part.numel() for part in parts]))
 
 
 _EMPTY: dict[torch.device, Tensor] = {}
