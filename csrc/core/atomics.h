@@ -60,6 +60,16 @@ RECIS_HD Word load_relaxed(const Word* word) {
 #endif
 }
 
+// Two adjacent words, aligned to 16 bytes, in one access. They may be of different times.
+RECIS_HD void load_relaxed_pair(const uint64_t* words, uint64_t& first, uint64_t& second) {
+#if defined(__CUDA_ARCH__) && defined(__CUDACC__)
+  asm volatile("ld.relaxed.gpu.v2.u64 {%0, %1}, [%2];" : "=l"(first), "=l"(second) : "l"(words) : "memory");
+#else
+  first = load_relaxed(words);
+  second = load_relaxed(words + 1);
+#endif
+}
+
 RECIS_HD void store_relaxed(uint64_t* word, uint64_t value) {
 #if defined(__CUDA_ARCH__)
   cuda::atomic_ref<uint64_t, cuda::thread_scope_device>(*word).store(value, cuda::memory_order_relaxed);

@@ -138,6 +138,18 @@ RECIS_HD float lanes_sum(float x, [[maybe_unused]] ManyLanes lanes) {
   return x;
 }
 
+// The rank of the first thread of a group for which a condition holds, or -1, returned to each of them. All threads of
+// the group, fewer than 32, must call it together.
+RECIS_HD int first_lane_where([[maybe_unused]] bool condition, [[maybe_unused]] ManyLanes lanes) {
+#if defined(__CUDA_ARCH__)
+  const unsigned first = threadIdx.x % 32 - lanes.rank;
+  const unsigned mask = ((1u << lanes.size) - 1) << first;
+  return __ffs(static_cast<int>(__ballot_sync(mask, condition) >> first)) - 1;
+#else
+  return -1;
+#endif
+}
+
 // Whether this is code of CUDA, where W divides dim, and tiles pass through registers.
 #if defined(__CUDA_ARCH__)
 inline constexpr bool kOnCuda = true;

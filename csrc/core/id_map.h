@@ -11,6 +11,7 @@
 #endif
 
 #include "core/atomics.h"
+#include "core/for_each.h"
 #include "core/hash/mix.h"
 #include "core/segments.h"
 #include "core/table.h"
@@ -64,17 +65,48 @@ RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
 #endif
 }
 
-// The slot that holds an id, or null. A concurrent insert of the id may be missed.
-RECIS_HD uint64_t* find_slot(const IdMapRef& map, int64_t id, int64_t member) {
+// Whether the last slot of a line is empty; with several lanes, the same for all.
+RECIS_HD bool last_is_empty(const uint64_t* line, OneLane) {
+  return entry_state(load_acquire(line + 2 * kLineSlots - 1)) == SlotState::kEmpty;
+}
+RECIS_HD bool last_is_empty(const uint64_t* line, ManyLanes lanes) {
+  return first_lane_where(lanes.rank == 0 && entry_state(load_relaxed(line + 2 * kLineSlots - 1)) == SlotState::kEmpty,
+                          lanes) == 0;
+}
+
+// The same by kLineSlots lanes, each of which compares one slot. A slot that is being written may be missed.
+RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key, ManyLanes lanes) {
+  const uint64_t full = make_entry(SlotState::kFull, key, 0);
+  const uint64_t compared = make_entry(SlotState::kErased, kKeyMask, 0);
+  uint64_t word = 0;
+  uint64_t entry = 0;
+  load_relaxed_pair(line + 2 * lanes.rank, word, entry);
+  const int match = first_lane_where((entry & compared) == full && word == id, lanes);
+  if (match < 0) return nullptr;
+  // The two words may be of different times, so an id of zero may be that of a slot whose id is not visible yet.
+  uint64_t* slot = line + 2 * match;
+  if (id != 0) return slot;
+  load_acquire(slot + 1);
+  return load_relaxed(slot) == id ? slot : nullptr;
+}
+
+RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key, OneLane) {
+  return match_in_line(line, id, key);
+}
+
+// The slot that holds an id, or null; with several lanes, the same for all. A concurrent insert of the id may be
+// missed.
+template <class Lanes = OneLane>
+RECIS_HD uint64_t* find_slot(const IdMapRef& map, int64_t id, int64_t member, Lanes lanes = {}) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
   const uint64_t start = probe_start(hash);
   for (uint64_t passed = 0; passed <= map.mask; passed += kLineSlots) {
     uint64_t* line = map.slots + 2 * ((start + passed) & map.mask);
     // A claimed slot does not match: its id is not published yet.
-    if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key)) return slot;
+    if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key, lanes)) return slot;
     // The slots of a line are filled in order and never become empty again.
-    if (entry_state(load_acquire(line + 2 * kLineSlots - 1)) == SlotState::kEmpty) return nullptr;
+    if (last_is_empty(line, lanes)) return nullptr;
   }
   return nullptr;
 }
@@ -93,17 +125,21 @@ struct Probe {
 // A thread claims an empty slot by compare-and-swap. The claim already carries member and tag, so other threads skip it
 // immediately unless it probably holds their own id; only then do they wait for the id to be published. The claiming
 // thread alone calls row(), which returns the row bits of the new entry.
-template <class Row>
-RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bool may_claim, Row&& row) {
+//
+// Several lanes compare the first line together; lane 0 then goes on alone, and its result counts.
+template <class Row, class Lanes = OneLane>
+RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bool may_claim, Row&& row,
+                             Lanes lanes = {}) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
   const uint64_t start = probe_start(hash);
-  if (uint64_t* slot = match_in_line(map.slots + 2 * (start & map.mask), static_cast<uint64_t>(id), key)) {
+  if (uint64_t* slot = match_in_line(map.slots + 2 * (start & map.mask), static_cast<uint64_t>(id), key, lanes)) {
     return {slot, load_acquire(slot + 1), false};
   }
+  if (lanes.rank != 0) return {nullptr, 0, false};
   for (uint64_t passed = 0; passed <= map.mask; ++passed) {
     uint64_t* slot = map.slots + 2 * ((start + passed) & map.mask);
-    uint64_t entry = load_acquire(slot + 1);
+    uint64_t entry = load_relaxed(slot + 1);
     if (entry_state(entry) == SlotState::kEmpty) {
       if (!may_claim) return {nullptr, 0, false};
       if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
@@ -114,7 +150,8 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bo
       }
     }
     if ((entry & kKeyMask) != key) continue;
-    while (entry_state(entry) == SlotState::kClaimed) entry = load_acquire(slot + 1);
+    do entry = load_acquire(slot + 1);
+    while (entry_state(entry) == SlotState::kClaimed);
     if (entry_state(entry) == SlotState::kFull && slot[0] == static_cast<uint64_t>(id)) return {slot, entry, false};
   }
   return {nullptr, 0, false};
@@ -132,6 +169,7 @@ struct LookUpIds {
   IdMapRef map;
 
   static constexpr int64_t fetched_bytes() { return 64; }
+  static constexpr int64_t lanes() { return kLineSlots; }
 
   RECIS_HD void prefetch(int32_t part, int64_t i) const {
     const IdSpan& span = segments[part];
@@ -139,9 +177,10 @@ struct LookUpIds {
   }
 
   // The slot of the id at position i, or null.
-  RECIS_HD uint64_t* slot(int32_t part, int64_t i) const {
+  template <class Lanes>
+  RECIS_HD uint64_t* slot(int32_t part, int64_t i, Lanes lanes) const {
     const IdSpan& span = segments[part];
-    return span.has(i) ? find_slot(map, span.id(i), span.member) : nullptr;
+    return span.has(i) ? find_slot(map, span.id(i), span.member, lanes) : nullptr;
   }
 };
 
@@ -151,8 +190,9 @@ struct FindIds : LookUpIds {
   int64_t* rows;
 
   template <class Lanes>
-  RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
-    const uint64_t* match = slot(part, i);
+  RECIS_HD void operator()(int32_t part, int64_t i, Lanes lanes) const {
+    const uint64_t* match = slot(part, i, lanes);
+    if (lanes.rank != 0) return;
     rows[i] = match == nullptr ? -1 : kSlots ? (match - map.slots) / 2 : entry_row(load_acquire(match + 1));
   }
 };
@@ -167,18 +207,20 @@ struct FindOrInsertIds : LookUpIds {
   int64_t* fresh;
 
   template <class Lanes>
-  RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
+  RECIS_HD void operator()(int32_t part, int64_t i, Lanes lanes) const {
     const IdSpan& span = segments[part];
     if (!span.has(i)) {
-      rows[i] = -1;
+      if (lanes.rank == 0) rows[i] = -1;
       return;
     }
     const bool may_claim = admitted == nullptr || admitted[i] != 0;
-    const Probe probe = find_or_claim(map, span.id(i), span.member, may_claim, [&] {
+    const auto new_row = [&] {
       const int64_t number = fetch_add(counters + kFresh, 1);
       fresh[number] = i;
       return fresh_row(counters, free_rows, number);
-    });
+    };
+    const Probe probe = find_or_claim(map, span.id(i), span.member, may_claim, new_row, lanes);
+    if (lanes.rank != 0) return;
     rows[i] = probe.slot == nullptr ? -1 : entry_row(probe.entry);
     if (probe.slot == nullptr && may_claim) store_relaxed(reinterpret_cast<uint64_t*>(counters + kOverflow), 1);
   }
@@ -301,10 +343,11 @@ struct CountIds : LookUpIds {
   }
 
   template <class Lanes>
-  RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
+  RECIS_HD void operator()(int32_t part, int64_t i, Lanes lanes) const {
     const IdSpan& span = segments[part];
     if (rows[i] >= 0 || !span.has(i)) return;
-    const Probe probe = find_or_claim(map, span.id(i), span.member, true, [] { return int64_t{1}; });
+    const Probe probe = find_or_claim(map, span.id(i), span.member, true, [] { return int64_t{1}; }, lanes);
+    if (lanes.rank != 0) return;
     if (probe.claimed) {
       fetch_add(counters + kUsedSlots, 1);
       fetch_add(counters + kLive, 1);
@@ -328,12 +371,13 @@ struct AdmitCounted : LookUpIds {
   }
 
   template <class Lanes>
-  RECIS_HD void operator()(int32_t part, int64_t i, Lanes) const {
+  RECIS_HD void operator()(int32_t part, int64_t i, Lanes lanes) const {
     if (rows[i] >= 0) {
-      admitted[i] = 1;
+      if (lanes.rank == 0) admitted[i] = 1;
       return;
     }
-    const uint64_t* match = slot(part, i);
+    const uint64_t* match = slot(part, i, lanes);
+    if (lanes.rank != 0) return;
     admitted[i] = match != nullptr && entry_row(load_acquire(match + 1)) >= least;
   }
 };

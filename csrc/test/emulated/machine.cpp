@@ -85,6 +85,20 @@ void Machine::access() {
 }
 
 uint64_t Machine::shuffle_xor(uint32_t mask, uint64_t value, int distance) {
+  const int other = index_ % kWarp ^ distance;
+  return meet(mask, value, [other](const uint64_t* values) { return values[other]; });
+}
+
+uint32_t Machine::ballot(uint32_t mask, bool vote) {
+  return static_cast<uint32_t>(meet(mask, vote ? 1 : 0, [mask](const uint64_t* values) {
+    uint64_t votes = 0;
+    for (int lane = 0; lane < kWarp; ++lane) votes |= (mask >> lane & 1 & values[lane]) << lane;
+    return votes;
+  }));
+}
+
+// Waits for all lanes of the mask; `read` then gives the result from the values of all.
+uint64_t Machine::meet(uint32_t mask, uint64_t value, const std::function<uint64_t(const uint64_t*)>& read) {
   const int lane = index_ % kWarp;
   if ((mask >> lane & 1) == 0) fail("shuffle: the caller is not in its own mask");
   Group& group = groups_[{index_ / kWarp, mask}];
@@ -92,7 +106,7 @@ uint64_t Machine::shuffle_xor(uint32_t mask, uint64_t value, int distance) {
   group.values[lane] = value;
   group.arrived |= 1u << lane;
   while ((group.arrived & mask) != mask) wait_for(mask);
-  const uint64_t result = group.values[lane ^ distance];
+  const uint64_t result = read(group.values);
   group.left |= 1u << lane;
   if (group.left == mask) group.arrived = group.left = 0;
   while ((group.left >> lane & 1) != 0) wait_for(mask);

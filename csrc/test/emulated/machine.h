@@ -57,6 +57,7 @@ class Machine {
   void access();
 
   uint64_t shuffle_xor(uint32_t mask, uint64_t value, int distance);
+  uint32_t ballot(uint32_t mask, bool vote);
 
   const Dim& thread() const { return running_->thread; }
   const Dim& block() const { return running_->block; }
@@ -79,6 +80,7 @@ class Machine {
   void resume(int index);
   void yield();
   void wait_for(uint32_t mask);
+  uint64_t meet(uint32_t mask, uint64_t value, const std::function<uint64_t(const uint64_t*)>& read);
 
   Dim block_dim_, grid_dim_;
   Fiber* running_ = nullptr;

@@ -44,6 +44,10 @@ inline float __shfl_xor_sync(uint32_t mask, float x, int distance) {
       static_cast<uint32_t>(emulated::Machine::get().shuffle_xor(mask, std::bit_cast<uint32_t>(x), distance)));
 }
 
+inline uint32_t __ballot_sync(uint32_t mask, bool vote) { return emulated::Machine::get().ballot(mask, vote); }
+
+inline int __ffs(int bits) { return __builtin_ffs(bits); }
+
 inline uint64_t __umul64hi(uint64_t a, uint64_t b) {
   return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
 }
