@@ -65,8 +65,8 @@ MUTANTS = [
     Mutant(
         "no_wait_for_a_claimed_slot",
         "csrc/core/id_map.h",
-        "while (entry_state(entry) == SlotState::kClaimed) entry = load_acquire(slot + 1);",
-        "",
+        "while (entry_state(entry) == SlotState::kClaimed);",
+        "while (false);",
         ["group", "id_map"],
         [IDS, LOOKUPS],
     ),
@@ -113,8 +113,7 @@ MUTANTS = [
     Mutant(
         "last_tile_dropped",
         "csrc/core/for_each.h",
-        "for (; d + W <= dim; d += int64_t{lanes.size} * W) f(d, Const<W>{});\n"
-        "  if (d < dim) f(d, static_cast<int>(dim - d));",
+        "for (; d + W <= dim; d += int64_t{lanes.size} * W) f(d, Const<W>{});",
         "for (; d + W < dim; d += int64_t{lanes.size} * W) f(d, Const<W>{});",
         ["update"],
         [ADAM, GROUPS],
@@ -146,7 +145,7 @@ MUTANTS = [
     Mutant(
         "scratch_of_positions_never_written",
         "csrc/cuda/group.cu",
-        "    positions[i] = i;\n",
+        "    positions[i] = static_cast<uint32_t>(i);\n",
         "",
         ["group"],
         [GROUPS, LOOKUPS],
