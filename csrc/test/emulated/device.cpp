@@ -174,7 +174,7 @@ const bool registered = [] {
   return true;
 }();
 
-// A CPU tensor of the same memory; the storage is kept by whoever keeps `tensor`'s.
+// A CPU tensor that shares the memory; the caller keeps the storage of `tensor` alive.
 at::Tensor on_host(const at::Tensor& tensor) {
   if (!tensor.device().is_privateuseone()) return tensor.detach();
   c10::DataPtr memory(const_cast<void*>(tensor.storage().data()), c10::Device(c10::kCPU));
