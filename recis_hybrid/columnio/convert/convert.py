@@ -21,7 +21,6 @@ from recis_hybrid.columnio.columns import Column, Dense, Ragged, Text, Weighted
 from recis_hybrid.columnio.convert.layouts import has_null_type, is_list, plain, plain_type
 from recis_hybrid.columnio.convert.leaves import Leaf, NumberLeaf, PairLeaf, PairTextLeaf, TextLeaf, paired
 from recis_hybrid.columnio.convert.numbers import (
-    ARROW_OF,
     TOO_LARGE,
     Array,
     ArrowType,
@@ -33,7 +32,7 @@ from recis_hybrid.columnio.convert.numbers import (
     null_error,
     numbers,
 )
-from recis_hybrid.columnio.convert.spec_types import value_type
+from recis_hybrid.columnio.convert.spec_types import with_types
 from recis_hybrid.columnio.convert.temporal import is_temporal
 from recis_hybrid.ragged import RaggedTensor
 
@@ -231,7 +230,7 @@ def converter(spec: Column | None, arrow_type: ArrowType, place: Place, like: Ar
         raise TypeError(f"{place} needs a Dense, Ragged, Text or Weighted as its spec, got {spec!r}")
     target = plain_type(arrow_type)
     if has_null_type(target):
-        target = _with_types(target, spec, place) if like is None or has_null_type(like) else plain_type(like)
+        target = with_types(target, spec, place) if like is None or has_null_type(like) else plain_type(like)
     if target != arrow_type:
         return PreparedConverter(converter(spec, target, place), target)
     depth, inner = _unnested(arrow_type)
@@ -274,56 +273,6 @@ def _numbers(spec: Dense | Ragged, inner: ArrowType, place: Place, remedy: str) 
         format=spec.format,
         scale=spec.scale,
     )
-
-
-def _with_types(arrow_type: ArrowType, spec: Column | None, place: Place) -> ArrowType:
-    """Return a plain type with its null types replaced by the type of the spec."""
-    inner: ArrowType = None
-    nest = False
-    if isinstance(spec, Dense | Ragged):
-        nest = isinstance(spec, Ragged) or spec.length is not None
-        inner = value_type(spec)
-        if inner is None and spec.dtype is None and spec.default is not None:
-            inner = pa.int64() if isinstance(spec.default, int) else pa.float32()
-    elif isinstance(spec, Text):
-        inner, nest = pa.string(), spec.null_as_empty
-    elif isinstance(spec, Weighted):
-        return _with_pair_types(arrow_type, spec)
-    if inner is None:
-        raise TypeError(
-            f"{place} is {arrow_type}: all its values are null, so its type is unknown; use a spec with a type, as "
-            f"in Dense(torch.float32, default=0), Ragged(torch.int64, null_as_empty=True) or "
-            f'Text(default=""), or omit the column'
-        )
-    if pa.types.is_null(arrow_type):
-        return pa.list_(inner) if nest else inner
-    return _filled(arrow_type, inner)
-
-
-def _with_pair_types(arrow_type: ArrowType, spec: Weighted) -> ArrowType:
-    ids = ARROW_OF[spec.dtype or torch.int64]
-    if spec.weights is not None:
-        id_type, weight_type = arrow_type.field(0).type, arrow_type.field(1).type
-        parts = [
-            pa.list_(inner) if pa.types.is_null(each) else _filled(each, inner)
-            for each, inner in ((id_type, ids), (weight_type, pa.float32()))
-        ]
-        return pa.struct([("id", parts[0]), ("weight", parts[1])])
-    pair = pa.struct([("id", ids), ("weight", pa.float32())])
-    if pa.types.is_null(arrow_type) or (is_list(arrow_type) and pa.types.is_null(arrow_type.value_type)):
-        return pa.list_(pair)
-    return _filled(arrow_type, ids)
-
-
-def _filled(arrow_type: ArrowType, inner: ArrowType) -> ArrowType:
-    if pa.types.is_null(arrow_type):
-        return inner
-    if is_list(arrow_type):
-        value = _filled(arrow_type.value_type, inner)
-        return pa.large_list(value) if pa.types.is_large_list(arrow_type) else pa.list_(value)
-    if pa.types.is_struct(arrow_type):
-        return pa.struct([field.with_type(_filled(field.type, inner)) for field in arrow_type])
-    return arrow_type
 
 
 def _weighted(spec: Weighted, depth: int, inner: ArrowType, place: Place) -> Converter | None:

@@ -11,7 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from recis_hybrid.columnio.columns import Column, Weighted
+from recis_hybrid.columnio.columns import Column, Dense, Ragged, Weighted
 from recis_hybrid.columnio.convert.convert import Converter
 from recis_hybrid.columnio.convert.layouts import (
     field as field_of,
@@ -26,6 +26,7 @@ from recis_hybrid.columnio.convert.row_slice import Rows
 from recis_hybrid.columnio.errors import BadFileError, Skipped, changed_file, missing_file, unreadable_piece
 from recis_hybrid.columnio.files.filters import BoundFilter, RowFilter
 from recis_hybrid.columnio.files.paths import Source
+from recis_hybrid.columnio.files.unify import unified_type
 from recis_hybrid.columnio.formats import Contents, Format
 
 DAMAGE = (OSError, pa.ArrowException)
@@ -288,6 +289,38 @@ class FileSet:
         """
         columns = self.filter_columns or self.read_columns[:1]
         return sum(batch.num_rows for batch in self._filtered(piece, columns, _COUNTED_ROWS))
+
+
+def joint_types(
+    opened: Sequence[OpenedFile], specs: Mapping[str, Column | None]
+) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, Source]]]:
+    """Return the joint type of each column, and its types in the files, each with the first file that has it.
+
+    Raises:
+        ValueError: Files disagree on the type of a column, or none has it.
+    """
+    joint: dict[str, ArrowType] = {}
+    types_of: dict[str, dict[ArrowType, Source]] = {}
+    for name, spec in specs.items():
+        # An explicit spec reads all types that it can convert.
+        parses = isinstance(spec, Dense | Ragged) and (spec.unit or spec.format or spec.scale is not None)
+        explicit = bool(parses) or (isinstance(spec, Dense | Ragged | Weighted) and spec.dtype is not None)
+        types = types_of[name] = {}
+        for each in opened:
+            file_type = each.type_for(name, spec)
+            if file_type in types:
+                continue
+            types[file_type] = each.file
+            unified = unified_type(joint[name], file_type, explicit=explicit) if name in joint else file_type
+            if unified is None:
+                first_type, first_file = next(iter(types.items()))
+                raise ValueError(
+                    f"columnio: files must agree on the type of a column, but {name!r} is {first_type} in {first_file} "
+                    f"and {file_type} in {each.file}; use a spec that reads both (Dense(torch.float64) for any "
+                    f"numbers, Text() for any text files), read the files separately, or rewrite one of them"
+                )
+            joint[name] = unified
+    return joint, types_of
 
 
 def sources_of(name: str, spec: Column | None) -> list[str]:

@@ -10,16 +10,23 @@ from typing import TypeVar
 
 import pyarrow as pa
 
-from recis_hybrid.columnio.columns import Column, Dense, Ragged, Weighted
+from recis_hybrid.columnio.columns import Column
 from recis_hybrid.columnio.convert.convert import converter
 from recis_hybrid.columnio.convert.numbers import ArrowType, Place, a_few
 from recis_hybrid.columnio.convert.spec_types import type_hints
 from recis_hybrid.columnio.errors import BadFileError, Skipped, incomplete_file
-from recis_hybrid.columnio.files.file_set import DAMAGE, FileSet, OpenedFile, Piece, report_skipped, sources_of
+from recis_hybrid.columnio.files.file_set import (
+    DAMAGE,
+    FileSet,
+    OpenedFile,
+    Piece,
+    joint_types,
+    report_skipped,
+    sources_of,
+)
 from recis_hybrid.columnio.files.filters import Filters, RowFilter
 from recis_hybrid.columnio.files.memory_file import MemoryFile
 from recis_hybrid.columnio.files.paths import Paths, Source, find_files
-from recis_hybrid.columnio.files.unify import unified_type
 from recis_hybrid.columnio.options import ReadOptions
 
 T = TypeVar("T")
@@ -67,7 +74,7 @@ def open_files(
     sources = [source for name, spec in specs.items() for source in sources_of(name, spec)]
     read_columns = list(dict.fromkeys([*sources, *filter_columns]))
     _check_present(opened, read_columns)
-    joint, types_of = _types(opened, specs)
+    joint, types_of = joint_types(opened, specs)
     converters = {name: converter(spec, joint[name], Place(name, str(opened[0].file))) for name, spec in specs.items()}
     cleaners = {
         (name, file_type): converters[name]
@@ -135,34 +142,6 @@ def _check_present(opened: Sequence[OpenedFile], columns: Sequence[str]) -> None
                 f"columnio: no row at the beginning of {opened[0].file} or of the other files has a column {name!r}; "
                 f"use one of {a_few(names)}"
             )
-
-
-def _types(
-    opened: Sequence[OpenedFile], specs: Mapping[str, Column | None]
-) -> tuple[dict[str, ArrowType], dict[str, dict[ArrowType, Source]]]:
-    """Return the joint type of each column, and its types in the files, each with the first file that has it."""
-    joint: dict[str, ArrowType] = {}
-    types_of: dict[str, dict[ArrowType, Source]] = {}
-    for name, spec in specs.items():
-        # An explicit spec reads all types that it can convert.
-        parses = isinstance(spec, Dense | Ragged) and (spec.unit or spec.format or spec.scale is not None)
-        explicit = bool(parses) or (isinstance(spec, Dense | Ragged | Weighted) and spec.dtype is not None)
-        types = types_of[name] = {}
-        for each in opened:
-            file_type = each.type_for(name, spec)
-            if file_type in types:
-                continue
-            types[file_type] = each.file
-            unified = unified_type(joint[name], file_type, explicit=explicit) if name in joint else file_type
-            if unified is None:
-                first_type, first_file = next(iter(types.items()))
-                raise ValueError(
-                    f"columnio: files must agree on the type of a column, but {name!r} is {first_type} in {first_file} "
-                    f"and {file_type} in {each.file}; use a spec that reads both (Dense(torch.float64) for any "
-                    f"numbers, Text() for any text files), read the files separately, or rewrite one of them"
-                )
-            joint[name] = unified
-    return joint, types_of
 
 
 def _pieces(opened: Sequence[OpenedFile], files: FileSet) -> list[Piece]:
