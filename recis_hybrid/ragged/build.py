@@ -73,3 +73,34 @@ def listed(values: Any, levels: Sequence[torch.Tensor]) -> list[Any]:
     for offsets in reversed(levels):
         values = [values[start:stop] for start, stop in pairwise(offsets.tolist())]
     return values  # type: ignore[no-any-return]
+
+
+def decoded(strings: Sequence[bytes], outer: Sequence[torch.Tensor]) -> list[str]:
+    """Decode strings as UTF-8.
+
+    Args:
+        strings: The strings of all rows.
+        outer: The int64 offsets of the lists that hold them, the outermost first.
+
+    Raises:
+        ValueError: If a string is not UTF-8; the message names its row.
+    """
+    try:
+        return [string.decode() for string in strings]
+    except UnicodeDecodeError:
+        row, fault = next(found for found in enumerate(map(_decoding_fault, strings)) if found[1] is not None)
+        string = strings[row]
+        for offsets in reversed(outer):
+            row = int(torch.searchsorted(offsets.cpu(), row, right=True)) - 1
+        raise ValueError(
+            f"RaggedTensor.to_strings: strings must be UTF-8, got {string[:60]!r} in row {row} ({fault}); correct it "
+            f"where the column is read, or get bytes with to_strings(decode=False)"
+        ) from None
+
+
+def _decoding_fault(string: bytes) -> str | None:
+    try:
+        string.decode()
+    except UnicodeDecodeError as error:
+        return f"{error.reason} at byte {error.start}"
+    return None

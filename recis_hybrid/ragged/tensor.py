@@ -112,7 +112,7 @@ class RaggedTensor:
 
     @classmethod
     def from_strings(cls, strings: Iterable[str | bytes | Sequence[Any]]) -> RaggedTensor:
-        r"""Build a column of strings, or of lists of strings, on the CPU; ``str`` is encoded as UTF-8.
+        """Build a column of strings, or of lists of strings, on the CPU; ``str`` is encoded as UTF-8.
 
         Args:
             strings: B strings, or B sequences of strings.
@@ -122,8 +122,8 @@ class RaggedTensor:
 
         Example:
             >>> RaggedTensor.from_strings(["ab", b"", "é"]).to_strings()
-            [b'ab', b'', b'\xc3\xa9']
-            >>> RaggedTensor.from_strings([["a", "b"], []]).to_strings()
+            ['ab', '', 'é']
+            >>> RaggedTensor.from_strings([["a", "b"], []]).to_strings(decode=False)
             [[b'a', b'b'], []]
         """
         return cls(*build.from_strings(strings))
@@ -229,15 +229,20 @@ class RaggedTensor:
         """Return each row as a list of its values, nested if rows hold lists; waits for a GPU."""
         return build.listed(self.values.tolist(), [*self.outer, self.offsets])
 
-    def to_strings(self) -> list[Any]:
-        """Return each row of a column of strings as bytes, or as a list of bytes; waits for a GPU.
+    def to_strings(self, *, decode: bool = True) -> list[Any]:
+        """Return each row of a column of strings as a string, or as a list of strings; waits for a GPU.
+
+        Args:
+            decode: Whether to return ``str``, decoded as UTF-8; False returns the ``bytes``.
 
         Raises:
             TypeError: If the values are not uint8 ``[N]``.
+            ValueError: If a string is not UTF-8; the message names its row.
         """
         if self.dtype != torch.uint8 or self.values.dim() != 1:
             raise TypeError(f"RaggedTensor.to_strings: values must be uint8[N], the bytes of strings, got {self!r}")
-        return build.listed(self.values.cpu().numpy().tobytes(), [*self.outer, self.offsets])
+        strings = build.listed(self.values.cpu().numpy().tobytes(), [self.offsets])
+        return build.listed(build.decoded(strings, self.outer) if decode else strings, self.outer)
 
     def to_padded(self, length: int | None = None, *, padding: float = 0, side: str = "right") -> torch.Tensor:
         """Return rows of one level as a dense tensor.

@@ -291,7 +291,7 @@ def test_padding_rows_are_not_predicted(tmp_path: Path) -> None:
         )
         for number, batch in enumerate(predict(step, data, columns=["id", "name"])):
             ids = dense(batch, "id").tolist()
-            assert batch["name"].to_strings() == [f"n{row}".encode() for row in ids]  # type: ignore[union-attr]
+            assert batch["name"].to_strings(decode=False) == [f"n{row}".encode() for row in ids]  # type: ignore[union-attr]
             assert len(dense(batch, "score")) == len(ids)
             rows[number, rank] = ids
     # Batches are assigned to ranks in turn, so sorting by (number, rank) restores the order.

@@ -28,11 +28,25 @@ def test_lists_survive_the_round_trip(rows: list[list[int]]) -> None:
 def test_strings_survive_the_round_trip(strings: list[bytes]) -> None:
     column = RaggedTensor.from_strings(strings)
     assert column.values.dtype == torch.uint8
+    assert column.to_strings(decode=False) == strings
+
+
+@given(st.lists(st.text(max_size=6), max_size=8))
+def test_text_is_encoded_as_utf8(strings: list[str]) -> None:
+    column = RaggedTensor.from_strings(strings)
     assert column.to_strings() == strings
+    assert column.to_strings(decode=False) == [string.encode() for string in strings]
 
 
-def test_text_is_encoded_as_utf8() -> None:
-    assert RaggedTensor.from_strings(["é", "", "日"]).to_strings() == ["é".encode(), b"", "日".encode()]
+@pytest.mark.parametrize(
+    ("column", "row"),
+    [(["a", b"\xff", b"\xfe"], 1), ([["a", "b"], [], ["c", b"\xff"]], 2), ([[["a"], []], [[b"\xff"]]], 1)],
+)
+def test_to_strings_names_the_row_that_is_not_utf8(column: list[Any], row: int) -> None:
+    strings = RaggedTensor.from_strings(column)
+    with pytest.raises(ValueError, match=rf"must be UTF-8, got b'\\xff' in row {row} \(invalid start byte at byte 0\)"):
+        strings.to_strings()
+    assert strings.to_strings(decode=False)[row] in (b"\xff", [b"c", b"\xff"], [[b"\xff"]])
 
 
 def test_from_lists_accepts_a_dtype_and_weights() -> None:
@@ -129,7 +143,7 @@ def test_to_returns_self_if_nothing_moves() -> None:
 
 def test_to_strings_rejects_numbers() -> None:
     with pytest.raises(TypeError, match="uint8"):
-        RaggedTensor.from_lists([[1]]).to_strings()
+        RaggedTensor.from_lists([[1]]).to_strings(decode=False)
 
 
 def test_validate_finds_overwritten_offsets() -> None:
@@ -191,7 +205,7 @@ def test_nothing_waits_for_a_gpu(device: str) -> None:
 def test_rows_of_weighted_strings() -> None:
     strings = RaggedTensor.from_strings([["abc", "de"], ["f"]])
     column = RaggedTensor(strings.values, strings.offsets, torch.tensor([1.0, 2.0, 3.0]), strings.outer)
-    assert [row.to_strings() for row in column] == [[b"abc", b"de"], [b"f"]]
+    assert [row.to_strings(decode=False) for row in column] == [[b"abc", b"de"], [b"f"]]
     assert column[0].weights is None
     weights = column[1:].weights
     assert weights is not None
@@ -284,14 +298,14 @@ def test_indices_match_nested_lists(rows: Any, first: Any, inner: list[Any], nes
 def test_indices_of_strings_and_of_values_of_more_dimensions() -> None:
     words = RaggedTensor.from_strings([["abc", "de"], [], ["f"]])
     weighted = RaggedTensor(words.values, words.offsets, torch.tensor([1.0, 2.0, 3.0]), words.outer)
-    assert weighted[:2, ::-1].to_strings() == [[b"de", b"abc"], []]
+    assert weighted[:2, ::-1].to_strings(decode=False) == [[b"de", b"abc"], []]
     assert weighted[:2, ::-1].weights.tolist() == [2, 1]
-    assert weighted[:, :, 1:].to_strings() == [[b"bc", b"e"], [], [b""]]
+    assert weighted[:, :, 1:].to_strings(decode=False) == [[b"bc", b"e"], [], [b""]]
     assert weighted[:, :, 1:].weights.tolist() == [1, 2, 3]
-    assert weighted[[0, 2], 0].to_strings() == [b"abc", b"f"]
+    assert weighted[[0, 2], 0].to_strings(decode=False) == [b"abc", b"f"]
     assert weighted[[0, 2], 0].weights is None
-    assert weighted[0, 1:].to_strings() == [b"de"]
-    assert weighted[..., :1].to_strings() == [[b"a", b"d"], [], [b"f"]]
+    assert weighted[0, 1:].to_strings(decode=False) == [b"de"]
+    assert weighted[..., :1].to_strings(decode=False) == [[b"a", b"d"], [], [b"f"]]
     assert words[:, :, 0].to_lists() == [[97, 100], [], [102]]
     assert RaggedTensor.from_strings(["ab", "c"])[:, 0].tolist() == [97, 99]
     vectors = RaggedTensor(torch.arange(8).view(4, 2), torch.tensor([0, 3, 4]))

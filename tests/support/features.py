@@ -34,7 +34,7 @@ def apply(ops: Any, *columns: Any) -> Any:
 def plain(column: torch.Tensor | RaggedTensor | None) -> Any:
     """Return a column as lists of numbers or strings."""
     if isinstance(column, RaggedTensor):
-        return column.to_strings() if column.dtype == torch.uint8 else column.to_lists()
+        return column.to_strings(decode=False) if column.dtype == torch.uint8 else column.to_lists()
     return None if column is None else column.tolist()
 
 

@@ -160,7 +160,7 @@ class DecimalString(ShapingOp):
     Example:
         >>> engine = FeatureEngine([Feature("user", ops=[DecimalString()])])
         >>> engine({"user": torch.tensor([42, -7])})["user"].to_strings()
-        [b'42', b'-7']
+        ['42', '-7']
     """
 
     unsigned: bool = False

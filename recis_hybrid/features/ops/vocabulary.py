@@ -152,7 +152,7 @@ def _as_int(value: Any) -> Any:
 def _of_each_string(column: Column, function: Callable[[bytes], int], dtype: torch.dtype) -> Column:
     """Return a column with each of its strings replaced by a number."""
     assert column.offsets is not None
-    strings = RaggedTensor(column.values, column.offsets).to_strings()
+    strings = RaggedTensor(column.values, column.offsets).to_strings(decode=False)
     results = torch.tensor([function(string) for string in strings], dtype=dtype, device=column.values.device)
     return without_strings(column, results)
 

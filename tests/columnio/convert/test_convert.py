@@ -95,7 +95,7 @@ def test_a_tensor_keeps_its_memory() -> None:
     other = [pa.array([6] * 100_000, pa.int64()) for _ in range(4)]
     assert len(other) == 4
     assert bool((tensor == 5).all())
-    assert set(text.to_strings()) == {b"ab"}
+    assert set(text.to_strings(decode=False)) == {b"ab"}
 
 
 @given(st.lists(int64s, max_size=30), st.data())
@@ -120,7 +120,7 @@ def test_another_dtype() -> None:
 def test_dictionaries_are_read_as_their_values() -> None:
     assert dense(pa.array([5, 6, 5]).dictionary_encode()).tolist() == [5, 6, 5]
     strings = pa.array(["a", None, "a"]).dictionary_encode()
-    assert ragged(strings, Text(default="-")).to_strings() == [b"a", b"-", b"a"]
+    assert ragged(strings, Text(default="-")).to_strings(decode=False) == [b"a", b"-", b"a"]
 
 
 @given(st.lists(st.none() | st.lists(st.none() | int64s, max_size=5), max_size=12), st.booleans(), st.data())
@@ -163,16 +163,16 @@ def test_any_strings_with_nulls(rows: list[bytes | None], data: st.DataObject) -
     array = pa.array(rows, arrow_type)
     each = converter_of(array, Text(default="é"))
     want = ["é".encode() if row is None else row for row in rows]
-    assert ragged(array[first:], Text(default="é")).to_strings() == want[first:]
+    assert ragged(array[first:], Text(default="é")).to_strings(decode=False) == want[first:]
     cut = each.tensor(each.clean(array, PLACE)[first:])
     assert isinstance(cut, RaggedTensor)
-    assert cut.validate().to_strings() == want[first:]
+    assert cut.validate().to_strings(decode=False) == want[first:]
 
 
 @pytest.mark.parametrize("arrow_type", [pa.string(), pa.large_string(), pa.string_view()])
 def test_strings_of_every_layout(arrow_type: Any) -> None:
-    assert ragged(pa.array(["a", "", "é"], arrow_type)).to_strings() == [b"a", b"", b"\xc3\xa9"]
-    assert ragged(pa.array(["", ""], arrow_type)).to_strings() == [b"", b""]
+    assert ragged(pa.array(["a", "", "é"], arrow_type)).to_strings(decode=False) == [b"a", b"", b"\xc3\xa9"]
+    assert ragged(pa.array(["", ""], arrow_type)).to_strings(decode=False) == [b"", b""]
 
 
 @pytest.mark.parametrize(
@@ -237,7 +237,7 @@ def weighted(array: Any, spec: Column | None = None) -> tuple[list[Any], list[fl
     got = ragged(array, spec)
     assert got.weights is not None
     assert got.weights.dtype == torch.float32
-    return got.to_strings() if got.dtype == torch.uint8 else got.to_lists(), got.weights.tolist()
+    return got.to_strings(decode=False) if got.dtype == torch.uint8 else got.to_lists(), got.weights.tolist()
 
 
 @pytest.mark.parametrize(
@@ -268,7 +268,9 @@ def test_ids_and_weights_of_structs_are_recognized_by_name_or_type(
         assert isinstance(got, RaggedTensor)
         assert got.weights is not None
         assert got.weights.tolist() == [7, 2]
-        assert (got.to_strings() if text else got.to_lists()) == ([[b"99"], [], [b"3"]] if text else [[99], [], [3]])
+        assert (got.to_strings(decode=False) if text else got.to_lists()) == (
+            [[b"99"], [], [b"3"]] if text else [[99], [], [3]]
+        )
 
 
 @pytest.mark.parametrize("types", [(pa.int64(), pa.int64()), (pa.float32(), pa.float64()), (pa.string(), pa.string())])
@@ -364,4 +366,4 @@ def test_any_lists_of_strings(rows: list[list[bytes]], data: st.DataObject) -> N
     each = converter_of(array)
     got = each.tensor(each.clean(array, PLACE)[first:])
     assert isinstance(got, RaggedTensor)
-    assert got.validate().to_strings() == rows[first:]
+    assert got.validate().to_strings(decode=False) == rows[first:]

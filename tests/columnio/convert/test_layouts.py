@@ -41,7 +41,7 @@ def write(path: Path, table: Any) -> Path:
 def lists(column: Any) -> Any:
     assert isinstance(column, RaggedTensor)
     column.validate()
-    return column.to_strings() if column.dtype == torch.uint8 else column.to_lists()
+    return column.to_strings(decode=False) if column.dtype == torch.uint8 else column.to_lists()
 
 
 # Layouts

@@ -41,7 +41,7 @@ def rows_of(data: ColumnDataset) -> list[int]:
 def lists(column: Any) -> Any:
     assert isinstance(column, RaggedTensor)
     column.validate()
-    return column.to_strings() if column.dtype == torch.uint8 else column.to_lists()
+    return column.to_strings(decode=False) if column.dtype == torch.uint8 else column.to_lists()
 
 
 def batches() -> Iterator[Any]:

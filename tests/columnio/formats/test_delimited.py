@@ -31,7 +31,7 @@ def strings(data: ColumnDataset, name: str = "text") -> list[Any]:
     for batch in data:
         column = batch[name]
         assert isinstance(column, RaggedTensor)
-        found += column.validate().to_strings()
+        found += column.validate().to_strings(decode=False)
     return found
 
 

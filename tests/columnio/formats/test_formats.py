@@ -131,10 +131,10 @@ def test_every_format_supports_every_kind_of_column(tmp_path: Path, suffix: str,
         rows = dense(batch).tolist()
         seen += rows
         assert dense(batch, "label").tolist() == [row % 2 / 4 for row in rows]
-        assert ragged(batch, "name").to_strings() == [f"é{row}".encode() for row in rows]
+        assert ragged(batch, "name").to_strings(decode=False) == [f"é{row}".encode() for row in rows]
         assert ragged(batch, "list").to_lists() == [[row] * (row % 4) for row in rows]
         assert ragged(batch, "deep").to_lists() == [[[row], [], [1, 2]][: row % 4] for row in rows]
-        assert ragged(batch, "tags").to_strings() == [[str(row).encode()] * (row % 3) for row in rows]
+        assert ragged(batch, "tags").to_strings(decode=False) == [[str(row).encode()] * (row % 3) for row in rows]
         weighted = ragged(batch, "weighted")
         assert weighted.to_lists() == [[row] * (row % 3) for row in rows]
         assert weighted.weights is not None
@@ -208,9 +208,9 @@ def test_specs_determine_the_types_of_text(tmp_path: Path, suffix: str) -> None:
     path.write_text("\n".join(lines) + "\n")
     specs: dict[str, Column | None] = {"id": Text(), "x": Dense(torch.float32), "day": Text()}
     (batch,) = ColumnDataset(path, specs, 10)
-    assert ragged(batch, "id").to_strings() == [b"7", b"08"]
+    assert ragged(batch, "id").to_strings(decode=False) == [b"7", b"08"]
     assert dense(batch, "x").tolist() == [1.0, 2.5]
-    assert ragged(batch, "day").to_strings() == [b"2024-01-01", b"2024-01-02"]
+    assert ragged(batch, "day").to_strings(decode=False) == [b"2024-01-01", b"2024-01-02"]
 
 
 def test_csv_nulls_take_the_default(tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_folder_names_are_columns(tmp_path: Path) -> None:
     data = ColumnDataset(tmp_path, {"day": None, "row": None, "country": Text(default="?")}, 15)
     batches = list(data)
     assert torch.cat([dense(batch, "day") for batch in batches]).tolist() == [7] * 10 + [8] * 10 + [9] * 10
-    names = list(chain.from_iterable(ragged(batch, "country").to_strings() for batch in batches))
+    names = list(chain.from_iterable(ragged(batch, "country").to_strings(decode=False) for batch in batches))
     assert names == [b"fr"] * 10 + [b"a/b"] * 10 + [b"?"] * 10
     (only,) = ColumnDataset(tmp_path, ["day"], 30)
     assert dense(only, "day").tolist() == [7] * 10 + [8] * 10 + [9] * 10
@@ -356,7 +356,7 @@ def test_several_levels_take_null_as_empty(tmp_path: Path) -> None:
     specs: dict[str, Column | None] = {"deep": Ragged(null_as_empty=True), "tags": Text(null_as_empty=True)}
     (batch,) = ColumnDataset(tmp_path, specs, 10)
     assert ragged(batch, "deep").to_lists() == [[[1], []], []]
-    assert ragged(batch, "tags").to_strings() == [[b"a"], []]
+    assert ragged(batch, "tags").to_strings(decode=False) == [[b"a"], []]
     with pytest.raises(ValueError, match=r"'tags' .* has 1 null .*use Text\(null_as_empty=True\)"):
         list(ColumnDataset(tmp_path, ["tags"], 10))
 
@@ -414,7 +414,7 @@ def test_real_data_is_the_same_in_every_format(data_dir: Path, tmp_path: Path, n
             if isinstance(values, RaggedTensor):
                 values.validate()
                 strings = values.dtype == torch.uint8
-                got[column] += values.to_strings() if strings else values.to_lists()
+                got[column] += values.to_strings(decode=False) if strings else values.to_lists()
             else:
                 got[column] += values.tolist()
     for field in whole.schema:
