@@ -15,10 +15,12 @@ DEMO_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?= --quick
 TFRA_PYTHON ?= python3.11
+WORKERS ?= logical
 SOAK ?= 25
 export RECIS_CUDA CXX
 
 PY := $(VENV)/bin/python
+PYTEST = $(PY) -m pytest --numprocesses=$(WORKERS) --maxprocesses=4 --dist=loadfile
 PIP_INSTALL = $(PY) -m pip --disable-pip-version-check install $(PIP_OPTIONS)
 # Reduce pip's output to one line per package; errors and warnings go to stderr.
 PIP_SHORT = sed -un -e 's/ (from .*//' -e 's/^ *\(Downloading\|Using cached\|Processing\) \(.*\/\)\?/  /p' \
@@ -47,20 +49,23 @@ help:  ## List the targets and settings
 	  '  RECIS_CUDA       build the CUDA library: 0, 1 or auto, if torch is a CUDA build (auto)' \
 	  '  TFRA_PYTHON      Python for TFRA, one of the peers of bench-peers, 3.11 or older (python3.11)' \
 	  '  CXX, NVCC        compilers (g++, nvcc)' \
+	  '  WORKERS          processes that run tests; 0 runs them in the foreground, for a debugger (one a core, up to 4)' \
 	  '  SOAK             schedules of `make soak`, a factor (25)' \
 	  '  DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS (--quick)   arguments of the programs'
 
 demo: setup  ## Train a model with a torch and a JAX tower on a generated click log
 	$(PY) examples/demo.py $(DEMO_ARGS)
 
-# Threads that wait for work sleep: spinning, they take the cores from the processes that other tests run.
+# Each process takes whole files. Threads that wait for work sleep: spinning, they take the cores from other tests.
 test test-quick: export OMP_WAIT_POLICY := passive
-test: setup emulated  ## Run the tests: 8 to 14 minutes on two cores
-	@$(if $(PYTEST_ARGS),,echo 'all tests: 8 to 14 minutes on two cores; `make test-quick` runs a sample of them')
-	$(PY) -m pytest $(PYTEST_ARGS)
+# By default JAX reserves three quarters of a GPU's memory, which these processes share.
+test test-quick: export XLA_PYTHON_CLIENT_PREALLOCATE := false
+test: setup emulated  ## Run the tests: 6 to 12 minutes on two cores
+	@$(if $(PYTEST_ARGS),,echo 'all tests: 6 to 12 minutes on two cores; `make test-quick` runs a sample of them')
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-quick: setup emulated  ## Run a sample of the tests, in at most a fifth of the time
-	$(PY) -m pytest --quick $(PYTEST_ARGS)
+	$(PYTEST) --quick $(PYTEST_ARGS)
 
 faults: setup  ## Kill saves, loads and ranks, fill disks, damage checkpoints, 20 times each; count the recoveries
 	$(PY) -m tests.saver.faults
@@ -153,7 +158,7 @@ $(DEPENDENCIES): requirements/torch.txt requirements/dev.txt requirements/constr
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo '[1/4] installing torch into $(VENV): 190 MB for the CPU, 530 MB with CUDA; half a minute plus the download'
 	$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	@echo '[2/4] installing 110 more pinned packages: 350 MB, plus 2.5 GB with CUDA; one minute plus the downloads'
+	@echo '[2/4] installing 120 more pinned packages: 450 MB, plus 2.5 GB with CUDA; one minute plus the downloads'
 	@$(PIP_INSTALL) $(TORCH) -r requirements/dev.txt -c requirements/constraints.txt | $(PIP_SHORT)
 	@$(PY) scripts/setup_env.py torch
 	@touch $@

@@ -13,7 +13,8 @@ from tests.support import emulated, gpu
 from tests.support.quick import cross_section
 
 ROOT = Path(__file__).resolve().parents[1]
-QUICK = pytest.StashKey[set[str]]()
+QUICK = ("sample", "quick")
+"""The property, in test reports, of the tests of the sample; processes of pytest-xdist report it, too."""
 
 # No deadline, because a shared machine may be slow; benchmarks measure speed.
 hypothesis.settings.register_profile("default", deadline=None)
@@ -27,13 +28,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Store the names of the sample, and deselect all other tests with --quick."""
+    """Mark the tests of the sample, and deselect all other tests with --quick."""
     kept = cross_section(items, lambda item: item.nodeid, lambda item: {mark.name for mark in item.iter_markers()})
-    config.stash[QUICK] = names = {item.nodeid for item in kept}
+    for item in kept:
+        item.user_properties.append(QUICK)
     if emulated.is_usable() and any(item.get_closest_marker("emulated") for item in items):
         emulated.load()
     if config.getoption("quick"):
-        config.hook.pytest_deselected(items=[item for item in items if item.nodeid not in names])
+        config.hook.pytest_deselected(items=[item for item in items if QUICK not in item.user_properties])
         items[:] = kept
 
 
@@ -43,9 +45,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     total = sum(report.duration for report in reports)
     if config.args_source is not pytest.Config.ArgsSource.TESTPATHS or config.getoption("quick") or not total:
         return
-    names = config.stash[QUICK]
-    share = sum(report.duration for report in reports if report.nodeid in names) / total
-    terminalreporter.write_line(f"`make test-quick` would run {len(names)} of these tests in {share:.0%} of this time")
+    sample = [report for report in reports if QUICK in map(tuple, report.user_properties)]
+    share = sum(report.duration for report in sample) / total
+    count = len({report.nodeid for report in sample})
+    terminalreporter.write_line(f"`make test-quick` would run {count} of these tests in {share:.0%} of this time")
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from pathlib import Path
 
@@ -46,7 +47,7 @@ Successfully installed idna-3.20 jaxlib-0.10.2 six-1.17.0
 
 def test_a_run_of_all_tests_prints_its_duration_first(root: Path) -> None:
     full, partial = make(root, "--dry-run", "test"), make(root, "--dry-run", "test", "PYTEST_ARGS=tests/ops")
-    assert "all tests: 8 to 14 minutes on two cores; `make test-quick` runs a sample" in full
-    assert "14 minutes" not in partial
-    assert "pytest tests/ops" in partial
-    assert "pytest --quick" in make(root, "--dry-run", "test-quick")
+    assert "all tests: 6 to 12 minutes on two cores; `make test-quick` runs a sample" in full
+    assert "12 minutes" not in partial
+    assert re.search(r"-m pytest .*--dist=loadfile tests/ops$", partial, re.MULTILINE)
+    assert re.search(r"-m pytest .*--quick", make(root, "--dry-run", "test-quick"))
