@@ -1,0 +1,216 @@
+"""Layers of transformers over flat state dicts: ``name`` is the prefix of the layer's parameters.
+
+B batch, T tokens (queries), S tokens (keys), H attention heads, K heads of keys and values, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import Final
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from recis_hybrid.bridge.pretrained.encoder import Shapes, Weights
+
+Activation = Callable[[jax.Array], jax.Array]
+
+
+def _gelu(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_tanh(x: jax.Array) -> jax.Array:
+    return jax.nn.gelu(x, approximate=True)
+
+
+def _quick_gelu(x: jax.Array) -> jax.Array:
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+ACTIVATIONS: Final[Mapping[str, Activation]] = {
+    "gelu": _gelu,
+    "gelu_accurate": _gelu_tanh,
+    "gelu_fast": _gelu_tanh,
+    "gelu_new": _gelu_tanh,
+    "gelu_python": _gelu,
+    "gelu_python_tanh": _gelu_tanh,
+    "gelu_pytorch_tanh": _gelu_tanh,
+    "mish": jax.nn.mish,
+    "quick_gelu": _quick_gelu,
+    "relu": jax.nn.relu,
+    "sigmoid": jax.nn.sigmoid,
+    "silu": jax.nn.silu,
+    "swish": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
+"""Activations by the names of transformers."""
+
+
+def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
+    """Return ``x @ weight.T + bias``, without the bias if there is none.
+
+    Args:
+        weights: Parameters, with ``{name}.weight`` ``[out, in]`` and perhaps ``{name}.bias`` ``[out]``.
+        name: The layer.
+        x: ``[..., in]``.
+
+    Returns:
+        ``[..., out]``.
+    """
+    y = jax.lax.dot_general(x, weights[f"{name}.weight"], (((x.ndim - 1,), (1,)), ((), ())))
+    bias = weights.get(f"{name}.bias")
+    return y if bias is None else y + bias
+
+
+def linear_shapes(name: str, size: int, inputs: int, *, bias: bool = True) -> Shapes:
+    """Return the parameters of :func:`linear` with ``size`` outputs."""
+    weight: Shapes = {f"{name}.weight": (size, inputs)}
+    return weight | {f"{name}.bias": (size,)} if bias else weight
+
+
+def layer_norm(weights: Weights, name: str, x: jax.Array, eps: float) -> jax.Array:
+    """Normalize the last dimension to mean 0 and variance 1, computing in at least float32.
+
+    References:
+        J. L. Ba, J. R. Kiros, G. E. Hinton: Layer normalization. arXiv 1607.06450, 2016.
+    """
+    wide = _widen(x)
+    centered = wide - wide.mean(-1, keepdims=True)
+    normal = centered * jax.lax.rsqrt(jnp.square(centered).mean(-1, keepdims=True) + eps)
+    return (normal * weights[f"{name}.weight"] + weights[f"{name}.bias"]).astype(x.dtype)
+
+
+def norm_shapes(name: str, size: int, *, bias: bool = True) -> Shapes:
+    """Return the parameters of :func:`layer_norm`, or without bias those of :func:`rms_norm`."""
+    return {f"{name}.{part}": (size,) for part in (["weight", "bias"] if bias else ["weight"])}
+
+
+def rms_norm(weights: Weights, name: str, x: jax.Array, eps: float) -> jax.Array:
+    """Divide the last dimension by its root mean square, computing in at least float32.
+
+    References:
+        B. Zhang, R. Sennrich: Root mean square layer normalization. NeurIPS 2019.
+    """
+    wide = _widen(x)
+    normal = wide * jax.lax.rsqrt(jnp.square(wide).mean(-1, keepdims=True) + eps)
+    return weights[f"{name}.weight"] * normal.astype(x.dtype)
+
+
+def embed(weights: Weights, name: str, ids: jax.Array, padding_id: int | None = None) -> jax.Array:
+    """Return rows of an embedding, NaN for ids outside of it.
+
+    Args:
+        weights: Parameters, with ``{name}.weight`` ``[V, H]``.
+        name: The layer.
+        ids: ``[...]``, integers.
+        padding_id: An id whose row gets no gradient, as in ``torch.nn.Embedding``; negative ones count from the end.
+
+    Returns:
+        ``[..., H]``.
+    """
+    table = weights[f"{name}.weight"]
+    rows = table.at[ids].get(mode="fill", fill_value=np.nan, wrap_negative_indices=False)
+    if padding_id is None:
+        return rows
+    return jnp.where((ids == padding_id % table.shape[0])[..., None], jax.lax.stop_gradient(rows), rows)
+
+
+def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
+    """Set elements to zero with a probability and scale the others to keep the mean.
+
+    Args:
+        x: Any shape.
+        rate: The probability, less than 1.
+        key: A PRNG key; None returns ``x``.
+
+    References:
+        N. Srivastava et al.: Dropout: a simple way to prevent neural networks from overfitting. JMLR 2014.
+    """
+    if key is None or rate == 0:
+        return x
+    return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
+    """Return ``count`` independent keys, or as many times None."""
+    return [None] * count if key is None else list(jax.random.split(key, count))
+
+
+def split_heads(x: jax.Array, heads: int) -> jax.Array:
+    """Reshape ``[B, T, heads * D]`` to ``[B, T, heads, D]``."""
+    return x.reshape(*x.shape[:-1], heads, -1)
+
+
+def attention_mask(mask: jax.Array | None, length: int, *, causal: bool, where: str) -> jax.Array | None:
+    """Return the mask for :func:`attend`.
+
+    Args:
+        mask: ``[B, S]``, nonzero for tokens and zero for padding, on either side; None without padding.
+        length: ``T = S``.
+        causal: Whether a token attends only to itself and earlier ones.
+        where: The prefix of error messages.
+
+    Returns:
+        Bool, broadcastable to ``[B, T, S]``; None if all tokens attend to all.
+
+    Raises:
+        ValueError: if the mask is not two-dimensional, or has another length.
+    """
+    if mask is not None and (mask.ndim != 2 or mask.shape[1] != length):
+        raise ValueError(f"{where}: attention_mask must have shape [batch, {length}], got {list(mask.shape)}")
+    keys = None if mask is None else (mask != 0)[:, None, :]
+    if not causal:
+        return keys
+    earlier = jnp.tril(jnp.ones((1, length, length), bool))
+    return earlier if keys is None else earlier & keys
+
+
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array | None,
+    *,
+    rate: float = 0.0,
+    dropout_key: jax.Array | None = None,
+) -> jax.Array:
+    r"""Return scaled dot-product attention, with softmax in at least float32.
+
+    $$\mathrm{softmax}(Q K^\top / \sqrt{D}) V$$
+
+    Groups of ``H / K`` consecutive query heads share a head of keys and values.
+
+    Args:
+        query: ``[B, T, H, D]``.
+        key: ``[B, S, K, D]``.
+        value: ``[B, S, K, D]``.
+        mask: Bool, broadcastable to ``[B, T, S]``, True where a query attends to a key; a query that attends to none
+            gets the mean of all values.
+        rate: Dropout rate of the attention probabilities.
+        dropout_key: A PRNG key for dropout, or None.
+
+    Returns:
+        ``[B, T, H * D]``.
+
+    References:
+        A. Vaswani et al.: Attention is all you need. NeurIPS 2017.
+        J. Ainslie et al.: GQA: Training generalized multi-query transformer models from multi-head checkpoints. EMNLP
+        2023.
+    """
+    batch, length, heads, size = query.shape
+    grouped = query.reshape(batch, length, key.shape[2], -1, size)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=wide) / math.sqrt(size)
+    if mask is not None:
+        # Not -inf: a query without keys would become NaN.
+        scores = jnp.where(mask[:, None, None], scores, np.finfo(wide).min)
+    probabilities = dropout(jax.nn.softmax(scores, -1).astype(value.dtype), rate, dropout_key)
+    return jnp.einsum("bkgts,bskd->btkgd", probabilities, value).reshape(batch, length, heads * size)
+
+
+def _widen(x: jax.Array) -> jax.Array:
+    """Return the array in at least float32."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))

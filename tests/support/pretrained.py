@@ -1,0 +1,86 @@
+"""Comparison of JAX encoders with small random models of transformers."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tests.support.near import as_tensor, assert_near, magnitude
+
+RELATIVE = 1e-4
+"""Largest difference of hidden states and gradients in float32, relative to the largest in a row."""
+_ALLOWED = RELATIVE / torch.finfo(torch.float32).eps
+
+
+def model_of(config: Any, seed: int = 0) -> Any:
+    """Return a model of transformers in eval mode, with random weights of a size that no layer hides.
+
+    Args:
+        config: A configuration of transformers, whose attention is set to the plain implementation.
+        seed: The seed of the weights.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers warns about optional packages
+        from transformers import AutoModel
+
+        config._attn_implementation = "eager"
+        model = AutoModel.from_config(config).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.normal_(1.0 if "norm" in name.lower() and parameter.dim() == 1 else 0.0, 0.3, generator=generator)
+    return model
+
+
+def weights_of(model: Any) -> dict[str, Any]:
+    """Return the parameters of a model as numpy arrays, after matching them with its encoder."""
+    from recis_hybrid.bridge.pretrained import encoder
+
+    own = {name: parameter.detach().numpy() for name, parameter in model.named_parameters()}
+    names = encoder(model.config.to_dict()).match({name: array.shape for name, array in own.items()})
+    assert names == {name: name for name in names}, "transformers 5 has other names"
+    assert names.keys() == own.keys()
+    return own
+
+
+def assert_agrees(model: Any, inputs: dict[str, Tensor], **options: Any) -> None:
+    """Assert that the encoder of a model has the outputs and the gradients of all parameters that the model has.
+
+    Args:
+        model: A model of transformers.
+        inputs: Inputs of its forward, by name.
+        **options: Further arguments of ``encoder``.
+    """
+    import jax
+
+    from recis_hybrid.bridge.pretrained import encoder
+
+    result = model(**inputs)
+    outputs = [each for each in (result.last_hidden_state, result.get("pooler_output")) if each is not None]
+    generator = torch.Generator().manual_seed(1)
+    cotangents = [torch.randn(each.shape, generator=generator) for each in outputs]
+    expected = torch.autograd.grad(outputs, list(model.parameters()), cotangents, allow_unused=True)
+
+    forward = encoder(model.config.to_dict(), **options).forward
+
+    def compute(weights: Any, arrays: Any, cotangents: Any) -> Any:
+        outputs, pullback = jax.vjp(lambda weights: jax.tree.leaves(forward(weights, **arrays)), weights)
+        return outputs, pullback(cotangents)[0]
+
+    arrays = {name: each.numpy() if each.is_floating_point() else each.int().numpy() for name, each in inputs.items()}
+    arguments = weights_of(model), arrays, [each.numpy() for each in cotangents]
+    # Compiling takes nearly all of the time, and half of it without optimization.
+    program = jax.jit(compute).lower(*arguments).compile({"xla_backend_optimization_level": 0})
+    got, gradients = program(*arguments)
+    assert_near(list(got), outputs, _ALLOWED, where="outputs")
+    for (name, parameter), gradient in zip(model.named_parameters(), expected, strict=True):
+        wanted = torch.zeros_like(parameter) if gradient is None else gradient
+        terms = magnitude(wanted)
+        if name.endswith(".bias"):
+            # The gradient of the bias of keys is zero but for rounding; that of the weight sums terms of its size.
+            weight = as_tensor(gradients[name.removesuffix("bias") + "weight"])
+            terms = terms.clamp_min(float(magnitude(weight).max()))
+        assert_near(gradients[name], wanted, _ALLOWED, terms=terms, where=f"gradient of {name}")
