@@ -17,4 +17,5 @@ from recis_hybrid.columnio.options import (
     ReadOptions as ReadOptions,
     ShardOptions as ShardOptions,
 )
+from recis_hybrid.columnio.vectors import read_vectors as read_vectors
 from recis_hybrid.columnio.windows import Window as Window, Windows as Windows
