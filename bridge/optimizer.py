@@ -45,8 +45,7 @@ class OptaxOptimizer(torch.optim.Optimizer):
     The transformation receives a dictionary from the parameters' dotted names to arrays, so that ``optax.masked`` and
     ``optax.multi_transform`` can select by name. Learning rates, schedules and clipping belong to the transformation;
     torch's schedulers do not apply. A parameter without a gradient gets a gradient of zeros, whereas torch's optimizers
-    skip it, so weight decay and momentum still change it. To freeze it, use ``optax.multi_transform``, or omit it and
-    set ``requires_grad_(False)``.
+    skip it, so weight decay and momentum still change it, unless it is frozen with ``requires_grad_(False)``.
 
     Args:
         named_parameters: The result of ``module.named_parameters()``, for a :class:`JaxTower` or any torch module.
@@ -169,15 +168,16 @@ class OptaxOptimizer(torch.optim.Optimizer):
             gradients = self._all_reduce(gradients, None if self._share is None else self._share())
         if gradients is not None:
             updated, self._state = self._update(self._arrays(), gradients, self._state)
-            self._replace(updated)
+            self._replace({name: updated[name] for name, each in self._named.items() if each.requires_grad})
         return loss
 
     def _replace(self, updated: dict[str, jax.Array]) -> None:
         """Point the parameters to the memory of updated arrays."""
         # The conversion waits for the program to finish, so torch may write to the gradients again.
         with torch.inference_mode(False):
-            tensors = unshare([updated[name] for name in self._named])
-        for parameter, tensor in zip(self._named.values(), tensors, strict=True):
+            tensors = unshare(list(updated.values()))
+        for name, tensor in zip(updated, tensors, strict=True):
+            parameter = self._named[name]
             parameter.data = tensor
             # Like an in-place update: a backward pass that still needs the old value raises.
             torch.autograd.graph.increment_version(parameter)

@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from recis_hybrid.validation import check_type, describe_value
+
+Trainable: TypeAlias = "nn.Module | nn.Parameter"
+"""A parameter, or a module that stands for all of its parameters."""
 
 
 def check_callable(where: str, name: str, value: object, expected: str) -> None:
@@ -102,6 +105,33 @@ def check_modules(where: str, name: str, value: Iterable[nn.Module], example: st
     for number, module in enumerate(modules):
         check_type(where, f"{name}[{number}]", module, nn.Module, "a torch.nn.Module")
     return modules
+
+
+def check_parameters(where: str, name: str, value: Iterable[Trainable], example: str) -> list[Trainable]:
+    """Return a sequence of modules and parameters as a list.
+
+    Raises:
+        TypeError: The value is a single module or parameter, or an item is neither a module nor a parameter.
+    """
+    if isinstance(value, nn.Module | Tensor | str | Mapping) or not isinstance(value, Iterable):
+        raise TypeError(
+            f"{where}: {name} must be a sequence of modules and parameters, such as {example}, got "
+            f"{describe_value(value)}"
+        )
+    items = list(value)
+    for number, item in enumerate(items):
+        expected = "a torch.nn.Module or a torch.nn.Parameter"
+        check_type(where, f"{name}[{number}]", item, (nn.Module, nn.Parameter), expected)
+    return items
+
+
+def parameters_in(items: Iterable[Trainable]) -> list[nn.Parameter]:
+    """Return the parameters among items and in modules among them, each once."""
+    found: dict[int, nn.Parameter] = {}
+    for item in items:
+        for parameter in item.parameters() if isinstance(item, nn.Module) else [item]:
+            found[id(parameter)] = parameter
+    return list(found.values())
 
 
 def check_optimizers(where: str, value: Any) -> dict[str, Optimizer]:

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
-from torch import nn
-
 from recis_hybrid.columnio import Window
-from recis_hybrid.embedding import EmbeddingEngine, Eviction
+from recis_hybrid.embedding import Anchor, EmbeddingEngine, Eviction
 from recis_hybrid.metrics import Metric
-from recis_hybrid.pipelines.arguments import check_batches, check_callable, check_modules
+from recis_hybrid.pipelines.arguments import Trainable, check_batches, check_callable, check_parameters, parameters_in
 from recis_hybrid.pipelines.steps.metrics import check_metrics
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Location
@@ -95,8 +93,11 @@ class Train:
     """Allow a stage that ends only when a callback stops it."""
     step: str | None = None
     """Name of one of the trainer's steps; None: the first."""
-    freeze: Sequence[nn.Module] = ()
-    """Modules whose parameters stay fixed in this stage. Their buffers, such as batch norm statistics, do not."""
+    freeze: Sequence[Trainable] = ()
+    """Modules and parameters that stay fixed in this stage. Buffers, such as batch norm statistics, do not."""
+    unfreeze: Sequence[Trainable] = ()
+    """Modules and parameters that are trained in this stage although they are frozen otherwise, or by ``freeze``. They
+    need an optimizer, which may have them before they are unfrozen."""
     transform: Callable[[Batch], Batch] | None = None
     """Applied to each batch before the step."""
     name: str = "train"
@@ -107,20 +108,26 @@ class Train:
             if value is not None:
                 check_integer("Train", bound, value, low=1)
         _check_types(self)
-        object.__setattr__(self, "freeze", check_modules("Train", "freeze", self.freeze, "freeze=[model.tower]"))
+        for name in ("freeze", "unfreeze"):
+            items = check_parameters("Train", name, getattr(self, name), f"{name}=[model.tower]")
+            object.__setattr__(self, name, items)
         if self.window is not None and self.data != "train":
             raise ValueError("Train: data and window exclude each other, got both; pass only one")
 
     def run(self, trainer: Run) -> None:
         """Train; see :meth:`Trainer.train`."""
-        frozen = [p for module in self.freeze for p in module.parameters() if p.requires_grad]
-        for parameter in frozen:
-            parameter.requires_grad_(False)
+        frozen = {id(parameter): (parameter, False) for parameter in parameters_in(self.freeze)}
+        # A read-only table cannot be trained.
+        trained = [p for p in parameters_in(self.unfreeze) if not (isinstance(p, Anchor) and p.table.read_only)]
+        changed = frozen | {id(parameter): (parameter, True) for parameter in trained}
+        before = [(parameter, parameter.requires_grad) for parameter, _ in changed.values()]
+        for parameter, requires_grad in changed.values():
+            parameter.requires_grad_(requires_grad)
         try:
             trainer.train(self)
         finally:
-            for parameter in frozen:
-                parameter.requires_grad_(True)
+            for parameter, requires_grad in before:
+                parameter.requires_grad_(requires_grad)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -124,6 +124,22 @@ def test_missing_gradients_are_zero_and_a_step_without_any_does_nothing() -> Non
     assert len(changed) == 1
 
 
+def test_frozen_parameters_stay_as_they_are() -> None:
+    tower = JaxTower(mlp, PARAMS)
+    optimizer = OptaxOptimizer(tower.named_parameters(), optax.adamw(0.1, weight_decay=0.5))
+    train(tower, optimizer, range(1))
+    frozen = tower.get_submodule("layers.0")
+    before, pointers = weights(tower), [p.data_ptr() for p in frozen.parameters()]
+    frozen.requires_grad_(False)
+    train(tower, optimizer, range(1, 3))
+    changed = [name for name, weight in weights(tower).items() if not torch.equal(weight, before[name])]
+    assert changed == ["layers.1.b", "layers.1.w"]
+    assert [p.data_ptr() for p in frozen.parameters()] == pointers
+    tower.requires_grad_(True)
+    train(tower, optimizer, range(3, 4))
+    assert not any(torch.equal(weight, before[name]) for name, weight in weights(tower).items())
+
+
 def test_gradients_that_jax_cannot_use_are_copied_and_counted() -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": np.ones((4, 6), np.float32)})
     (w,) = tower.parameters()

@@ -36,6 +36,14 @@ class GradientSync:
         self._modules = list(modules)
         self._optimizers = list(optimizers)
         self._parameters: dict[str, nn.Parameter] | None = None
+        # DistributedDataParallel ignores parameters that were frozen when it was constructed, for ever.
+        self._frozen_in_ddp = {
+            name: parameter
+            for wrapper in self._wrappers()
+            if isinstance(wrapper, DistributedDataParallel)
+            for name, parameter in wrapper.module.named_parameters()
+            if not parameter.requires_grad and not isinstance(parameter, Anchor)
+        }
         self._sums: list[Tensor] = []
         # For each bucket and parameter, whether this rank has a gradient.
         self._has_gradient: list[list[bool]] = []
@@ -73,8 +81,14 @@ class GradientSync:
                 are ignored.
 
         Raises:
-            ValueError: A gradient is sparse.
+            ValueError: A gradient is sparse, or DistributedDataParallel would not average it.
         """
+        if unfrozen := [name for name, parameter in self._frozen_in_ddp.items() if parameter.requires_grad]:
+            raise ValueError(
+                f"TorchStep: {len(unfrozen)} parameters, such as {unfrozen[0]!r}, were unfrozen inside "
+                f"DistributedDataParallel, which would not average their gradients; do not wrap the module, because "
+                f"the step averages gradients itself, or wrap it after unfreezing"
+            )
         for number, bucket in enumerate(self._buckets()):
             values, has_gradient = [], []
             for name, parameter in bucket:

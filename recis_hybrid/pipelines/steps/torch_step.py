@@ -13,7 +13,14 @@ from torch import Tensor, nn
 from recis_hybrid import distributed
 from recis_hybrid.embedding import EmbeddingEngine
 from recis_hybrid.metrics import Metric
-from recis_hybrid.pipelines.arguments import check_batch, check_modules, check_optimizers
+from recis_hybrid.pipelines.arguments import (
+    Trainable,
+    check_batch,
+    check_modules,
+    check_optimizers,
+    check_parameters,
+    parameters_in,
+)
 from recis_hybrid.pipelines.metrics_record import RESERVED, is_reserved
 from recis_hybrid.pipelines.steps import model_outputs
 from recis_hybrid.pipelines.steps.gradient_sync import GradientSync, unscale_together
@@ -78,8 +85,8 @@ class TorchStep:
         weighting: Learns the weights of the objectives, whose own weights are then ignored.
         compile: Modules, usually towers, to compile in place with ``torch.compile``.
         loss_scale: Initial loss scale for float16.
-        freeze: Modules of the model that this step does not train because another step does. Their parameters require
-            no gradients while the step runs. Under DistributedDataParallel, wrap them separately.
+        freeze: Modules and parameters of the model that this step does not train because another step does. They
+            require no gradients while the step runs. Under DistributedDataParallel, wrap them separately.
         metrics: Training metrics: by name, for every objective; or by objective and name. They are updated with each
             training batch, and Trainer computes and resets them for each record of the log. :class:`AUC` keeps all
             rows in between, :class:`BinnedAUC` only counts.
@@ -104,7 +111,7 @@ class TorchStep:
         weighting: UncertaintyWeights | None = None,
         compile: Iterable[nn.Module] = (),
         loss_scale: float = 65536.0,
-        freeze: Iterable[nn.Module] = (),
+        freeze: Iterable[Trainable] = (),
         metrics: Metrics | None = None,
     ) -> None:
         check_choice("TorchStep", "precision", precision, get_args(Precision))
@@ -134,15 +141,14 @@ class TorchStep:
         self._dtype: torch.dtype = getattr(torch, precision)
         self._device = _device_of(model, self.engines)
         self._scaler = torch.amp.GradScaler(self._device, init_scale=loss_scale, enabled=precision == "float16")
-        frozen = check_modules("TorchStep", "freeze", freeze, "freeze=[model.tower]")
-        self._frozen = list({id(p): p for module in frozen for p in module.parameters()}.values())
-        self._sync = GradientSync([module for _, module in self._modules()], self.optimizers.values())
+        self._frozen = parameters_in(check_parameters("TorchStep", "freeze", freeze, "freeze=[model.tower]"))
         self._is_synchronized = False
         self._expected_rows: Sequence[Sequence[int]] | None = None
         self._prefetching: list[EmbeddingEngine] | None = None
         """Engines that read columns of the batches; None until the first update."""
         if weighting is not None:
             check_weighting("TorchStep", weighting, self.optimizers, self.objectives)
+        self._sync = GradientSync([module for _, module in self._modules()], self.optimizers.values())
         self._check_trained()
         self._without_gradients = [p for p in self._named_parameters().values() if not p.requires_grad]
         # Whether parameters and labels have been checked since the last evaluation, and evaluation metrics tried.

@@ -95,7 +95,8 @@ def _remedy(missing: Sequence[nn.Parameter]) -> str:
         freeze.append("module.requires_grad_(False)")
     return (
         f"add an optimizer with {' and '.join(add)}, or freeze them with {' and '.join(freeze)}, or with "
-        f"TorchStep(freeze=[module]) if another step trains them"
+        f"TorchStep(freeze=[module]) if another step trains them. An optimizer may have frozen parameters, and needs "
+        f"those that a stage unfreezes"
     )
 
 

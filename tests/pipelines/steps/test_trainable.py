@@ -16,6 +16,7 @@ from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import Evaluate, Objective, TorchStep, Train, Trainer, UncertaintyWeights, evaluate
+from recis_hybrid.pipelines.steps.gradient_sync import GradientSync
 from recis_hybrid.ragged import Batch
 from tests.support.small import bce, make_batches
 
@@ -280,6 +281,51 @@ def test_a_stage_may_freeze_parameters_that_have_an_optimizer() -> None:
     assert torch.equal(model.head.weight, before)
     trainer.fit([Train()])
     assert not torch.equal(model.head.weight, before)
+
+
+def test_a_stage_unfreezes_parameters() -> None:
+    model = TwoTables(trainable=False)
+    model.body.requires_grad_(False)
+    trainer = Trainer(step_of(model, sparse(model), dense(model)), batches(2))
+    frozen = {name: value.clone() for name, value in model.body.named_parameters()}
+
+    def changed() -> list[str]:
+        return [name for name, value in model.body.named_parameters() if not torch.equal(value, frozen[name])]
+
+    trainer.fit([Train()])
+    assert changed() == []
+    # Unfreezing has priority over freezing, and read-only tables stay frozen.
+    trainer.fit([Train(freeze=[model.body], unfreeze=[model.body.bias, model.engine])])
+    assert changed() == ["bias"]
+    assert [p.requires_grad for p in model.body.parameters()] == [False, False]
+    trainer.fit([Train(unfreeze=[model.body])])
+    assert changed() == ["weight", "bias"]
+
+
+def test_unfrozen_parameters_need_an_optimizer() -> None:
+    model = TwoTables()
+    model.body.requires_grad_(False)
+    trained = torch.optim.SGD(model.head.parameters(), lr=0.1)
+    trainer = Trainer(step_of(model, sparse(model), trained), batches(2))
+    with pytest.raises(
+        ValueError, match=r"no optimizer has the parameters \['body.weight', 'body.bias'\]; .*unfreezes"
+    ):
+        trainer.fit([Train(unfreeze=[model.body])])
+    assert not model.body.weight.requires_grad
+    trained.add_param_group({"params": list(model.body.parameters())})
+    trainer.fit([Train(unfreeze=[model.body])])
+
+
+def test_parameters_unfrozen_within_ddp_are_refused() -> None:
+    model = TwoTables()
+    model.body.bias.requires_grad_(False)
+    with one_rank():
+        model.body = DistributedDataParallel(model.body)  # type: ignore[assignment]
+        sync = GradientSync([model], [dense(model)])
+        sync.add(1.0)
+        model.body.requires_grad_(True)
+        with pytest.raises(ValueError, match=r"1 parameters, such as 'bias', were unfrozen inside .* do not wrap"):
+            sync.add(1.0)
 
 
 def test_applying_gradients_names_the_table_without_an_optimizer() -> None:
