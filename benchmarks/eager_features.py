@@ -45,4 +45,4 @@ def truncate(rows: RaggedTensor, length: int) -> RaggedTensor:
     offsets = torch.zeros_like(rows.offsets)
     torch.cumsum(kept, 0, out=offsets[1:])
     skipped = torch.repeat_interleave(rows.offsets[:-1] - offsets[:-1], kept)
-    return RaggedTensor(rows.values[skipped + torch.arange(skipped.numel())], offsets)
+    return RaggedTensor(rows.values[skipped + torch.arange(skipped.numel(), device=skipped.device)], offsets)

@@ -90,14 +90,16 @@ def _drop(_: object) -> None:
     return None
 
 
-def workload() -> tuple[list[Feature], Batch]:
+def workload(each: int = EACH, rows: int = ROWS, device: torch.device | str = "cpu") -> tuple[list[Feature], Batch]:
+    """Return ``each`` features of each of the four kinds, and a batch of columns for them."""
     generator = torch.Generator().manual_seed(1)
-    features, batch = [], Batch()
-    for k in range(EACH):
+    features: list[Feature] = []
+    batch: Batch = {}
+    for k in range(each):
         for name in ("user", "x", "y"):
-            batch[f"{name}{k}"] = torch.randint(-(2**62), 2**62, (ROWS,), generator=generator)
-        batch[f"price{k}"] = torch.randn(ROWS, generator=generator)
-        lengths = torch.randint(0, LONGEST + 1, (ROWS,), generator=generator)
+            batch[f"{name}{k}"] = torch.randint(-(2**62), 2**62, (rows,), generator=generator)
+        batch[f"price{k}"] = torch.randn(rows, generator=generator)
+        lengths = torch.randint(0, LONGEST + 1, (rows,), generator=generator)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         clicks = torch.randint(0, 2**62, (int(offsets[-1]),), generator=generator)
         batch[f"clicks{k}"] = RaggedTensor(clicks, offsets)
@@ -107,13 +109,14 @@ def workload() -> tuple[list[Feature], Batch]:
             Feature(f"pair{k}", ops=[Cross(), Mod(MODULUS)], source=[f"x{k}", f"y{k}"]),
             Feature(f"clicks{k}", ops=[Truncate(KEPT), Hash("murmur"), Mod(MODULUS)]),
         ]
-    return features, batch
+    return features, {name: column.to(device) for name, column in batch.items()}
 
 
-def in_eager_torch(batch: Batch) -> Batch:
+def in_eager_torch(batch: Batch, each: int = EACH) -> Batch:
+    """Compute the features of :func:`workload` one by one, on the device of the batch."""
     result: Batch = {}
-    boundaries = torch.tensor(BOUNDARIES)
-    for k in range(EACH):
+    boundaries = torch.tensor(BOUNDARIES, device=batch["price0"].device)
+    for k in range(each):
         clicks = eager.truncate(batch[f"clicks{k}"], KEPT)  # type: ignore[arg-type]
         result[f"user{k}"] = eager.mod(eager.murmur(batch[f"user{k}"]), MODULUS)  # type: ignore[arg-type]
         result[f"price{k}"] = torch.bucketize(batch[f"price{k}"], boundaries, right=True)  # type: ignore[arg-type]
@@ -127,7 +130,8 @@ def check_equal(ours: Batch, theirs: Batch, peer: str) -> None:
     for name in theirs:
         a, b = ours[name], theirs[name]
         if isinstance(a, RaggedTensor) and isinstance(b, RaggedTensor):
-            same = torch.equal(a.values, b.values) and torch.equal(a.offsets, b.offsets)
+            # On a GPU the values may be followed by unused ones.
+            same = torch.equal(a.values[: b.values.numel()], b.values) and torch.equal(a.offsets, b.offsets)
         else:
             same = torch.equal(a, b)  # type: ignore[arg-type]
         if not same:

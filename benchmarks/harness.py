@@ -7,7 +7,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 
 import torch
@@ -17,13 +17,13 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 @dataclass(frozen=True)
 class Result:
-    """One line of output. ``ratio`` > 1 means that ours is better; None means that the peer is not installed."""
+    """One line of output. ``ratio`` > 1 means that ours is better; None means that there is no figure for the peer."""
 
     bench: str
     case: str
     metric: str
     unit: str
-    ours: float
+    ours: float | None
     peer: float | None
     peer_name: str
     ratio: float | None
@@ -61,18 +61,18 @@ def rates(
             for _ in range(burst):
                 begin = now()
                 seconds = step()
-                if device.type == "cuda":
-                    torch.cuda.synchronize(device)
+                if device.type != "cpu":
+                    torch.accelerator.synchronize(device)
                 if number >= 3:
                     times[name].append(now() - begin if seconds is None else seconds)
     return {name: items / statistics.median(seconds) for name, seconds in times.items()}
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """Return a parser with the options of every benchmark."""
+def parser(description: str, devices: Sequence[str] = ("cpu", "cuda")) -> argparse.ArgumentParser:
+    """Return a parser with the options of every benchmark; the first of the devices is the default."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     result.add_argument("--quick", action="store_true", help="fewer cases and rounds: under a minute on two cores")
-    result.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="device of the tables")
+    result.add_argument("--device", default=devices[0], choices=devices, help="device of the tables")
     result.add_argument("--threads", type=int, default=1, help="CPU threads of torch")
     result.add_argument("--cases", default="", help="only cases whose name contains this")
     return result
@@ -83,7 +83,8 @@ def table(results: Iterable[Result]) -> str:
     lines = [f"{'case':28} {'ours':>8}  {'peer':>8}  {'ratio':>6}  unit      peer's name"]
     for r in results:
         peer, ratio = ("absent", "") if r.peer is None or r.ratio is None else (f"{r.peer:.2f}", f"{r.ratio:.2f}")
-        lines.append(f"{r.case:28} {r.ours:8.2f}  {peer:>8}  {ratio:>6}  {r.unit:9} {r.peer_name}")
+        ours = "absent" if r.ours is None else f"{r.ours:.2f}"
+        lines.append(f"{r.case:28} {ours:>8}  {peer:>8}  {ratio:>6}  {r.unit:9} {r.peer_name}")
     return "\n".join(lines)
 
 
