@@ -172,7 +172,7 @@ def main() -> None:
     parser.set_defaults(threads=2)
     args = parser.parse_args()
     if args.device != "cpu":
-        parser.error("the peers run on the CPU only; omit --device cuda")
+        parser.error("the peers run on the CPU only; for a GPU, run `python -m benchmarks.gpu --cases features`")
     torch.set_num_threads(args.threads)
     rounds = 9 if args.quick else 25
     if args.cases in "hash":

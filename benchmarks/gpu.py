@@ -121,6 +121,8 @@ class Run:
     kind: str
     """cuda, cpu or emulated."""
     tiny: bool
+    threads: int = 1
+    """CPU threads of torch."""
 
     def measure(self, group: str) -> Iterator[Measured]:
         """Yield the figures of a group, in this process."""
@@ -173,6 +175,7 @@ def measured_apart(run: Run, group: str, seconds: float) -> Iterator[Measured | 
 
 
 def _measure(sender: Connection, run: Run, group: str) -> None:
+    torch.set_num_threads(run.threads)
     try:
         for measured in run.measure(group):
             sender.send(measured)
@@ -211,7 +214,6 @@ def main() -> int:
     args = parser.parse_args()
     if args.device == "emulated" and (reason := emulated.reason_to_skip()):
         parser.error(reason)
-    torch.set_num_threads(args.threads)
     wanted = [case for case in TARGETS if args.cases in case]
     if args.device == "cuda" and not torch.cuda.is_available():
         harness.progress(f"torch {torch.__version__} sees no CUDA device; no case was run")
@@ -219,7 +221,7 @@ def main() -> int:
         for line in lines:
             line.print()
     else:
-        run = Run(args.device, args.quick or args.device != "cuda")
+        run = Run(args.device, args.quick or args.device != "cuda", args.threads)
         lines = list(measure(run, wanted, args.time_limit))
     harness.progress(markdown(lines))
     return int(any(line.verdict == "failed" for line in lines))

@@ -150,19 +150,20 @@ class Bench:
         """Return the numbers of ``sizes.batches`` batches, int64 ``[N]``, below ``count``, a power of two."""
         generator = torch.Generator().manual_seed(0)
         draw = {"uniform": uniform, "zipf": zipf}[distribution]
-        batches = [draw(count, self.sizes.ids, generator) for _ in range(self.sizes.batches)]
-        return [scattered(numbers, count).to(self.device) for numbers in batches]
+        batches = (draw(count, self.sizes.ids, generator, self.device) for _ in range(self.sizes.batches))
+        return [scattered(numbers, count) for numbers in batches]
 
 
-def uniform(count: int, size: int, generator: torch.Generator) -> Tensor:
-    """Draw ``size`` numbers below ``count``, all equally likely."""
-    return torch.randint(count, (size,), generator=generator)
+def uniform(count: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
+    """Draw ``size`` numbers below ``count``, all equally likely; the generator is of the CPU."""
+    return torch.randint(count, (size,), generator=generator).to(device)
 
 
-def zipf(count: int, size: int, generator: torch.Generator) -> Tensor:
+def zipf(count: int, size: int, generator: torch.Generator, device: torch.device) -> Tensor:
     """Draw ``size`` numbers below ``count``; number k has the weight ``(k + 1) ** -EXPONENT``."""
-    cumulated = _cumulated(count)
-    return torch.searchsorted(cumulated, torch.rand(size, dtype=torch.float64, generator=generator) * cumulated[-1])
+    cumulated = _cumulated(count, device)
+    shares = torch.rand(size, dtype=torch.float64, generator=generator).to(device)
+    return torch.searchsorted(cumulated, shares * cumulated[-1])
 
 
 def scattered(numbers: Tensor, count: int) -> Tensor:
@@ -171,8 +172,8 @@ def scattered(numbers: Tensor, count: int) -> Tensor:
 
 
 @cache
-def _cumulated(count: int) -> Tensor:
-    return torch.arange(1, count + 1, dtype=torch.float64).pow_(-EXPONENT).cumsum_(0)
+def _cumulated(count: int, device: torch.device) -> Tensor:
+    return torch.arange(1, count + 1, dtype=torch.float64, device=device).pow_(-EXPONENT).cumsum_(0)
 
 
 def _repeated(step: Callable[[], object], count: int) -> Callable[[], None]:
