@@ -205,8 +205,8 @@ def attend(
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=wide) / math.sqrt(size)
     if mask is not None:
-        # Not -inf: a query without keys would become NaN.
-        scores = jnp.where(mask[:, None, None], scores, np.finfo(wide).min)
+        # Added as in transformers, so that queries without keys have its gradients too; -inf would give them NaN.
+        scores += jnp.where(mask, 0, np.finfo(wide).min).astype(wide)[:, None, None]
     probabilities = dropout(jax.nn.softmax(scores, -1).astype(value.dtype), rate, dropout_key)
     return jnp.einsum("bkgts,bskd->btkgd", probabilities, value).reshape(batch, length, heads * size)
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+import hypothesis
 import torch
+from hypothesis import Phase
 from torch import Tensor
 
 from tests.support.near import as_tensor, assert_near, magnitude
@@ -13,6 +15,11 @@ from tests.support.near import as_tensor, assert_near, magnitude
 RELATIVE = 1e-4
 """Largest difference of hidden states and gradients in float32, relative to the largest in a row."""
 _ALLOWED = RELATIVE / torch.finfo(torch.float32).eps
+
+
+def few(examples: int) -> hypothesis.settings:
+    """Return settings for a few examples, each of which compiles a program, so that shrinking would take minutes."""
+    return hypothesis.settings(max_examples=examples, phases=[Phase.explicit, Phase.reuse, Phase.generate])
 
 
 def model_of(config: Any, seed: int = 0) -> Any:

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import given, strategies as st
 
-from tests.support.pretrained import assert_agrees, model_of, weights_of
+from tests.support.pretrained import assert_agrees, few, model_of, weights_of
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
@@ -40,7 +40,7 @@ def vits(draw: Any) -> Any:
     )
 
 
-@settings(max_examples=4)
+@few(4)
 @given(vits())
 def test_vit_agrees_with_transformers(config: Any) -> None:
     assert_agrees(model_of(config), {"pixel_values": pixels(config)})
