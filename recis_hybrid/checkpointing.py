@@ -7,7 +7,7 @@ Letters: n rows of a table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -186,6 +186,32 @@ class Saveable(Protocol):
 
         Args:
             state: The saved state, on the CPU, in memory that the object may keep; rows sorted by (bucket, id).
+        """
+        ...
+
+
+@runtime_checkable
+class WeightFiles(Protocol):
+    """Files from which a module's parameters were read, so that checkpoints need not contain them while frozen.
+
+    A module has it as its attribute ``weight_files``. Methods raise OSError or ValueError if files are missing or
+    damaged.
+    """
+
+    @property
+    def source(self) -> str:
+        """Name or path, for messages."""
+        ...
+
+    def digest(self) -> str:
+        """Return a digest of the present contents of the files, equal on all machines."""
+        ...
+
+    def read(self, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+        """Yield parameters with the values and dtypes that they had when the module was built.
+
+        Args:
+            names: Names in the module's ``state_dict``. Those without a tensor in the files are skipped.
         """
         ...
 

@@ -7,6 +7,7 @@ from recis_hybrid.checkpointing import (
     PartState as PartState,
     Saveable as Saveable,
     TableState as TableState,
+    WeightFiles as WeightFiles,
 )
 from recis_hybrid.saver.actions.pretrained import load_pretrained as load_pretrained
 from recis_hybrid.saver.actions.selection import Loaded as Loaded

@@ -19,7 +19,7 @@ from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.compact import EXPORT_DTYPES, compact, export
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.format.location import Location
-from recis_hybrid.saver.inspect import differences, size_text, summarized, summary, summary_text
+from recis_hybrid.saver.inspect import differences, left_out, size_text, summarized, summary, summary_text
 from recis_hybrid.saver.storage.resolve import storage_of
 from recis_hybrid.saver.storage.step_directory import STEP
 
@@ -194,7 +194,12 @@ def _compact(args: argparse.Namespace) -> int:
 def _export(args: argparse.Namespace) -> int:
     checkpoint = _open(args.path, args.step)
     dtype = None if args.dtype is None else EXPORT_DTYPES[args.dtype]
-    return _report(args, export(checkpoint, args.out, dtype), "is written")
+    notes = [
+        f"part {name!r} lacks {files['tensors']} frozen tensors, which are in {files['source']}"
+        for name, part in checkpoint.manifest.parts.items()
+        for files in left_out(part)
+    ]
+    return _report(args, export(checkpoint, args.out, dtype), "is written", notes)
 
 
 def _import_recis(args: argparse.Namespace) -> int:

@@ -14,6 +14,7 @@ from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.format.manifest import Manifest, PartEntry
 from recis_hybrid.saver.format.manifest_reader import part_files, table_files
 from recis_hybrid.saver.parts.compare import state_differences
+from recis_hybrid.saver.parts.frozen_weights import KEY
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:
@@ -38,6 +39,8 @@ def summary_text(found: dict[str, Any]) -> str:
         lines.append(f"builds on step {found['previous']}: tables list the changes since then")
     for name, part in found["parts"].items():
         lines.append(f"{part['kind']:<10} {name}  {part['tensors']} tensors, {size_text(part['bytes'])}")
+        for files in part["files"]:
+            lines.append(f"  {files['tensors']} frozen tensors left out: {files['source']}, digest {files['digest']}")
         for table, rows in part["tables"].items():
             columns = ", ".join(f"{column} {spec}" for column, spec in rows["columns"].items())
             removed = "" if rows["removed"] is None else f" changed, {rows['removed']:,} removed"
@@ -178,10 +181,17 @@ def _equal(a: torch.Tensor, b: torch.Tensor) -> bool:
     return torch.equal(a.contiguous().view(-1).view(torch.uint8), b.contiguous().view(-1).view(torch.uint8))
 
 
+def left_out(part: PartEntry) -> list[dict[str, Any]]:
+    """Return the files that have frozen parameters of a part, and how many (``parts.frozen_weights``)."""
+    found: Any = part.meta.get(KEY, []) if part.kind == "module" else []
+    return [{key: files[key] for key in ("source", "digest")} | {"tensors": len(files["tensors"])} for files in found]
+
+
 def _part_summary(part: PartEntry) -> dict[str, Any]:
     return {
         "kind": part.kind,
         "tensors": len(part.tensors),
+        "files": left_out(part),
         "bytes": _part_bytes(part),
         "tables": {
             name: {

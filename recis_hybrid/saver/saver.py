@@ -63,6 +63,9 @@ class Saver:
         async_save: Whether ``save`` returns as soon as the state is copied, and a thread writes the copy. The next call
             of this saver waits for the thread and raises its exception, if any; an exception that no call has raised is
             printed to stderr when the process ends. The next save reuses the memory of the copy.
+        save_frozen: Whether to save parameters that are frozen and unchanged since they were read from the files of a
+            pretrained model (``recis_hybrid.towers.hf_tower``). By default the checkpoint names the files and their
+            digest instead, and loading needs them.
         group: A gloo process group of the ranks that save together, used by nothing else. None creates a group of all
             ranks if torch.distributed has several.
 
@@ -90,12 +93,15 @@ class Saver:
         *,
         keep: int | None = 5,
         async_save: bool = False,
+        save_frozen: bool = False,
         group: dist.ProcessGroup | None = None,
     ) -> None:
         self._storage = storage_of(path)
         self._root = self._storage.root
         self._keep = None if keep is None else check_integer("Saver", "keep", keep, 1)
         self._memory = HostMemory() if async_save else None
+        check_flag("Saver", "save_frozen", save_frozen)
+        self._save_frozen = save_frozen
         self._group = group
         self._ranks: Ranks | None = None
         self._is_shared = False
@@ -150,7 +156,8 @@ class Saver:
             checked = self._checked_step(step)
             check_flag("Saver.save", "delta", delta)
             _check_parts("Saver.save", parts)
-            adapters.update({name: part_of(name, part) for name, part in parts.items()})
+            save_frozen = self._save_frozen
+            adapters.update({name: part_of(name, part, save_frozen=save_frozen) for name, part in parts.items()})
             if ranks.rank == 0:
                 self._storage.take()
             return [checked, delta, [[name, part.kind, _is_per_rank(parts[name])] for name, part in adapters.items()]]

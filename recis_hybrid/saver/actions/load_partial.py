@@ -10,9 +10,10 @@ from torch import Tensor
 from recis_hybrid.checkpointing import SaveableTables, TableState, tables_apart
 from recis_hybrid.saver.actions.selection import Loaded, Selection
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
-from recis_hybrid.saver.errors import CheckpointError
-from recis_hybrid.saver.format.manifest import TableEntry, TensorSpec
+from recis_hybrid.saver.errors import CheckpointError, CheckpointMismatch
+from recis_hybrid.saver.format.manifest import MANIFEST, TableEntry, TensorSpec
 from recis_hybrid.saver.parts.adapters import ModulePart
+from recis_hybrid.saver.parts.frozen_weights import read_frozen, specs_in_files
 from recis_hybrid.saver.parts.module_names import own_names
 from recis_hybrid.saver.parts.part import Part, SaveablePart
 from recis_hybrid.saver.runtime.ranks import Ranks
@@ -50,7 +51,7 @@ def load_some(
         for name, part in parts.items():
             live += _live_names(name, part)
             if isinstance(part, ModulePart):
-                dense[name] = checkpoint.read(name).tensors
+                dense[name] = _tensors(checkpoint, name, part, selection, strict)
             saved += dense.get(name, checkpoint.manifest.parts[name].tables)
         selection.refuse_unmatched(str(checkpoint.directory), saved, live)
         for name, part in parts.items():
@@ -66,6 +67,21 @@ def load_some(
     for act in actions:
         act()
     return result
+
+
+def _tensors(
+    checkpoint: StoredCheckpoint, name: str, part: ModulePart, selection: Selection, strict: bool
+) -> Mapping[str, Tensor]:
+    """Return the tensors of a module, including frozen parameters in files if any of them is selected."""
+    state, where = checkpoint.read(name), f"{checkpoint.directory / MANIFEST}: part {name!r}"
+    if not selection.live_names(specs_in_files(where, state.meta)):
+        return state.tensors
+    try:
+        return state.tensors | read_frozen(where, state.meta, part.module)
+    except CheckpointMismatch:
+        if strict:
+            raise
+        return state.tensors
 
 
 def _live_names(name: str, part: Part) -> Iterable[str]:

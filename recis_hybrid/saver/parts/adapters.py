@@ -10,6 +10,7 @@ from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckp
 from recis_hybrid.saver.format.json_values import checked_json
 from recis_hybrid.saver.format.manifest import KINDS, TensorSpec
 from recis_hybrid.saver.parts.compare import named_differences, refuse_differences
+from recis_hybrid.saver.parts.frozen_weights import KEY, read_frozen, specs_in_files, without_frozen
 from recis_hybrid.saver.parts.module_names import own_names
 from recis_hybrid.saver.parts.optimizer_part import OptimizerPart
 from recis_hybrid.saver.parts.part import Part, SaveablePart
@@ -17,12 +18,13 @@ from recis_hybrid.saver.parts.per_rank import PerRank
 from recis_hybrid.saver.parts.stateful_part import GeneratorPart, Stateful, StatefulPart
 
 
-def part_of(name: str, value: object) -> Part:
+def part_of(name: str, value: object, *, save_frozen: bool = True) -> Part:
     """Return the adapter of a value.
 
     Args:
         name: Name of the part, for messages.
         value: Object that the user passed.
+        save_frozen: Whether to save the frozen parameters of modules that are still as in the files they came from.
 
     Returns:
         The adapter. An object that is both a Saveable and a module is treated as a Saveable.
@@ -40,7 +42,7 @@ def part_of(name: str, value: object) -> Part:
             )
         return part
     if isinstance(value, torch.nn.Module):
-        return ModulePart(name, value)
+        return ModulePart(name, value, save_frozen=save_frozen)
     if isinstance(value, torch.optim.Optimizer):
         return OptimizerPart(name, value)
     if value is None or isinstance(value, bool | int | float | str | list | dict):
@@ -65,33 +67,42 @@ class ModulePart(Part):
 
     kind = "module"
 
-    def __init__(self, name: str, module: torch.nn.Module) -> None:
+    def __init__(self, name: str, module: torch.nn.Module, *, save_frozen: bool = True) -> None:
         self._name = name
+        self._save_frozen = save_frozen
+        self._from_files: dict[str, Tensor] = {}
         self.module = module
 
     def state(self) -> PartState:
         """Return parameters and buffers, detached."""
         tensors: dict[str, Tensor] = {}
         other: dict[str, object] = {}
-        for key, value in self._entries().items():
+        entries = self._entries()
+        files = [] if self._save_frozen else without_frozen(self.module, entries)
+        for key, value in entries.items():
             if isinstance(value, Tensor):
                 tensors[key] = value.detach()
             else:
                 other[key] = value
         extra = checked_json(f"Saver.save: part {self._name!r}, extra state of the module", other)
-        return PartState(tensors=tensors, meta={"extra": extra})
+        return PartState(tensors=tensors, meta={"extra": extra, **({KEY: files} if files else {})})
 
     def check(self, where: str, saved: PartState) -> None:
-        """Compare names, dtypes and shapes of parameters and buffers, and names of extra state."""
+        """Compare names, dtypes and shapes of parameters and buffers, and names of extra state.
+
+        Parameters that the checkpoint leaves out are read from the files that they came from.
+        """
         extra = _extra(where, saved)
         live = {k: TensorSpec.of(v) if isinstance(v, Tensor) else "extra state" for k, v in self._entries().items()}
-        found = {k: TensorSpec.of(v) for k, v in saved.tensors.items()} | dict.fromkeys(extra, "extra state")
-        refuse_differences(where, named_differences("tensor", found, live))
+        specs = specs_in_files(where, saved.meta) | {k: TensorSpec.of(v) for k, v in saved.tensors.items()}
+        refuse_differences(where, named_differences("tensor", specs | dict.fromkeys(extra, "extra state"), live))
+        self._from_files = read_frozen(where, saved.meta, self.module)
 
     def load(self, saved: PartState) -> None:
         """Copy into the parameters and buffers, which stay the same tensors."""
         own = own_names(self.module)
-        state = {**saved.tensors, **_extra("the module", saved)}
+        state = {**saved.tensors, **self._from_files, **_extra("the module", saved)}
+        self._from_files = {}
         with tables_apart():
             self.module.load_state_dict({own[name]: value for name, value in state.items()})
 
