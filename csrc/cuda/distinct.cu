@@ -1,11 +1,10 @@
 // The distinct ids of a lookup on CUDA, ordered by the rank that owns them; core/distinct.h is its CPU counterpart.
 // Positions are sorted by id and then, because CUB's radix sort is stable, by (owner, kind), so that input order is
 // kept among the positions of an id.
-#include <cub/cub.cuh>
-
 #include "core/hash/mix.h"
 #include "core/id_map.h"
 #include "cuda/device.cuh"
+#include "cuda/sort.cuh"
 #include "ops/gather.h"
 #include "ops/id_map.h"
 
@@ -188,26 +187,19 @@ void distinct_ids(Tensors ids, Ints kinds, Tensors used, Ints owners, int64_t ra
   int64_t* before = signed_words(n + 1);
   const int bits = bits_for(shares + 1);
   const auto stream = device.stream();
-  size_t id_bytes = 0;
-  size_t share_bytes = 0;
-  size_t scan_bytes = 0;
-  RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(nullptr, id_bytes, share.ids, keys, share.positions, by_id, n, 0, 64, stream));
-  RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(nullptr, share_bytes, keys, sorted_shares, by_id, order, n, 0, bits, stream));
-  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, marks, before, n + 1, stream));
-  void* temporary = device.scratch(static_cast<int64_t>(std::max({id_bytes, share_bytes, scan_bytes}))).data_ptr();
+  const auto sort_by_id = radix_sort(share.ids, keys, share.positions, by_id, n, 64, stream);
+  const auto sort_by_share = radix_sort(keys, sorted_shares, by_id, order, n, bits, stream);
+  const auto sum = running_sum(marks, before, n + 1, stream);
+  const CubStorage storage(device, sort_by_id, sort_by_share, sum);
 
   fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, position_sources, position_scales);
   device.for_each(n, 1, share);
-  RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(temporary, id_bytes, share.ids, keys, share.positions, by_id, n, 0, 64, stream));
+  storage.run(sort_by_id);
   device.for_each(n, 1, PermuteShares{by_id, share.shares, keys});
-  RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(temporary, share_bytes, keys, sorted_shares, by_id, order, n, 0, bits, stream));
+  storage.run(sort_by_share);
   const Sorted sorted{share.ids, sorted_shares, order, n, static_cast<uint64_t>(shares)};
   device.for_each(n + 1, 1, MarkFirst{sorted, marks});
-  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, marks, before, n + 1, stream));
+  storage.run(sum);
   device.for_each(
       n + 1, 1,
       WriteDistinct{sorted, before, position_sources, position_scales, data<int64_t>(distinct, "distinct"), begins,

@@ -1,8 +1,7 @@
 // Grouping of equal rows on CUDA; core/group.h is its CPU counterpart. CUB's radix sort is stable, so input order is
 // kept within a row. Positions fit into 32 bits, and so do rows as a rule: the sort then moves half the bytes.
-#include <cub/cub.cuh>
-
 #include "cuda/device.cuh"
+#include "cuda/sort.cuh"
 #include "ops/gather.h"
 #include "ops/id_map.h"
 
@@ -65,23 +64,18 @@ void sort_rows(CudaDevice& device, const int64_t* rows, int64_t n, int64_t row_b
   const auto stream = device.stream();
 
   // Keys are never negative, so their low bits determine the order.
-  size_t sort_bytes = 0;
-  size_t encode_bytes = 0;
-  size_t scan_bytes = 0;
-  RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(nullptr, sort_bytes, keys, sorted_keys, positions, order, n, 0, bits, stream));
-  RECIS_CUDA_CHECK(
-      cub::DeviceRunLengthEncode::Encode(nullptr, encode_bytes, sorted_keys, unique, lengths, count, n, stream));
-  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, scan_bytes, lengths, begins, n + 1, stream));
-  void* temporary = device.scratch(static_cast<int64_t>(std::max({sort_bytes, encode_bytes, scan_bytes}))).data_ptr();
+  const auto sort = radix_sort(keys, sorted_keys, positions, order, n, bits, stream);
+  const auto encode = [=](void* storage, size_t& bytes) {
+    return cub::DeviceRunLengthEncode::Encode(storage, bytes, sorted_keys, unique, lengths, count, n, stream);
+  };
+  const auto sum = running_sum(lengths, begins, n + 1, stream);
+  const CubStorage storage(device, sort, encode, sum);
 
   device.for_each(n, 1, NumberPositions<Key>{rows, row_bound, keys, positions});
-  RECIS_CUDA_CHECK(
-      cub::DeviceRadixSort::SortPairs(temporary, sort_bytes, keys, sorted_keys, positions, order, n, 0, bits, stream));
-  RECIS_CUDA_CHECK(
-      cub::DeviceRunLengthEncode::Encode(temporary, encode_bytes, sorted_keys, unique, lengths, count, n, stream));
+  storage.run(sort);
+  storage.run(encode);
   // The lengths past the last group are undefined, and so are the sums past its end, which nothing reads.
-  RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(temporary, scan_bytes, lengths, begins, n + 1, stream));
+  storage.run(sum);
 }
 
 void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets,
