@@ -8,8 +8,7 @@
 
 namespace recis {
 
-// Reports that element i has no result: *fault becomes 1 + i for one of these elements, and the operator raises. On
-// CUDA `fault` may be null, because the host could read it only by synchronizing.
+// Reports that element i has no result: *fault becomes 1 + i for one of these elements. `fault` may be null.
 RECIS_HD void refuse(int64_t* fault, int64_t i) {
 #if defined(__CUDA_ARCH__)
   if (fault != nullptr) *fault = i + 1;
@@ -24,12 +23,14 @@ struct MapValues {
   const In* values;
   Map map;
   Out* out;
-  int64_t* fault;
+  const int64_t* used;    // [1]: the number of rows in use; null: all. Elements after them are never refused
+  int64_t width;          // elements of a row
+  int64_t* const* fault;  // see ops/fault_word.h; null: no element is refused
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
     const In value = values[i];
-    if (map.bad(value)) refuse(fault, i);
+    if (fault != nullptr && map.bad(value) && (used == nullptr || i < *used * width)) refuse(*fault, i);
     out[i] = map(value);
   }
 };

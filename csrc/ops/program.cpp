@@ -27,7 +27,7 @@ Tensor vocabulary_slots(const Tensor& hashes, int64_t slots) {
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def(
       "feature_program(Tensor[] inputs, Tensor code, Tensor params, int[] parts, int[] like, int[] dtypes, "
-      "str labels, bool parallel) -> Tensor[]");
+      "str refusals, bool parallel) -> Tensor[]");
   m.def("vocabulary_slots(Tensor hashes, int slots) -> Tensor");
 }
 

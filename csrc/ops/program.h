@@ -1,6 +1,9 @@
 // The operator that runs programs of element-wise operations (kernel: core/program.h).
 #pragma once
 
+#include <algorithm>
+#include <string>
+
 #include "core/program.h"
 #include "ops/common.h"
 
@@ -11,33 +14,19 @@ namespace recis {
 template <bool kCpu>
 inline constexpr int kTile = kCpu ? 256 : 1;
 
-inline const char* why_refused(int64_t step) {
-  switch (static_cast<Step>(step)) {
-    case Step::kHashString:
-      return "has offsets that decrease or lie outside the bytes of its column";
-    case Step::kVocabularyId:
-      return "is not in the vocabulary; set unknown= to accept it";
-    case Step::kVocabularyString:
-      return "is not in the vocabulary; set unknown= to accept it (or correct its offsets, if they are invalid)";
-    case Step::kLogF32:
-    case Step::kLogF64:
-      return "has no logarithm; put Clip before it, or set plus=";
-    case Step::kF32ToI64:
-    case Step::kF64ToI64:
-      return "is NaN or outside the range of int64; put FillNull or Clip before it";
-    default:
-      return "is NaN; put FillNull before it";
-  }
-}
-
-// Raises for the first instruction that has refused an element. `labels` holds one line for each instruction.
-inline void raise_faults(const Ints& faults, const Instruction* code, const std::string& labels) {
+// Raises for the first instruction that has refused an element. `refusals` holds a line for each instruction, in which
+// the last "{}" stands for the element.
+inline void raise_faults(const Ints& faults, const std::string& refusals) {
   size_t line = 0;
-  for (size_t k = 0; k < faults.size(); ++k) {
-    const size_t end = labels.find('\n', line);
-    RECIS_CHECK(faults[k] == 0, labels.substr(line, end - line), ": element ", faults[k] - 1, " ",
-                why_refused(code[k].step));
-    line = end == std::string::npos ? labels.size() : end + 1;
+  for (const int64_t fault : faults) {
+    const size_t end = std::min(refusals.find('\n', line), refusals.size());
+    if (fault != 0) {
+      std::string message = refusals.substr(line, end - line);
+      const size_t at = message.rfind("{}");
+      if (at != std::string::npos) message.replace(at, 2, std::to_string(fault - 1));
+      RECIS_CHECK(false, message);
+    }
+    line = std::min(end + 1, refusals.size());
   }
 }
 
@@ -47,12 +36,12 @@ inline void raise_faults(const Ints& faults, const Instruction* code, const std:
 // refused. For each element of `like` there is an output, of the dtype with the same index and bound after the inputs:
 // it has the shape of input `like` or, if negative, one element for each row of the offsets -1 - `like`.
 //
-// On the CPU, the operator raises if an instruction refuses an element, with the line of `labels` of the instruction in
-// the message. On CUDA, where that would require a synchronization, an additional output [K] holds 1 + an element that
-// instruction k has refused, or 0. The code and its parameters must be on the device of the inputs.
+// On the CPU, the operator raises if an instruction refuses an element, with its line of `refusals`. On CUDA, where
+// that would require a synchronization, an additional output [K] holds 1 + an element that instruction k has refused,
+// or 0. The code and its parameters must be on the device of the inputs.
 template <class Device, bool kCpu>
 Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor& params, const Ints& parts,
-                        const Ints& like, const Ints& dtypes, const std::string& labels, bool parallel) {
+                        const Ints& like, const Ints& dtypes, const std::string& refusals, bool parallel) {
   constexpr int kWidth = kTile<kCpu>;
   Device device(code);
   RECIS_CHECK(parts.size() % 5 == 0 && like.size() == dtypes.size(),
@@ -115,7 +104,7 @@ Tensors feature_program(const Tensors& inputs, const Tensor& code, const Tensor&
   program.sizes = device.upload(sizes);
   program.faults = faults;
   device.for_each_task(tiles, parallel, program);
-  if (kCpu) raise_faults(host_faults, instructions, labels);
+  if (kCpu) raise_faults(host_faults, refusals);
   return outputs;
 }
 

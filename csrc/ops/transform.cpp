@@ -6,10 +6,14 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("mod_ids(Tensor ids, int modulus) -> Tensor");
   m.def("multi_hash_ids(Tensor ids, int multiplier, int prime, int buckets) -> Tensor");
   m.def("cross_ids(Tensor x, Tensor y) -> Tensor");
-  m.def("bucketize(Tensor values, Tensor boundaries, bool right, bool refuse_nan=False) -> Tensor");
-  m.def("map_values(Tensor values, int kind, float first, float second) -> Tensor");
+  m.def(
+      "bucketize(Tensor values, Tensor boundaries, bool right, bool refuse_nan=False, Tensor? used=None, "
+      "Tensor? faults=None) -> Tensor");
+  m.def(
+      "map_values(Tensor values, int kind, float first, float second, Tensor? used=None, Tensor? faults=None) -> "
+      "Tensor");
   m.def("clip_ids(Tensor ids, int least, int most) -> Tensor");
-  m.def("cast_to_ids(Tensor values) -> Tensor");
+  m.def("cast_to_ids(Tensor values, Tensor? used=None, Tensor? faults=None) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_transform<recis::CpuDevice>(m); }

@@ -3,22 +3,41 @@
 
 #include "core/transform.h"
 #include "ops/common.h"
+#include "ops/fault_word.h"
 
 namespace recis {
 
 template <>
 inline constexpr ScalarType kTypeOf<double> = ScalarType::Double;
 
-// Applies a map of core/maps.h to every element. Where `why` is not null, raises on the CPU for an element that the map
-// refuses; on CUDA nothing is reported, because the host would have to wait for the kernel.
+// Applies a map of core/maps.h that has a result for every element.
 template <class In, class Out, class Device, class Map>
-void apply_map(Device& device, const char* name, const Tensor& values, const Map& map, const Tensor& out,
-               const char* why) {
-  int64_t fault = 0;
+void apply_map(Device& device, const Tensor& values, const Map& map, const Tensor& out) {
   device.for_each(values.numel(), 1,
-                  MapValues<Map, In, Out>{data<In>(values, "values"), map, data<Out>(out, "out"),
-                                          why != nullptr && values.is_cpu() ? &fault : nullptr});
-  RECIS_CHECK(fault == 0, name, ": element ", fault - 1, " ", why == nullptr ? "" : why);
+                  MapValues<Map, In, Out>{data<In>(values, "values"), map, data<Out>(out, "out"), nullptr, 1, nullptr});
+}
+
+// How an operator refuses elements. The last element of `used` is the number of rows in use, for callers that only know
+// a bound; elements after these rows are never refused.
+struct Refusal {
+  const char* name;  // of the operator
+  const char* why;
+  const std::optional<Tensor>& used;
+  const std::optional<Tensor>& faults;  // see ops/fault_word.h
+};
+
+// Applies a map of core/maps.h, and raises on the CPU for an element that it refuses.
+template <class In, class Out, class Device, class Map>
+void apply_map(Device& device, const Tensor& values, const Map& map, const Tensor& out, const Refusal& refusal) {
+  const FaultWord refused(values, refusal.faults);
+  RECIS_CHECK(!refusal.used.has_value() || refusal.used->numel() > 0, refusal.name, ": used must not be empty");
+  const int64_t* rows = data_or_null<int64_t>(refusal.used, "used");
+  if (rows != nullptr) rows += refusal.used->numel() - 1;
+  const int64_t width = values.dim() > 0 && values.size(0) > 0 ? values.numel() / values.size(0) : 1;
+  device.for_each(
+      values.numel(), 1,
+      MapValues<Map, In, Out>{data<In>(values, "values"), map, data<Out>(out, "out"), rows, width, refused.word()});
+  RECIS_CHECK(refused.fault() == 0, refusal.name, ": element ", refused.fault() - 1, " ", refusal.why);
 }
 
 inline Tensor new_ids(const Tensor& like) { return torch::stable::new_empty(like, like.sizes(), ScalarType::Long); }
@@ -29,7 +48,7 @@ Tensor mod_ids(const Tensor& ids, int64_t modulus) {
   Device device(ids);
   RECIS_CHECK(modulus != 0, "mod_ids: the modulus must not be 0");
   Tensor out = new_ids(ids);
-  apply_map<int64_t, int64_t>(device, "mod_ids", ids, ModOf{Divisor::of(static_cast<uint64_t>(modulus))}, out, nullptr);
+  apply_map<int64_t, int64_t>(device, ids, ModOf{Divisor::of(static_cast<uint64_t>(modulus))}, out);
   return out;
 }
 
@@ -41,7 +60,7 @@ Tensor multi_hash_ids(const Tensor& ids, int64_t multiplier, int64_t prime, int6
   Tensor out = new_ids(ids);
   const MultiHash hash{static_cast<uint64_t>(multiplier), Divisor::of(static_cast<uint64_t>(prime)),
                        Divisor::of(static_cast<uint64_t>(buckets))};
-  apply_map<int64_t, int64_t>(device, "multi_hash_ids", ids, MultiHashOf{hash}, out, nullptr);
+  apply_map<int64_t, int64_t>(device, ids, MultiHashOf{hash}, out);
   return out;
 }
 
@@ -55,19 +74,27 @@ Tensor cross_pairs(const Tensor& x, const Tensor& y) {
   return out;
 }
 
+// Refuses NaN only if `refuse_nan`.
 template <class Device>
-Tensor bucketize(const Tensor& values, const Tensor& boundaries, bool right, bool refuse_nan) {
+Tensor bucketize(const Tensor& values, const Tensor& boundaries, bool right, bool refuse_nan,
+                 const std::optional<Tensor>& used, const std::optional<Tensor>& faults) {
   Device device(values);
   RECIS_CHECK(boundaries.dim() == 1, "bucketize takes boundaries [buckets - 1]");
   Tensor out = new_ids(values);
-  const char* why = refuse_nan ? "is NaN" : nullptr;
+  const auto apply = [&]<class T>(const auto& map) {
+    if (refuse_nan) {
+      apply_map<T, int64_t>(device, values, map, out, {"bucketize", "is NaN", used, faults});
+    } else {
+      apply_map<T, int64_t>(device, values, map, out);
+    }
+  };
   const auto launch = [&]<class T>() {
     const T* at = data<T>(boundaries, "boundaries");
     const int64_t count = boundaries.numel();
     if (right) {
-      apply_map<T, int64_t>(device, "bucketize", values, BucketOf<T, true>{at, count}, out, why);
+      apply.template operator()<T>(BucketOf<T, true>{at, count});
     } else {
-      apply_map<T, int64_t>(device, "bucketize", values, BucketOf<T, false>{at, count}, out, why);
+      apply.template operator()<T>(BucketOf<T, false>{at, count});
     }
   };
   switch (values.scalar_type()) {
@@ -87,14 +114,15 @@ enum class MapKind : int64_t { kLog = 0, kClip = 1, kNormalize = 2, kFill = 3 };
 
 // One of the maps of core/maps.h over float32 or float64.
 template <class Device>
-Tensor map_values(const Tensor& values, int64_t kind, double first, double second) {
+Tensor map_values(const Tensor& values, int64_t kind, double first, double second, const std::optional<Tensor>& used,
+                  const std::optional<Tensor>& faults) {
   Device device(values);
   Tensor out = torch::stable::empty_like(values);
   const auto launch = [&]<class T>() {
     const T a = static_cast<T>(first);
     const T b = static_cast<T>(second);
     const auto apply = [&](const auto& map, const char* why) {
-      apply_map<T, T>(device, "map_values", values, map, out, why);
+      apply_map<T, T>(device, values, map, out, {"map_values", why, used, faults});
     };
     switch (static_cast<MapKind>(kind)) {
       case MapKind::kLog:
@@ -104,7 +132,7 @@ Tensor map_values(const Tensor& values, int64_t kind, double first, double secon
       case MapKind::kNormalize:
         return apply(NormalizeOf<T>{a, b}, "is NaN");
       case MapKind::kFill:
-        return apply(FillOf<T>{a}, nullptr);
+        return apply_map<T, T>(device, values, FillOf<T>{a}, out);
     }
     RECIS_CHECK(false, "map_values: unknown kind: ", kind);
   };
@@ -120,18 +148,18 @@ template <class Device>
 Tensor clip_ids(const Tensor& ids, int64_t least, int64_t most) {
   Device device(ids);
   Tensor out = new_ids(ids);
-  apply_map<int64_t, int64_t>(device, "clip_ids", ids, ClipOf<int64_t>{least, most}, out, nullptr);
+  apply_map<int64_t, int64_t>(device, ids, ClipOf<int64_t>{least, most}, out);
   return out;
 }
 
 // float32 or float64 to int64, truncated toward zero.
 template <class Device>
-Tensor cast_to_ids(const Tensor& values) {
+Tensor cast_to_ids(const Tensor& values, const std::optional<Tensor>& used, const std::optional<Tensor>& faults) {
   Device device(values);
   Tensor out = new_ids(values);
   const auto launch = [&]<class T>() {
-    apply_map<T, int64_t>(device, "cast_to_ids", values, CastOf<T, int64_t>{}, out,
-                          "is NaN or outside the range of int64");
+    apply_map<T, int64_t>(device, values, CastOf<T, int64_t>{}, out,
+                          {"cast_to_ids", "is NaN or outside the range of int64", used, faults});
   };
   if (values.scalar_type() == ScalarType::Float) {
     launch.template operator()<float>();

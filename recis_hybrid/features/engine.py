@@ -166,13 +166,13 @@ class FeatureEngine:
     def check(self) -> None:
         """Raise if element-wise operations refused a value of the last batch on a GPU; waits for the GPU.
 
-        They refuse NaN, invalid offsets of strings, and values that are not in a vocabulary; with ``fuse=False``, only
-        the offsets are recorded. Operations that change rows record nothing on a GPU: a row that they refuse becomes
-        empty, and :class:`ToDense` truncates it. On the CPU, calling the engine raises in both cases, and there is
-        nothing to check.
+        They refuse NaN, numbers without a logarithm or outside the range of int64, invalid offsets of strings, and
+        values that are not in a vocabulary. Operations that change rows record nothing on a GPU: a row that they refuse
+        becomes empty, and :class:`ToDense` truncates it. On the CPU, calling the engine raises in both cases, and there
+        is nothing to check.
 
         Raises:
-            ValueError: If a value was refused; the message names the feature.
+            ValueError: If a value was refused; the message names the feature or, with ``fuse=False``, the operator.
         """
         for name in list(self._without.values()):
             getattr(self, name).check()

@@ -52,6 +52,20 @@ STEPS = (
 )
 """The instructions, in the order of their numbers in ``csrc/core/program.h``."""
 
+_NO_INT64 = "is NaN or outside the range of int64; put FillNull or Clip before it"
+_NO_LOGARITHM = "has no logarithm; put Clip before it, or set plus="
+_UNKNOWN = "is not in the vocabulary; set unknown= to accept it"
+_REFUSALS = {
+    "hash_string": "has offsets that decrease or lie outside the bytes of its column",
+    "log_f32": _NO_LOGARITHM,
+    "log_f64": _NO_LOGARITHM,
+    "f32_to_i64": _NO_INT64,
+    "f64_to_i64": _NO_INT64,
+    "vocabulary_id": _UNKNOWN,
+    "vocabulary_string": f"{_UNKNOWN} (or correct its offsets, if they are invalid)",
+}
+"""Why an instruction refuses an element; all others refuse NaN only."""
+
 SCRATCH_TILES = 8
 """Maximum number of intermediate results of a part of a program at a time."""
 
@@ -67,7 +81,7 @@ def _fake_feature_program(
     parts: Sequence[int],
     like: Sequence[int],
     dtypes: Sequence[int],
-    labels: str,
+    refusals: str,
     parallel: bool,
 ) -> list[Tensor]:
     results = []
@@ -107,6 +121,16 @@ def as_int64(word: int) -> int:
     return word - 2**64 if word >= 2**63 else word
 
 
+def refusal(label: str, step: str) -> str:
+    """Return the error of an instruction for an element that it refuses, in which ``{}`` stands for the element.
+
+    Args:
+        label: Names the operation.
+        step: The instruction.
+    """
+    return f"{label}: element {{}} {_REFUSALS.get(step, 'is NaN; put FillNull before it')}"
+
+
 def vocabulary_slots(hashes: Tensor) -> Tensor:
     """Return the hash table of a vocabulary's entries.
 
@@ -127,7 +151,7 @@ def run(
     parts: list[int],
     like: list[int],
     dtypes: list[int],
-    labels: str,
+    refusals: str,
     parallel: bool = True,
 ) -> list[Tensor]:
     """Run a program.
@@ -142,7 +166,7 @@ def run(
         like: For each result, the input that has its shape, or -1 - i for one element less than the offsets
             ``inputs[i]``.
         dtypes: For each result, the number of its dtype in ``DTYPES``.
-        labels: A line for each instruction, which names it in errors.
+        refusals: For each instruction a line, the result of :func:`refusal`.
         parallel: Whether to use torch's threads on the CPU.
 
     Returns:
@@ -150,6 +174,6 @@ def run(
         or 0.
 
     Raises:
-        RuntimeError: On the CPU, if an instruction refuses an element (NaN, or a string with invalid offsets).
+        RuntimeError: On the CPU, if an instruction refuses an element.
     """
-    return torch.ops.recis.feature_program(inputs, code, params, parts, like, dtypes, labels, parallel)  # type: ignore[no-any-return]
+    return torch.ops.recis.feature_program(inputs, code, params, parts, like, dtypes, refusals, parallel)  # type: ignore[no-any-return]

@@ -1,4 +1,8 @@
-"""Element-wise operators on ids and numbers of features."""
+"""Element-wise operators on ids and numbers of features.
+
+An operator that refuses an element raises on the CPU. On a GPU, where the host would have to wait, a later call raises,
+or :func:`recis_hybrid.ops.faults.check`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from recis_hybrid.ops import faults
 from recis_hybrid.ops.program import as_int64
 
 _MOST = 2**63 - 1
@@ -19,23 +24,21 @@ MapKind: TypeAlias = Literal["log", "clip", "normalize", "fill"]
 MAP_KINDS: dict[str, int] = {"log": 0, "clip": 1, "normalize": 2, "fill": 3}
 """Kinds of maps, and their numbers in native code."""
 
+_REFUSED = {"log": "a value has no logarithm", "clip": "a value is NaN", "normalize": "a value is NaN"}
+
 
 def _fake_ids(ids: Tensor, *_: object) -> Tensor:
     return ids.new_empty(ids.shape)
 
 
-def _fake_bucketize(values: Tensor, boundaries: Tensor, right: bool, refuse_nan: bool = False) -> Tensor:
-    return values.new_empty(values.shape, dtype=torch.int64)
-
-
-def _fake_cast(values: Tensor) -> Tensor:
+def _fake_new_ids(values: Tensor, *_: object) -> Tensor:
     return values.new_empty(values.shape, dtype=torch.int64)
 
 
 for _name in ("mod_ids", "multi_hash_ids", "cross_ids", "clip_ids", "map_values"):
     torch.library.register_fake(f"recis::{_name}", _fake_ids)
-torch.library.register_fake("recis::bucketize", _fake_bucketize)
-torch.library.register_fake("recis::cast_to_ids", _fake_cast)
+torch.library.register_fake("recis::bucketize", _fake_new_ids)
+torch.library.register_fake("recis::cast_to_ids", _fake_new_ids)
 
 
 def mod_ids(ids: Tensor, modulus: int) -> Tensor:
@@ -66,7 +69,9 @@ def mod_ids(ids: Tensor, modulus: int) -> Tensor:
     return torch.ops.recis.mod_ids(ids.contiguous(), as_int64(modulus))  # type: ignore[no-any-return]
 
 
-def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_nan: bool = False) -> Tensor:
+def bucketize(
+    values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_nan: bool = False, used: Tensor | None = None
+) -> Tensor:
     """Return the bucket of each value.
 
     The bucket of v is the number of boundaries b with b <= v (``right=True``) or b < v (``right=False``), as in
@@ -77,7 +82,9 @@ def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_
         values: int64, float32 or float64, any shape.
         boundaries: ``[K]`` in the dtype and on the device of ``values``, sorted.
         right: Whether a value equal to a boundary goes to the bucket above.
-        refuse_nan: Whether NaN raises on the CPU.
+        refuse_nan: Whether to refuse NaN.
+        used: int64, on the same device: its last element is the number of rows of ``values`` in use, for callers that
+            only know a bound; elements after them are never refused. None: all.
 
     Returns:
         int64 of the shape of ``values``, contiguous, each in ``[0, K]``.
@@ -85,7 +92,7 @@ def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_
     Raises:
         TypeError: If a dtype is wrong.
         ValueError: If the boundaries are not one-dimensional, or on another device.
-        RuntimeError: On the CPU, if a value is NaN and ``refuse_nan`` is True.
+        RuntimeError: If a value is NaN and ``refuse_nan`` is True.
 
     Example:
         >>> bucketize(torch.tensor([0.5, 1.0, 7.0]), torch.tensor([1.0, 5.0])).tolist()
@@ -99,7 +106,9 @@ def bucketize(values: Tensor, boundaries: Tensor, *, right: bool = True, refuse_
         raise ValueError(
             f"bucketize: boundaries must be [K] on {values.device}, got {list(boundaries.shape)} on {boundaries.device}"
         )
-    return torch.ops.recis.bucketize(values.contiguous(), boundaries.contiguous(), right, refuse_nan)  # type: ignore[no-any-return]
+    refuse_nan = refuse_nan and values.dtype in _FLOATS
+    word = faults.words(values, "bucketize: a value is NaN") if refuse_nan else None
+    return torch.ops.recis.bucketize(values.contiguous(), boundaries.contiguous(), right, refuse_nan, used, word)  # type: ignore[no-any-return]
 
 
 def multi_hash_ids(ids: Tensor, multiplier: int, prime: int, buckets: int) -> Tensor:
@@ -156,7 +165,9 @@ def cross_ids(x: Tensor, y: Tensor) -> Tensor:
     return torch.ops.recis.cross_ids(x.contiguous(), y.contiguous())  # type: ignore[no-any-return]
 
 
-def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0) -> Tensor:
+def map_values(
+    values: Tensor, kind: MapKind, first: float, second: float = 0.0, *, used: Tensor | None = None
+) -> Tensor:
     """Apply a map to each number.
 
     Args:
@@ -164,6 +175,7 @@ def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0)
         kind: The map; see ``MapKind``.
         first: First parameter of the map, rounded to the dtype of ``values``.
         second: Second parameter of the map, also rounded.
+        used: As for :func:`bucketize`.
 
     Returns:
         A contiguous tensor of the shape and dtype of ``values``.
@@ -171,7 +183,7 @@ def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0)
     Raises:
         TypeError: If the dtype is wrong.
         ValueError: If ``kind`` is unknown.
-        RuntimeError: On the CPU, if a value is NaN (other than for ``"fill"``) or has no logarithm.
+        RuntimeError: If a value is NaN (other than for ``"fill"``) or has no logarithm.
 
     Example:
         >>> map_values(torch.tensor([-1.0, 0.5, 9.0]), "clip", 0, 1)
@@ -181,7 +193,8 @@ def map_values(values: Tensor, kind: MapKind, first: float, second: float = 0.0)
         raise TypeError(f"map_values: values must be float32 or float64, got {values.dtype}; convert with .to()")
     if kind not in MAP_KINDS:
         raise ValueError(f"map_values: kind must be one of {list(MAP_KINDS)}, got {kind!r}")
-    return torch.ops.recis.map_values(values.contiguous(), MAP_KINDS[kind], first, second)  # type: ignore[no-any-return]
+    word = faults.words(values, f"map_values: {_REFUSED[kind]}") if kind in _REFUSED else None
+    return torch.ops.recis.map_values(values.contiguous(), MAP_KINDS[kind], first, second, used, word)  # type: ignore[no-any-return]
 
 
 def clip_ids(ids: Tensor, least: int, most: int) -> Tensor:
@@ -206,18 +219,19 @@ def clip_ids(ids: Tensor, least: int, most: int) -> Tensor:
     return torch.ops.recis.clip_ids(ids.contiguous(), least, most)  # type: ignore[no-any-return]
 
 
-def cast_to_ids(values: Tensor) -> Tensor:
+def cast_to_ids(values: Tensor, *, used: Tensor | None = None) -> Tensor:
     """Return the numbers truncated toward zero, as int64.
 
     Args:
         values: float32 or float64, any shape.
+        used: As for :func:`bucketize`.
 
     Returns:
         int64 of that shape, contiguous.
 
     Raises:
         TypeError: If the dtype is wrong.
-        RuntimeError: On the CPU, if a value is NaN or out of the range of int64; on CUDA it becomes 0.
+        RuntimeError: If a value is NaN or out of the range of int64. On a GPU it becomes 0 first.
 
     Example:
         >>> cast_to_ids(torch.tensor([1.9, -1.9]))
@@ -225,7 +239,8 @@ def cast_to_ids(values: Tensor) -> Tensor:
     """
     if values.dtype not in _FLOATS:
         raise TypeError(f"cast_to_ids: values must be float32 or float64, got {values.dtype}")
-    return torch.ops.recis.cast_to_ids(values.contiguous())  # type: ignore[no-any-return]
+    word = faults.words(values, "cast_to_ids: a value is NaN or outside the range of int64")
+    return torch.ops.recis.cast_to_ids(values.contiguous(), used, word)  # type: ignore[no-any-return]
 
 
 def _check_ids(where: str, ids: Tensor) -> None:

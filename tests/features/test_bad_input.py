@@ -356,3 +356,65 @@ def test_strings_that_were_cut_off_on_an_accelerator_are_not_refused(device: str
     engine.check()
     assert hashes.offsets.tolist() == [0, 1, 2, 2]
     assert hashes.values[:2].tolist() == engine({"word": words})["word"].values.tolist()
+
+
+HUGE = torch.tensor([0.5, 1e19])
+REFUSED: dict[str, tuple[Any, Any, str]] = {
+    "bucketize": (Bucketize([0]), NAN, "NaN"),
+    "bucketize, float64": (Bucketize([0]), NAN.double(), "NaN"),
+    "cast": (Cast(torch.int64), NAN, "NaN or outside the range of int64"),
+    "cast to int32": (Cast(torch.int32), HUGE.double(), "NaN or outside the range of int64"),
+    "clip": (Clip(0, 1), NAN, "NaN"),
+    "hash": (Hash(), RaggedTensor.unchecked(WORDS.values, torch.tensor([0, 2, 1])), "offsets"),
+    "log": (Log(), torch.tensor([1.0, 0.0]), "no logarithm"),
+    "normalize": (Normalize(0, 1), NAN, "NaN"),
+    "string_multi_hash": (StringMultiHash(), RaggedTensor.unchecked(WORDS.values, torch.tensor([0, 2, 1])), "offsets"),
+    "vocabulary": (Vocabulary([1]), torch.tensor([1, 2]), "not in the vocabulary"),
+    "vocabulary of strings": (Vocabulary(["a"]), WORDS, "not in the vocabulary"),
+}
+"""Element-wise operations, and a column that each refuses on every device."""
+
+RESULT_FOR_ALL = {"age", "date_part", "decimal_string", "mask", "mod", "multi_hash"}
+"""Operations that have a result for every value."""
+ROWS_CHANGED = {"concat", "cross", "distinct", "fill_null", "length", "multi_hot", "one_hot", "pad", "tile", "to_dense"}
+ROWS_CHANGED |= {"top_k", "truncate"}
+"""Operations that change rows, and record nothing on an accelerator; see FeatureEngine.check."""
+
+
+def test_every_operation_is_classified() -> None:
+    assert {name.partition(",")[0].partition(" ")[0] for name in REFUSED} | RESULT_FOR_ALL | ROWS_CHANGED == set(
+        registered_ops()
+    )
+
+
+@on_accelerators
+@fused_or_not
+@pytest.mark.parametrize("case", REFUSED)
+def test_values_that_the_cpu_refuses_are_found_by_check_on_an_accelerator(device: str, fuse: bool, case: str) -> None:
+    op, column, message = REFUSED[case]
+    engine = FeatureEngine([Feature("a", ops=[op])], fuse=fuse)
+
+    def on_accelerator() -> None:
+        engine({"a": column.to(device)})
+        engine.check()
+
+    errors = []
+    for call in (lambda: engine({"a": column}), on_accelerator):
+        with pytest.raises(ValueError, match=message) as error:
+            call()
+        errors.append(str(error.value))
+    if fuse and "hash" not in case:  # on the CPU, offsets are checked before an operation runs
+        assert errors[0] == errors[1]
+    engine({"a": column[:1].to(device)})
+    engine.check()
+
+
+@on_accelerators
+@fused_or_not
+@pytest.mark.parametrize("op", [Bucketize([0]), Cast(torch.int64), Clip(0, 1), Log(), Normalize(0, 1)])
+def test_values_that_were_cut_off_on_an_accelerator_are_not_refused(device: str, fuse: bool, op: Any) -> None:
+    rows = RaggedTensor.from_lists([[0.5, math.nan], [2.0, math.nan, math.nan], []])
+    engine = FeatureEngine([Feature("a", ops=[Truncate(1), op])], fuse=fuse)
+    found = engine({"a": rows.to(device)})["a"]
+    engine.check()
+    assert found.values[:2].tolist() == pytest.approx(engine({"a": rows})["a"].values.tolist(), rel=1e-6)

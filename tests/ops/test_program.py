@@ -49,7 +49,15 @@ def test_a_program_of_two_columns(device: str) -> None:
         ("clip_i64", -3, 0, 0, (2, 4)),
         ("bucket_f32", -4, -2, -2, (0, 2, 1)),
     )
-    arguments = ([ids, prices], steps.to(device), bounds, [0, 2, 0, 0, -1, 2, 3, 1, 0, -1], [0, 1], [4, 4], "a\nb\nc")
+    arguments = (
+        [ids, prices],
+        steps.to(device),
+        bounds,
+        [0, 2, 0, 0, -1, 2, 3, 1, 0, -1],
+        [0, 1],
+        [4, 4],
+        "\n".join(program.refusal(label, "mod") for label in "abc"),
+    )
     clipped, buckets, *_ = program.run(*arguments)
     assert clipped.tolist() == [min(max(i % 2**64 % 7, 2), 4) for i in range(-500, 500)]
     assert torch.equal(buckets, torch.bucketize(prices, torch.tensor([0.25, 0.5], device=device), right=True))
@@ -61,7 +69,7 @@ def test_a_refused_element_names_its_instruction() -> None:
     bad = torch.tensor([0, 9, 2])
     inputs = [torch.arange(3), torch.zeros(2, dtype=torch.uint8), bad]
     steps[0, 1], steps[1, 1:4] = -4, torch.tensor([-5, -2, -3])
-    with pytest.raises(RuntimeError, match="the strings: element [01] has offsets"):
+    with pytest.raises(RuntimeError, match=r"the \{\} strings: element [01] has offsets"):
         program.run(
             inputs,
             steps,
@@ -69,7 +77,7 @@ def test_a_refused_element_names_its_instruction() -> None:
             [0, 1, 0, 0, -1, 1, 2, 2, 1, -1],
             [0, -3],
             [4, 4],
-            "the ids\nthe strings",
+            "\n".join([program.refusal("the ids", "mod"), program.refusal("the {} strings", "hash_string")]),
         )
 
 
@@ -81,7 +89,9 @@ def test_unused_values_are_not_refused(width: int) -> None:
     bounds = torch.tensor([0.25, 0.5]).view(torch.int64)
 
     def run() -> None:
-        program.run([rows, offsets], steps, bounds, [0, 1, 0, 0, 1], [0], [4], "the prices")
+        program.run(
+            [rows, offsets], steps, bounds, [0, 1, 0, 0, 1], [0], [4], program.refusal("the prices", "bucket_f32")
+        )
 
     rows[600:] = torch.nan
     run()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ import torch
 from hypothesis import given, strategies as st
 
 from recis_hybrid import ops
-from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.devices import EDGE_IDS, no_synchronization, on_accelerators, on_devices
 
 any_id = st.one_of(st.integers(-(2**63), 2**63 - 1), st.integers(-8, 8), st.sampled_from(EDGE_IDS))
 any_modulus = st.one_of(
@@ -158,8 +159,99 @@ def test_schemas_and_fakes_of_operators(device: str) -> None:
     torch.library.opcheck(torch.ops.recis.multi_hash_ids.default, (ids, 3, 29, 10))
     torch.library.opcheck(torch.ops.recis.cross_ids.default, (ids, ids))
     torch.library.opcheck(torch.ops.recis.clip_ids.default, (ids, 1, 4))
-    torch.library.opcheck(torch.ops.recis.map_values.default, (ids.float(), 0, 1.0, 2.0))
-    torch.library.opcheck(torch.ops.recis.cast_to_ids.default, (ids.float(),))
+    used, word = torch.tensor([0, 2], device=device), ops.faults.words(ids, "test")
+    torch.library.opcheck(torch.ops.recis.map_values.default, (ids.float(), 0, 1.0, 2.0, used, word))
+    torch.library.opcheck(torch.ops.recis.map_values.default, (ids.float(), 3, 1.0, 2.0))
+    torch.library.opcheck(torch.ops.recis.cast_to_ids.default, (ids.float(), used, word))
     for values in (ids, ids.float(), ids.double()):
         torch.library.opcheck(torch.ops.recis.bucketize.default, (values, values[0], True))
-        torch.library.opcheck(torch.ops.recis.bucketize.default, (values, values[0], False))
+        torch.library.opcheck(torch.ops.recis.bucketize.default, (values, values[0], False, True, used, word))
+
+
+BAD_NUMBERS: list[tuple[Callable[..., torch.Tensor], float, str]] = [
+    (lambda x, **used: ops.transform.map_values(x, "log", 1.0, **used), -1.0, "map_values: .*has no logarithm"),
+    (lambda x, **used: ops.transform.map_values(x, "log", 1.0, **used), math.nan, "map_values: .*has no logarithm"),
+    (lambda x, **used: ops.transform.map_values(x, "clip", 0, 1, **used), math.nan, "map_values: .*is NaN"),
+    (lambda x, **used: ops.transform.map_values(x, "normalize", 0, 1, **used), math.nan, "map_values: .*is NaN"),
+    (lambda x, **used: ops.transform.cast_to_ids(x, **used), math.nan, "cast_to_ids: .*is NaN or outside"),
+    (lambda x, **used: ops.transform.cast_to_ids(x, **used), 2.0**63, "cast_to_ids: .*outside the range of int64"),
+    (
+        lambda x, **used: ops.transform.bucketize(x, x.new_zeros(1), refuse_nan=True, **used),
+        math.nan,
+        "bucketize: .*is NaN",
+    ),
+]
+
+
+@on_devices
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(("call", "bad", "message"), BAD_NUMBERS)
+def test_numbers_without_a_result_are_refused(
+    device: str, call: Callable[..., torch.Tensor], bad: float, message: str, dtype: torch.dtype
+) -> None:
+    good = torch.full((300, 2), 0.5, dtype=dtype, device=device)
+    expected, values = call(good), good.clone()
+    values[200, 1] = bad
+    if device == "cpu":
+        with pytest.raises(RuntimeError, match=f"{message}.*") as error:
+            call(values)
+    else:
+        with no_synchronization(device):
+            call(values)
+        with pytest.raises(RuntimeError, match=message) as error:
+            ops.faults.check()
+    assert "element 401 " in str(error.value)
+    # The device works as before, and an error is raised once.
+    assert torch.equal(call(good), expected)
+    ops.faults.check()
+
+
+@on_accelerators
+@pytest.mark.parametrize(("call", "bad", "message"), BAD_NUMBERS)
+def test_the_next_call_on_an_accelerator_raises(
+    device: str, call: Callable[..., torch.Tensor], bad: float, message: str
+) -> None:
+    values = torch.tensor([0.5, bad], device=device)
+    call(values)
+    torch.accelerator.synchronize()
+    with pytest.raises(RuntimeError, match=f"{message}.*: element 1 of an earlier call on {device}"):
+        call(values)
+    ops.faults.check()
+
+
+@on_devices
+@pytest.mark.parametrize(("call", "bad", "message"), BAD_NUMBERS)
+def test_numbers_after_the_rows_in_use_are_not_refused(
+    device: str, call: Callable[..., torch.Tensor], bad: float, message: str
+) -> None:
+    values = torch.tensor([[0.5, 0.5], [0.5, 0.5], [bad, bad]], device=device)
+    used = torch.tensor([0, 1, 2], device=device)
+    assert torch.equal(call(values, used=used)[:2], call(values[:2]))
+    ops.faults.check()
+
+    def refused() -> None:
+        call(values, used=used + 1)
+        ops.faults.check()
+
+    with pytest.raises(RuntimeError, match=message):
+        refused()
+
+
+@on_accelerators
+def test_an_accelerator_needs_a_word_for_faults(device: str) -> None:
+    values = torch.ones(2, device=device)
+    for call in (
+        lambda: torch.ops.recis.cast_to_ids(values),
+        lambda: torch.ops.recis.map_values(values, 0, 1.0, 0.0),
+        lambda: torch.ops.recis.bucketize(values, values, True, True),
+    ):
+        with pytest.raises(RuntimeError, match="faults must hold the address of a word"):
+            call()
+
+
+@on_accelerators
+def test_numbers_that_need_no_refusal_need_no_word(device: str) -> None:
+    values = torch.tensor([0.5, math.nan], device=device)
+    assert ops.transform.map_values(values, "fill", 2.0).tolist() == [0.5, 2.0]
+    assert ops.transform.bucketize(values, values[:1]).tolist() == [1, 1]
+    ops.faults.check()

@@ -99,7 +99,8 @@ class Bucketize:
             if key not in tables:
                 tables[key] = self.table(values.dtype).to(values.device)
             right = self.right or values.dtype == torch.int64
-            return column._replace(values=ops.transform.bucketize(values, tables[key], right=right, refuse_nan=True))
+            found = ops.transform.bucketize(values, tables[key], right=right, refuse_nan=True, used=_used(column))
+            return column._replace(values=found)
 
         return kernel
 
@@ -122,10 +123,15 @@ def _first_above(spec: Bucketize) -> list[int]:
     return firsts
 
 
+def _used(column: Column) -> Tensor | None:
+    """Return offsets whose last element is the number of values in use; None if all are."""
+    return None if column.offsets is None else column.offsets.contiguous()
+
+
 def _mapped(column: Column, where: str, kind: MapKind, first: float, second: float = 0.0) -> Column:
     values = column.values if column.values.dtype in FLOATS else column.values.to(torch.float32)
     first, second = _in_dtype(where, values.dtype, first, second)
-    return column._replace(values=ops.transform.map_values(values, kind, first, second))
+    return column._replace(values=ops.transform.map_values(values, kind, first, second, used=_used(column)))
 
 
 def _map_kernel(where: str, kind: MapKind, first: float, second: float = 0.0) -> Kernel:
@@ -389,7 +395,7 @@ class Cast:
             self.check(Form.of(column))
             values = column.values
             if values.dtype in FLOATS and self.dtype not in FLOATS:
-                values = ops.transform.cast_to_ids(values)
+                values = ops.transform.cast_to_ids(values, used=_used(column))
             return column._replace(values=values.to(self.dtype))
 
         return kernel

@@ -85,7 +85,7 @@ class ProgramCall:
         self._inputs = [(*source, dtype) for source, dtype in zip(program.inputs, dtypes, strict=True)]
         self._outputs = [(one.register, one.root, one.strings) for one in program.outputs]
         self._same_length = program.same_length
-        code, params, self._labels = program.encode()
+        code, params, self._refusals = program.encode()
         self._code, self._params = code.to(device), params.to(device)
         self._device = device
         self._faults: Tensor | None = None
@@ -117,7 +117,7 @@ class ProgramCall:
             self._parts,
             self._like,
             self._dtypes,
-            self._labels,
+            self._refusals,
             self._parallel,
         )
         if self._device.type != "cpu":
@@ -135,14 +135,11 @@ class ProgramCall:
         """Raise if an element was refused in the last run on a GPU; waits for the GPU."""
         if self._faults is None:
             return
-        labels = self._labels.split("\n")
-        for label, element in zip(labels, self._faults.tolist(), strict=True):
-            if element:
+        for line, fault in zip(self._refusals.split("\n"), self._faults.tolist(), strict=True):
+            if fault:
                 self._faults = None
-                raise ValueError(
-                    f"{label}: element {element - 1} was refused: it is NaN, a string with invalid offsets, or not in "
-                    f"a vocabulary; correct the column where it is read, or put FillNull before the operation"
-                )
+                before, _, after = line.rpartition("{}")
+                raise ValueError(f"{before}{fault - 1}{after}")
 
 
 def _plane(column: Column, plane: str) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.features.op import Form, Lowered, Step
-from recis_hybrid.ops.program import DTYPES, SCRATCH_TILES, STEPS
+from recis_hybrid.ops.program import DTYPES, SCRATCH_TILES, STEPS, refusal
 
 _WIDENINGS = {
     torch.int8: Step("widen_8"),
@@ -96,7 +96,7 @@ class Program:
         return self.inputs.setdefault((register, plane), len(self.inputs))
 
     def encode(self) -> tuple[Tensor, Tensor, str]:
-        """Return the instructions, the tables, and a line for each instruction."""
+        """Return the instructions, the tables, and for each instruction a line: its error for a refused element."""
         tables: dict[int, int] = {}
         words: list[Tensor] = []
         size = 0
@@ -113,7 +113,7 @@ class Program:
             rows.append([STEPS.index(one.step.name), *operands, *numbers, *[0] * (4 - len(numbers))])
         code = torch.tensor(rows, dtype=torch.int64).view(-1, 8)
         params = torch.cat(words) if words else torch.zeros(1, dtype=torch.int64)
-        return code, params, "\n".join(one.label for one in self.steps)
+        return code, params, "\n".join(refusal(one.label, one.step.name) for one in self.steps)
 
     def _operand(self, place: Place) -> int:
         if place.kind == "tile":
