@@ -126,10 +126,14 @@ void for_each_cpu(const Executor& executor, int64_t n, int64_t grain, const Kern
   executor(n, grain, [&kernel](int64_t begin, int64_t end) { detail::run_range(kernel, begin, end); });
 }
 
-RECIS_HD float lanes_sum(float x, OneLane) { return x; }
+template <class T>
+RECIS_HD T lanes_sum(T x, OneLane) {
+  return x;
+}
 
-// The sum over a group of threads, returned to each of them. All threads of the group must call it together.
-RECIS_HD float lanes_sum(float x, [[maybe_unused]] ManyLanes lanes) {
+// The sum over a group of threads, by halves, returned to each of them. All threads of the group must call it together.
+template <class T>
+RECIS_HD T lanes_sum(T x, [[maybe_unused]] ManyLanes lanes) {
 #if defined(__CUDA_ARCH__)
   const unsigned group = lanes.size == 32 ? 0xffffffffu : (1u << lanes.size) - 1;
   const unsigned mask = group << (threadIdx.x % 32 - lanes.rank);

@@ -4,6 +4,8 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("reduce_rows(" RECIS_GROUPED ", Tensor(a!) out) -> ()");
+  m.def("sum_squares(Tensor values, Tensor count) -> Tensor");
+  m.def("clip_rows(Tensor(a!) values, Tensor count, Tensor? factor, float limit) -> ()");
   m.def("sgd_update(" RECIS_TABLE ", " RECIS_GROUPED ", float lr) -> ()");
   m.def("momentum_update(" RECIS_TABLE ", " RECIS_GROUPED ", int buffer_offset, float lr, float momentum) -> ()");
   m.def("adagrad_update(" RECIS_TABLE ", " RECIS_GROUPED ", int sum_offset, float lr, float eps) -> ()");

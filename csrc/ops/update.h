@@ -1,9 +1,11 @@
-// Operators on row gradients: reduction and optimizer updates (kernels: core/reduce.h, core/update.h).
+// Operators on row gradients: reduction, clipping and optimizer updates (kernels: core/reduce.h, core/clip.h,
+// core/update.h).
 #pragma once
 
 #include <cmath>
 #include <type_traits>
 
+#include "core/clip.h"
 #include "core/update.h"
 #include "ops/common.h"
 
@@ -80,6 +82,50 @@ void reduce_rows(Tensors gradients, const Tensor& count, const Tensor& unique, c
     constexpr int W = decltype(width)::value;
     const GroupedGradients summed = with_chunks<W>(device, grouped, sources.numel(), dim);
     device.for_each_counted(grouped.count, unique.numel(), dim, ReduceRows<W>{summed, dim, sums});
+  });
+}
+
+inline const float* check_rows(const Tensor& values, const Tensor& count) {
+  RECIS_CHECK(values.dim() == 2 && count.numel() == 1, "values must be [rows, dim] and count [1]");
+  return data<float>(values, "values");
+}
+
+// The sum of the squares of the first *count rows of `values`, float64 [1].
+template <class Device>
+Tensor sum_squares(const Tensor& values, const Tensor& count) {
+  constexpr int64_t kChunk = 8192;
+  constexpr int64_t kSums = 1024;  // sums of chunks that are added at once
+  Device device(values);
+  const float* terms = check_rows(values, count);
+  int64_t chunks = std::max<int64_t>((values.numel() + kChunk - 1) / kChunk, 1);
+  const auto doubles = [&](int64_t size) { return torch::stable::new_empty(values, {&size, 1}, ScalarType::Double); };
+  Tensor sums = doubles(chunks);
+  device.for_each(chunks, kChunk,
+                  SumTerms<float>{terms, data<int64_t>(count, "count"), values.size(1), kChunk,
+                                  static_cast<double*>(sums.data_ptr())});
+  while (chunks > 1) {
+    const int64_t parts = chunks;
+    const Tensor terms_of_parts = sums;
+    chunks = (parts + kSums - 1) / kSums;
+    sums = doubles(chunks);
+    device.for_each(chunks, kSums,
+                    SumTerms<double>{static_cast<const double*>(terms_of_parts.data_ptr()), nullptr, parts, kSums,
+                                     static_cast<double*>(sums.data_ptr())});
+  }
+  return sums;
+}
+
+// Multiplies the first *count rows of `values` by `factor` [1], and clips each of them; see ClipRows.
+template <class Device>
+void clip_rows(const Tensor& values, const Tensor& count, const std::optional<Tensor>& factor, double limit) {
+  Device device(values);
+  float* rows = const_cast<float*>(check_rows(values, count));
+  const int64_t dim = values.size(1);
+  const float* by = data_or_null<float>(factor, "factor");
+  const bool aligned = dim % 4 == 0 && reinterpret_cast<uintptr_t>(rows) % 16 == 0;
+  device.with_width(dim, aligned, [&](auto width) {
+    device.for_each_counted(data<int64_t>(count, "count"), values.size(0), dim,
+                            ClipRows<decltype(width)::value>{rows, by, dim, static_cast<float>(limit)});
   });
 }
 
@@ -181,6 +227,8 @@ RECIS_UPDATE(adam_update,
 template <class Device, class Library>
 void register_update(Library& m) {
   m.impl("reduce_rows", TORCH_BOX(&reduce_rows<Device>));
+  m.impl("sum_squares", TORCH_BOX(&sum_squares<Device>));
+  m.impl("clip_rows", TORCH_BOX(&clip_rows<Device>));
   m.impl("sgd_update", TORCH_BOX(&sgd_update<Device>));
   m.impl("momentum_update", TORCH_BOX(&momentum_update<Device>));
   m.impl("adagrad_update", TORCH_BOX(&adagrad_update<Device>));

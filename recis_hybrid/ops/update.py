@@ -1,6 +1,6 @@
-"""Operators on row gradients: ordered reduction, and optimizer updates.
+"""Operators on row gradients: ordered reduction, clipping, and optimizer updates.
 
-Shapes: F features, V vectors of a feature, U distinct rows, D dim.
+Shapes: F features, V vectors of a feature, N positions, U distinct rows, D dim.
 """
 
 from __future__ import annotations
@@ -16,8 +16,19 @@ from recis_hybrid.ops.blocks import Blocks
 from recis_hybrid.ops.gather import RowGroups
 
 nothing_returned(
-    "reduce_rows", "sgd_update", "momentum_update", "adagrad_update", "rowwise_adagrad_update", "adam_update"
+    "reduce_rows",
+    "clip_rows",
+    "sgd_update",
+    "momentum_update",
+    "adagrad_update",
+    "rowwise_adagrad_update",
+    "adam_update",
 )
+
+
+@torch.library.register_fake("recis::sum_squares")  # type: ignore[untyped-decorator]
+def _sum_squares(values: Tensor, count: Tensor) -> Tensor:
+    return values.new_empty(1, dtype=torch.float64)
 
 
 class Table(NamedTuple):
@@ -58,6 +69,28 @@ def reduce_rows(gradients: Gradients, out: Tensor) -> None:
         out: float32 ``[N, D]``; the first U rows are written, in the order of ``groups.unique``.
     """
     torch.ops.recis.reduce_rows(*_parts(gradients), out)
+
+
+def sum_squares(values: Tensor, count: Tensor) -> Tensor:
+    """Return the sum of the squares of the first U rows, float64 ``[1]``; the order of the sum is fixed.
+
+    Args:
+        values: float32 ``[N, D]``.
+        count: int64 ``[1]``: U.
+    """
+    return torch.ops.recis.sum_squares(values, count)  # type: ignore[no-any-return]
+
+
+def clip_rows(values: Tensor, count: Tensor, factor: Tensor | None, max_norm: float) -> None:
+    """Multiply the first U rows by a factor, and scale each down to an L2 norm of at most ``max_norm``, in place.
+
+    Args:
+        values: float32 ``[N, D]``.
+        count: int64 ``[1]``: U.
+        factor: float32 ``[1]``; None for 1.
+        max_norm: Maximum norm; the scale is ``max_norm / (norm + 1e-6)``, as in torch, but at most 1.
+    """
+    torch.ops.recis.clip_rows(values, count, factor, max_norm)
 
 
 def sgd_update(table: Table, gradients: Gradients, *, lr: float) -> None:

@@ -47,10 +47,4 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
                 f"clip_row_norm_: rows of the table {names} are split by column over ranks, so that no rank has "
                 f"the gradient of a whole row; use another sharding, or torch.nn.utils.clip_grad_norm_"
             )
-        reduced = anchor.table.reduced_gradients()
-        if reduced is not None:
-            sums = reduced.sums * reduced.factor
-            norms = torch.linalg.vector_norm(sums, dim=1, keepdim=True)
-            # As in torch, the factor is max / (norm + 1e-6), but at most 1.
-            clipped = sums * (max_norm / (norms + 1e-6)).clamp(max=1.0)
-            anchor.table.replace_gradients(reduced.groups, clipped, reduced.row_bound)
+        anchor.table.clip_row_gradients(max_norm)

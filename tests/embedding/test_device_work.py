@@ -28,8 +28,14 @@ def bags(number: int, device: str) -> RaggedTensor:
 
 
 Make = Callable[[int, str], Any]
+ONE = {"f": EmbeddingConfig(dim=64)}
+CLIP: dict[str, Callable[[EmbeddingEngine], Any]] = {
+    "one feature, clipped by the norm": lambda engine: torch.nn.utils.clip_grad_norm_(engine.parameters(), 1.0),
+    "one feature, each row clipped": lambda engine: optim.clip_row_norm_(engine.parameters(), 1.0),
+}
 CASES: dict[str, tuple[dict[str, EmbeddingConfig], Make, str]] = {
-    "one feature": ({"f": EmbeddingConfig(dim=64)}, single, "emulated"),
+    "one feature": (ONE, single, "emulated"),
+    **dict.fromkeys(CLIP, (ONE, single, "emulated")),
     "100 features, one table": ({f"f{n}": EmbeddingConfig(dim=16) for n in range(100)}, single, "emulated"),
     "the same, batch on the CPU": ({f"f{n}": EmbeddingConfig(dim=16) for n in range(100)}, single, "cpu"),
     "4 features, 4 tables": ({f"f{dim}": EmbeddingConfig(dim=dim) for dim in (8, 16, 32, 64)}, single, "emulated"),
@@ -54,6 +60,8 @@ def counted(case: str) -> str:
         outputs = list(engine(batch).values())
         gradients = gradients or [torch.ones_like(output) for output in outputs]
         torch.autograd.backward(outputs, gradients)
+        if case in CLIP:
+            CLIP[case](engine)
         optimizer.step()
         of = emulated.counts()
     from_host = f"{of['copies_to_device']} ({of['pageable_copies']})"
@@ -67,3 +75,20 @@ def counted(case: str) -> str:
 def test_a_step_asks_the_device_as_often_as_documented(root: Path, case: str) -> None:
     row = counted(case)
     assert row in (root / "benchmarks" / "GPU.md").read_text().splitlines(), f"put into benchmarks/GPU.md: {row}"
+
+
+@pytest.mark.emulated
+@pytest.mark.parametrize("clip", CLIP.values(), ids=CLIP)
+def test_clipping_writes_only_rows_in_use(clip: Callable[[EmbeddingEngine], Any]) -> None:
+    engine = EmbeddingEngine(ONE, device="emulated")
+    ids = single(0, "emulated")
+    outputs = engine({"f": ids})["f"]
+    outputs.backward(torch.ones_like(outputs))
+    clip(engine)
+    gradients = engine.tables[0].pending.gradients()
+    (sums,), count = gradients.values, int(gradients.groups.count)
+    words = sums.cpu().view(torch.int32)
+    assert (list(sums.shape), count) == ([ROWS, 64], 100)
+    poison = torch.frombuffer(bytearray(b"\xa5" * 4), dtype=torch.int32)  # of fresh memory
+    assert not bool((words[:count] == poison).any())
+    assert bool((words[count:] == poison).all())

@@ -32,12 +32,16 @@ def singles(n: int) -> Bags:
 def check_groups(rows: list[int], groups: RowGroups) -> None:
     count = int(groups.count)
     unique, starts = groups.unique[:count].tolist(), groups.offsets[: count + 1].tolist()
-    assert sorted(unique) == sorted({row for row in rows if row >= 0})
+    positions: dict[int, list[int]] = {}
+    for position, row in enumerate(rows):
+        if row >= 0:
+            positions.setdefault(row, []).append(position)
+    assert sorted(unique) == sorted(positions)
     assert starts[0] == 0
     assert starts[-1] == sum(row >= 0 for row in rows)
     bags = groups.sources.tolist()
     for u, row in enumerate(unique):
-        assert bags[starts[u] : starts[u + 1]] == [p for p, r in enumerate(rows) if r == row]
+        assert bags[starts[u] : starts[u + 1]] == positions[row]
 
 
 @given(st.lists(st.one_of(st.integers(-1, 5), st.integers(0, 2**40 - 1)), max_size=300))
@@ -144,6 +148,79 @@ def test_grouping_and_reducing_take_few_launches() -> None:
         Gradients([torch.ones(400, 4, device="emulated")], groups), torch.empty(400, 4, device="emulated")
     )
     assert emulated.counts()["launches"] == 2  # the chunks of long groups, and the rows
+
+
+def sum_by_halves(terms: np.ndarray) -> np.float64:
+    """Return the sum in the documented order: 32 running sums, then these by halves."""
+    sums = np.zeros(32)
+    for start in range(0, len(terms), 32):
+        part = terms[start : start + 32]
+        sums[: len(part)] += part
+    while len(sums) > 1:
+        sums = sums[: len(sums) // 2] + sums[len(sums) // 2 :]
+    return np.float64(sums[0])
+
+
+@on_devices
+@pytest.mark.parametrize(
+    ("bound", "dim", "count"),
+    [(0, 4, 0), (5, 4, 0), (1, 1, 1), (7, 3, 5), (300, 33, 299), (4096, 2, 4096), (4100, 64, 1030), (70_000, 128, 10)],
+)
+def test_squares_of_rows_in_use_are_summed_in_the_documented_order(
+    device: str, bound: int, dim: int, count: int
+) -> None:
+    values = torch.randn(bound, dim, generator=torch.Generator().manual_seed(dim)) * 1e25  # overflows in float32
+    values[count:] = torch.nan
+    found = ops.update.sum_squares(values.to(device), torch.tensor([count], device=device))
+    squares = values[:count].double().square().flatten().numpy()
+    chunks = [sum_by_halves(squares[start : start + 8192]) for start in range(0, len(squares), 8192)]
+    assert len(chunks) <= 1024
+    assert found.dtype == torch.float64
+    assert found.tolist() == [sum_by_halves(np.array(chunks))]
+
+
+@pytest.mark.slow
+@on_devices
+def test_squares_of_many_rows_are_summed_in_two_more_levels(device: str) -> None:
+    values = torch.randn(8192 * 1025, 1, generator=torch.Generator().manual_seed(0))
+    found = ops.update.sum_squares(values.to(device), torch.tensor([8192 * 1024 + 40], device=device))
+    squares = values[: 8192 * 1024 + 40].double().square().numpy()
+    lanes = squares[: 8192 * 1024].reshape(1024, 256, 32)
+    sums = np.zeros((1024, 32))
+    for k in range(256):
+        sums += lanes[:, k]
+    while sums.shape[1] > 1:
+        sums = sums[:, : sums.shape[1] // 2] + sums[:, sums.shape[1] // 2 :]
+    assert found.tolist() == [sum_by_halves(sums[:, 0]) + sum_by_halves(squares[8192 * 1024 :, 0])]
+
+
+def test_the_sum_of_squares_does_not_depend_on_the_number_of_threads() -> None:
+    values, before, found = torch.randn(40_000, 16), torch.get_num_threads(), []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(ops.update.sum_squares(values, torch.tensor([39_000])))
+    torch.set_num_threads(before)
+    assert torch.equal(found[0], found[1])
+    assert torch.equal(found[0], found[2])
+
+
+@on_devices
+@pytest.mark.parametrize("scaled", [False, True])
+@pytest.mark.parametrize("dim", DIMS)
+def test_rows_in_use_are_clipped(device: str, dim: int, scaled: bool) -> None:
+    values = torch.randn(50, dim, generator=torch.Generator().manual_seed(dim)) * torch.logspace(-3, 3, 50).unsqueeze(1)
+    values[3] = 0.0
+    values[7, 0] = torch.inf
+    values[9, dim - 1] = torch.nan
+    factor = torch.tensor([0.25]) if scaled else torch.ones(1)
+    want = values * factor
+    want *= (2.0 / (want.norm(dim=1, keepdim=True) + 1e-6)).clamp(max=1.0)
+    found = values.clone().to(device)
+    ops.update.clip_rows(found, torch.tensor([40], device=device), factor.to(device) if scaled else None, 2.0)
+    torch.testing.assert_close(found[:40].cpu(), want[:40], equal_nan=True)
+    assert torch.equal(found[40:].cpu(), values[40:])
+    short = (values * factor)[:40].norm(dim=1) < 1.99
+    assert torch.equal(found[:40].cpu()[short], (values * factor)[:40][short])
 
 
 @on_devices
@@ -384,6 +461,8 @@ def test_schemas_and_fakes_of_operators() -> None:
         ),
     )
     check(torch.ops.recis.reduce_rows.default, (*grouped, torch.zeros(3, 4)))
+    check(torch.ops.recis.sum_squares.default, (torch.ones(3, 4), groups.count))
+    check(torch.ops.recis.clip_rows.default, (torch.ones(3, 4), groups.count, torch.ones(1), 1.0))
     check(torch.ops.recis.sgd_update.default, (*records, *grouped, 0.1))
     check(torch.ops.recis.momentum_update.default, (*records, *grouped, 0, 0.1, 0.9))
     check(torch.ops.recis.adagrad_update.default, (*records, *grouped, 0, 0.1, 1e-10))

@@ -135,9 +135,9 @@ class GradientExchange:
         for lookup in self._lookups:
             lookup.clear()
 
-    def norm(self, own: Tensor) -> Tensor:
-        """Return the norm over all rows of the table, given that over this rank's rows."""
-        return own if self.everywhere and self.columns is None else self.exchange.sum(own.square()).sqrt()
+    def sum_squares(self, own: Tensor) -> Tensor:
+        """Return the sum of squares over all rows of the table, given that over this rank's rows."""
+        return own if self.everywhere and self.columns is None else self.exchange.sum(own)
 
     def watch(self, lookup: SharedLookup, user: object) -> None:
         """Expect gradients of a lookup until ``user`` is dropped on all ranks; collective."""

@@ -40,22 +40,23 @@ class Part:
 
 @dataclass
 class Reduced:
-    """Summed row gradients, and their norm in the form that torch's utilities read and scale."""
+    """Summed row gradients. Only the device knows U: kernels read it, and touch no row beyond."""
 
     groups: RowGroups
     sums: Tensor
-    """float32 ``[N, D]``: sums of the rows ``groups.unique``, followed by zeros."""
+    """float32 ``[N, D]``: sums of the rows ``groups.unique``; the rest is uninitialized."""
     row_bound: int
-    grad: Tensor
-    """float64 ``[2]``, the anchor's ``grad``: the norm of the sums, and a mark too small to change a norm.
+    grad: Tensor | None = None
+    """float64 ``[2]``, the anchor's ``grad``: the norm of the sums, and a mark too small to change a norm. None until
+    it is read.
 
     A factor multiplied into ``grad`` is recovered exactly from the mark, even if the norm is not finite. float64 makes
     torch add the norms of tables in float64, too, so that coalescing does not change float32 gradients."""
 
     @property
-    def factor(self) -> Tensor:
-        """float32 ``[1]``: the factor to apply to the sums."""
-        return (self.grad[1:] / _MARK).to(torch.float32)
+    def factor(self) -> Tensor | None:
+        """float32 ``[1]``: the factor to apply to the sums; None for 1."""
+        return None if self.grad is None else (self.grad[1:] / _MARK).to(torch.float32)
 
 
 class RemoteGradients(Protocol):
@@ -76,8 +77,8 @@ class RemoteGradients(Protocol):
     def clear(self) -> None:
         """Drop the gradients of this rank."""
 
-    def norm(self, own: Tensor) -> Tensor:
-        """Return the norm over the rows of all ranks, given that of this rank (float64 ``[]``); collective."""
+    def sum_squares(self, own: Tensor) -> Tensor:
+        """Return the sum of squares (float64 ``[1]``) over the rows of all ranks, given this rank's; collective."""
 
 
 class PendingGradients:
@@ -112,35 +113,51 @@ class PendingGradients:
         groups = part.groups or ops.gather.group_rows(part.rows, part.members, part.row_bound, part.bags)
         return Gradients(part.values, groups)
 
-    def reduced(self, dim: int, norm: Callable[[Tensor], Tensor]) -> Reduced | None:
-        """Return the summed gradient of each row; None if there are none.
+    def norm(self, dim: int, over_ranks: Callable[[Tensor], Tensor]) -> Tensor | None:
+        """Return the norm of the summed gradients, in the form of :attr:`Reduced.grad`; None if there are none.
 
         Args:
             dim: D.
-            norm: Returns the norm over the rows of all ranks, given that of this rank.
+            over_ranks: Returns the sum of squares over the rows of all ranks, given that of this rank.
         """
+        reduced = self._reduce(dim)
+        if reduced is None:
+            return None
+        if reduced.grad is None:
+            squares = over_ranks(ops.update.sum_squares(reduced.sums, reduced.groups.count))
+            reduced.grad = torch.full((2,), _MARK, dtype=torch.float64, device=squares.device)
+            torch.sqrt(squares, out=reduced.grad[:1])
+        return reduced.grad
+
+    def clip_rows(self, dim: int, max_norm: float) -> None:
+        """Scale the summed gradient of each row down to a norm of at most ``max_norm``."""
+        reduced = self._reduce(dim)
+        if reduced is not None:
+            ops.update.clip_rows(reduced.sums, reduced.groups.count, reduced.factor, max_norm)
+            reduced.grad = None
+
+    def _reduce(self, dim: int) -> Reduced | None:
+        """Sum the gradients of each row, unless they are summed; None if there are none."""
         if self._reduced is None and self._parts:
             gradients = self.gradients()
             n, device = gradients.groups.sources.numel(), gradients.groups.sources.device
-            sums = torch.zeros(n, dim, dtype=torch.float32, device=device)
+            sums = ops.memory.empty((n, dim), torch.float32, device)
             ops.update.reduce_rows(gradients, sums)
             numbers = torch.arange(n + 1, dtype=torch.int64, device=device)
             groups = RowGroups(gradients.groups.count, gradients.groups.unique, numbers, numbers[:n], None)
-            bound = max(part.row_bound for part in self._parts)
+            self._reduced = Reduced(groups, sums, max(part.row_bound for part in self._parts))
             self._parts = []
-            self.replace_sums(groups, sums, bound, norm)
         return self._reduced
 
-    def replace_sums(self, groups: RowGroups, sums: Tensor, row_bound: int, norm: Callable[[Tensor], Tensor]) -> None:
-        """Replace the summed gradients of the rows of ``groups``; ``norm`` as for :meth:`reduced`."""
-        total = norm(torch.linalg.vector_norm(sums, dtype=torch.float64))
-        self._reduced = Reduced(groups, sums, row_bound, torch.stack([total, torch.full_like(total, _MARK)]))
-
     def _as_part(self, reduced: Reduced) -> Part:
-        n = reduced.sums.size(0)
-        in_use = torch.arange(n, device=reduced.sums.device) < reduced.groups.count
+        n, device = reduced.sums.size(0), reduced.sums.device
+        in_use = torch.arange(n, device=device) < reduced.groups.count
         rows = torch.where(in_use, reduced.groups.unique, -1)
-        return Part(rows, [0], reduced.row_bound, Bags.single([n]), [reduced.sums * reduced.factor], None)
+        scaled = reduced.sums
+        if (factor := reduced.factor) is not None:
+            scaled = ops.memory.empty(scaled.shape, torch.float32, device)
+            ops.update.reduce_rows(Gradients([reduced.sums], reduced.groups, factor), scaled)
+        return Part(rows, [0], reduced.row_bound, Bags.single([n]), [scaled], None)
 
 
 def _merged(parts: list[Part]) -> Part:

@@ -23,7 +23,6 @@ from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.change_log import ChangeLog, changed_rows
 from recis_hybrid.embedding.table.gradients import (
     PendingGradients,
-    Reduced,
     RemoteGradients,
     checked_gradients,
     gradient_part,
@@ -33,11 +32,10 @@ from recis_hybrid.embedding.table.lookup import FeatureIds, Lookup, Request, nex
 from recis_hybrid.embedding.table.record_layout import META, MemberTable, RecordLayout
 from recis_hybrid.embedding.table.row_validation import checked_member
 from recis_hybrid.embedding.table.store import RowStore
-from recis_hybrid.ops.gather import RowGroups
 from recis_hybrid.ops.update import Gradients
 
 
-@outside_graphs("reduced_gradients", "replace_gradients")
+@outside_graphs("gradient_norm", "clip_row_gradients")
 class HashTable:
     """A growing, collision-free table of records for one or more member tables.
 
@@ -267,14 +265,18 @@ class HashTable:
             self.rounding_seed,
         )
 
-    def reduced_gradients(self) -> Reduced | None:
-        """Return the summed gradient of each row and their norm, or None; collective if ranks share the table."""
-        self.fetch_gradients()
-        return self.pending.reduced(self.layout.dim, self._norm)
+    def gradient_norm(self) -> Tensor | None:
+        """Return the norm of the row gradients in the form of the anchor's ``grad``, or None if there are none.
 
-    def replace_gradients(self, groups: RowGroups, sums: Tensor, row_bound: int) -> None:
-        """Replace the summed gradients of the rows of ``groups``; see :meth:`reduced_gradients`."""
-        self.pending.replace_sums(groups, sums, row_bound, self._norm)
+        Collective if ranks share the table.
+        """
+        self.fetch_gradients()
+        return self.pending.norm(self.layout.dim, self._over_ranks)
+
+    def clip_row_gradients(self, max_norm: float) -> None:
+        """Scale the summed gradient of each row down to a norm of at most ``max_norm``; collective likewise."""
+        self.fetch_gradients()
+        self.pending.clip_rows(self.layout.dim, max_norm)
 
     def clear_gradients(self) -> None:
         """Drop all pending gradients."""
@@ -305,10 +307,10 @@ class HashTable:
                 self.check(lookup)
                 self.pending.add(part)
 
-    def _norm(self, own: Tensor) -> Tensor:
-        """Return the norm over the rows of all ranks, given that of this rank."""
+    def _over_ranks(self, own: Tensor) -> Tensor:
+        """Return the sum of squares over the rows of all ranks, given that of this rank."""
         remote = self.remote
-        return own if remote is None else remote.norm(own)
+        return own if remote is None else remote.sum_squares(own)
 
     # Log of changes; all methods wait for the device
 
@@ -539,8 +541,7 @@ class Anchor(nn.Parameter):
     @property
     def grad(self) -> Tensor | None:
         """The norm of the table's row gradients; see the class."""
-        reduced = self.table.reduced_gradients()
-        return None if reduced is None else reduced.grad
+        return self.table.gradient_norm()
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:

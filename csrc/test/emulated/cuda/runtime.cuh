@@ -44,6 +44,10 @@ inline float __shfl_xor_sync(uint32_t mask, float x, int distance) {
       static_cast<uint32_t>(emulated::Machine::get().shuffle_xor(mask, std::bit_cast<uint32_t>(x), distance)));
 }
 
+inline double __shfl_xor_sync(uint32_t mask, double x, int distance) {
+  return std::bit_cast<double>(emulated::Machine::get().shuffle_xor(mask, std::bit_cast<uint64_t>(x), distance));
+}
+
 inline uint32_t __ballot_sync(uint32_t mask, bool vote) { return emulated::Machine::get().ballot(mask, vote); }
 
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
