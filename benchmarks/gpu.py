@@ -234,7 +234,8 @@ def measure(run: Run, wanted: list[str], seconds: float) -> Iterator[Line]:
         if not any(case.startswith(group) for case in wanted):
             continue
         harness.progress(f"{group} on {device}")
-        for line in run.lines(group, device, min(LARGEST_SHARE * seconds, end - time.monotonic())):
+        left = max(min(LARGEST_SHARE * seconds, end - time.monotonic()), 0)
+        for line in run.lines(group, device, left):
             if line.case in wanted:
                 line.print()
                 yield line

@@ -59,43 +59,44 @@ def gather(bench: Bench, dim: int) -> Iterator[Measured]:
 def ids(bench: Bench) -> Iterator[Measured]:
     """Find N ids that have a row, and find or insert N ids of which half are new, in a map on the device."""
     capacity = 2 * bench.rows_that_fit(bench.sizes.rows, 2 * 16)
-    found = IdMap(bench.device, capacity)
+    id_map = IdMap(bench.device, capacity)
     filled = 0
     for load in LOADS:
-        filled = _fill(bench, found, filled, int(load * capacity))
+        filled = _fill(bench, id_map, filled, int(load * capacity))
         for distribution in ("uniform", "zipf"):
-            yield _find(bench, found, load, distribution)
+            yield _find(bench, id_map, load, distribution)
         if load == LOADS[0]:
-            measured, filled = _find_or_insert(bench, found, filled)
+            measured, filled = _find_or_insert(bench, id_map, filled)
             yield measured
 
 
-def _fill(bench: Bench, target: IdMap, first: int, end: int) -> int:
+def _fill(bench: Bench, id_map: IdMap, first: int, end: int) -> int:
     """Insert the ids of the numbers from ``first`` to ``end`` - 1, and return ``end``."""
     for chunk in bench.id_chunks(first, end):
-        target.reserve(chunk.numel())
-        target.find_or_insert([chunk], [0])
-        target.commit()
+        id_map.reserve(chunk.numel())
+        id_map.find_or_insert([chunk], [0])
+        id_map.commit()
     return end
 
 
-def _find(bench: Bench, target: IdMap, load: float, distribution: str) -> Measured:
+def _find(bench: Bench, id_map: IdMap, load: float, distribution: str) -> Measured:
     n, case = bench.sizes.ids, f"find/{load:g}/{distribution}"
     # Numbers are drawn below a power of two, all of which have rows.
-    below = 1 << int(load * target.capacity).bit_length() - 1
+    below = 1 << int(load * id_map.capacity).bit_length() - 1
     batches = [bench.ids(numbers) for numbers in bench.drawn(distribution, below)]
     turns = cycle(batches)
     rows = torch.empty(n, dtype=torch.int64, device=bench.device)
-    rates = bench.rates({"ours": lambda: ops.id_map.find(target.slots, [next(turns)], [0], rows)})
+    rates = bench.rates({"ours": lambda: ops.id_map.find(id_map.slots, [next(turns)], [0], rows)})
     if bool((rows < 0).any()):
         raise AssertionError(f"{case}: an id was not found")
-    live = len(target)
-    return Measured(case, n * rates["ours"] / 1e9, f"{n:,} ids of {live:,}, load {live / target.capacity:.3f}")
+    live = len(id_map)
+    return Measured(case, n * rates["ours"] / 1e9, f"{n:,} ids of {live:,}, load {live / id_map.capacity:.3f}")
 
 
-def _find_or_insert(bench: Bench, target: IdMap, filled: int) -> tuple[Measured, int]:
+def _find_or_insert(bench: Bench, id_map: IdMap, filled: int) -> tuple[Measured, int]:
     n, sizes = bench.sizes.ids, bench.sizes
-    calls = (sizes.rounds + 3) * max(sizes.calls // 3, 1)
+    burst = max(sizes.calls // 3, 1)  # ids are new only once, so calls are few
+    calls = (sizes.rounds + 3) * burst
     known, new = n - n // 2, n // 2
     order = torch.randperm(n, generator=torch.Generator().manual_seed(1)).to(bench.device)
     old = [numbers[:known] for numbers in bench.drawn("uniform", 1 << filled.bit_length() - 1)]
@@ -103,21 +104,21 @@ def _find_or_insert(bench: Bench, target: IdMap, filled: int) -> tuple[Measured,
         bench.ids(torch.cat([old[call % len(old)], torch.arange(begin, begin + new, device=bench.device)])[order])
         for call, begin in enumerate(range(filled, filled + calls * new, new))
     ]
-    capacity, begun, calls_done = target.capacity, len(target), count()
+    capacity, begun, calls_done = id_map.capacity, len(id_map), count()
 
     def step() -> None:
-        target.reserve(n)
-        target.find_or_insert([batches[next(calls_done)]], [0])
-        target.commit()
+        id_map.reserve(n)
+        id_map.find_or_insert([batches[next(calls_done)]], [0])
+        id_map.commit()
 
-    rates = bench.rates({"ours": step}, max(sizes.calls // 3, 1))
-    inserted = len(target) - begun
-    if inserted != calls * new or target.capacity != capacity:
+    rates = bench.rates({"ours": step}, burst)
+    inserted = len(id_map) - begun
+    if inserted != calls * new or id_map.capacity != capacity:
         raise AssertionError(f"find_or_insert: {inserted} ids were inserted into {capacity} slots, not {calls * new}")
     measured = Measured(
         "find_or_insert/half new",
         n * rates["ours"] / 1e9,
-        f"{n:,} ids into {begun:,}, load {begun / capacity:.2f} to {len(target) / capacity:.2f}",
+        f"{n:,} ids into {begun:,}, load {begun / capacity:.2f} to {len(id_map) / capacity:.2f}",
     )
     return measured, filled + calls * new
 
