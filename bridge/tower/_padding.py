@@ -146,16 +146,17 @@ class Padding:
             }
 
         base = shapes(padded)
-        larger = {name: shapes(padded | {name: size + 1}) for name, size in padded.items()}
+        other_sizes = {name: self._other_size(name, size) for name, size in padded.items()}
+        others = {name: shapes(padded | {name: size}) for name, size in other_sizes.items()}
         axes: list[tuple[str | None, ...]] = []
         for output, shape in base.items():
             names: list[str | None] = []
             for axis, size in enumerate(shape):
-                after = {name: larger[name][output][axis] for name in padded if larger[name][output][axis] != size}
+                after = {name: others[name][output][axis] for name in padded if others[name][output][axis] != size}
                 names.append(next(iter(after), None))
-                if len(after) > 1 or any(size != padded[name] or to != size + 1 for name, to in after.items()):
+                if len(after) > 1 or any(size != padded[name] or to != other_sizes[name] for name, to in after.items()):
                     causes = " and ".join(
-                        f"{to} if {name!r} is {padded[name] + 1} instead of {padded[name]}"
+                        f"{to} if {name!r} is {other_sizes[name]} instead of {padded[name]}"
                         for name, to in after.items()
                     )
                     raise ValueError(
@@ -175,6 +176,11 @@ class Padding:
         for axis, name in enumerate(names):
             if name is not None and sizes.setdefault(name, leaf.shape[axis]) != leaf.shape[axis]:
                 raise ValueError(f"{where}: {name!r} is {leaf.shape[axis]} here, but {sizes[name]} before")
+
+    def _other_size(self, name: str, padded: int) -> int:
+        """Return a size next to a class. The function may refuse sizes that exceed the largest class."""
+        sizes = self.classes[name]
+        return padded - 1 if sizes is not None and padded == sizes[-1] and padded > 1 else padded + 1
 
     def _class_of(self, name: str, size: int) -> int:
         """Return the smallest class that fits a size."""

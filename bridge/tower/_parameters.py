@@ -23,15 +23,16 @@ Slot = tuple[torch.nn.Module, str]
 
 
 def register_leaves(
-    module: torch.nn.Module, params: Any, where: str, kind: str = "params"
+    module: torch.nn.Module, params: Any, where: str, kind: str = "params", *, copy: bool = True
 ) -> tuple[tuple[Slot, ...], jax.tree_util.PyTreeDef]:
-    """Put a copy of each leaf into a module, as a parameter or buffer under the leaf's dotted name.
+    """Put each leaf into a module, as a parameter or buffer under the leaf's dotted name.
 
     Args:
         module: The module that will own them.
         params: A pytree of JAX, numpy or torch arrays.
         where: The prefix of error messages.
         kind: "params", or "state" for a pytree whose leaves all become buffers.
+        copy: Whether to copy torch tensors. Other arrays, whose memory torch does not own, are always copied.
 
     Returns:
         The slots, in the order of the pytree's leaves, and the structure of the pytree.
@@ -43,7 +44,7 @@ def register_leaves(
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
     slots = []
     for path, leaf in leaves:
-        tensor = _copy(leaf, f"{where}: {kind}{jax.tree_util.keystr(path)}")
+        tensor = _own(leaf, f"{where}: {kind}{jax.tree_util.keystr(path)}", copy)
         slots.append(_register(module, _names(path), tensor, where, kind))
     return tuple(slots), tree
 
@@ -95,16 +96,20 @@ def _register(module: torch.nn.Module, names: list[str], tensor: torch.Tensor, w
     if name in module._parameters or name in module._buffers or name in module._modules:
         raise ValueError(f"{where}: two leaves of {kind} are named {full!r}; rename a key")
     if kind == "params" and (tensor.is_floating_point() or tensor.is_complex()):
-        module._parameters[name] = torch.nn.Parameter(tensor)
+        own = tensor if isinstance(tensor, torch.nn.Parameter) else torch.nn.Parameter(tensor)
+        module._parameters[name] = own
     else:
         module._buffers[name] = tensor
     return module, name
 
 
-def _copy(leaf: object, where: str) -> torch.Tensor:
-    """Return a contiguous copy of an array in torch's memory, which its allocators align to 64 bytes."""
+def _own(leaf: object, where: str, copy: bool) -> torch.Tensor:
+    """Return a contiguous copy of an array in torch's memory, which its allocators align to 64 bytes.
+
+    Without ``copy``, a torch tensor is returned itself.
+    """
     if isinstance(leaf, torch.Tensor):
-        tensor = leaf.detach()
+        tensor = leaf.detach() if copy else leaf
     elif isinstance(leaf, jax.Array):
         try:
             tensor = to_torch(leaf)
@@ -124,6 +129,8 @@ def _copy(leaf: object, where: str) -> torch.Tensor:
             f"{where}: has dtype {str(tensor.dtype).removeprefix('torch.')}, which JAX supports only with x64 on; turn "
             "it on with jax.config.update('jax_enable_x64', True), or cast the array to 32 bits"
         )
+    if tensor is leaf:
+        return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 

@@ -61,6 +61,8 @@ class JaxTower(torch.nn.Module):
             arrays. Keywords passed to a call are static.
         params: A pytree of JAX, numpy or torch arrays, which are copied. Floating-point arrays become parameters,
             others buffers. 64-bit arrays need ``jax_enable_x64``.
+        copy: False to use torch tensors of ``params`` themselves. Parameters then belong to several modules, as in
+            ``JaxTower(f, dict(module.named_parameters()), copy=False)``, and an update of one updates all.
         state: A pytree of arrays that ``f`` updates (batch statistics), copied to buffers.
         dims: For each positional input, the names of its leading dimensions, None for those never padded:
             ``[("batch",), ("batch", "length")]``. A name stands for one size in all inputs.
@@ -90,6 +92,7 @@ class JaxTower(torch.nn.Module):
         f: Callable[..., Any],
         params: Any,
         *,
+        copy: bool = True,
         state: Any = None,
         dims: Dims | None = None,
         classes: Mapping[str, Sequence[int] | None] | None = None,
@@ -104,7 +107,7 @@ class JaxTower(torch.nn.Module):
         self._state_slots: tuple[Slot, ...] = ()
         self._state_tree: jax.tree_util.PyTreeDef | None = None
         with torch.inference_mode(False):  # parameters created in inference mode could never be trained
-            self._slots, tree = register_leaves(self, params, where)
+            self._slots, tree = register_leaves(self, params, where, copy=copy)
             if state is not None:
                 self._state_slots, self._state_tree = register_leaves(self, state, where, "state")
         self._padding = None if dims is None and classes is None else Padding(dims or (), classes or {}, where)

@@ -12,6 +12,7 @@ pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 from recis_hybrid.bridge import JaxTower  # noqa: E402
+from tests.support.near import assert_near  # noqa: E402
 
 
 def nothing(params: Any, x: Any) -> Any:
@@ -70,6 +71,60 @@ def test_arrays_of_all_libraries_become_aligned_copies() -> None:
     assert float(tensors["misaligned"].sum()) == sum(range(33))
     assert float(tensors["torch"].sum()) == 2
     assert [name for name, _ in tower.named_buffers()] == ["count"]
+
+
+def test_parameters_may_be_shared_with_another_module() -> None:
+    layer = torch.nn.Linear(3, 2)
+    tower = JaxTower(
+        lambda params, x: x @ params["weight"].T + params["bias"], dict(layer.named_parameters()), copy=False
+    )
+    assert tower.weight is layer.weight
+    assert tower.bias is layer.bias
+    x = torch.rand(4, 3)
+    for _ in range(2):
+        assert_near(tower(x), layer(x))
+        expected = torch.autograd.grad(layer(x).square().sum(), list(layer.parameters()))
+        tower(x).square().sum().backward()
+        assert_near([layer.weight.grad, layer.bias.grad], list(expected))
+        torch.optim.SGD(tower.parameters(), lr=0.1).step()
+        tower.zero_grad()
+    assert tower.copies == 0
+
+
+def test_without_copies_tensors_are_used_and_other_arrays_copied() -> None:
+    own, count, array = torch.ones(3), torch.zeros(3, dtype=torch.int32), ones(3)
+    tower = JaxTower(lambda params, x: x * params["own"], {"own": own, "count": count, "array": array}, copy=False)
+    assert tower.own.data_ptr() == own.data_ptr()
+    assert tower.count is count
+    array[:] = 0
+    own.fill_(2)
+    assert tower.array.tolist() == [1, 1, 1]
+    assert tower(torch.ones(3)).tolist() == [2, 2, 2]
+
+
+def test_tensors_that_cannot_be_shared_are_named() -> None:
+    tower = JaxTower(lambda params, x: x * params["w"], {"w": torch.ones(9)[1:]}, copy=False)
+    with pytest.raises(ValueError, match="parameter 'w'.* 4 bytes past a multiple of 64"):
+        tower(torch.ones(8))
+
+
+def test_frozen_parameters_have_no_gradients() -> None:
+    def two_layers(params: Any, x: Any) -> Any:
+        return (x @ params["first"]) @ params["second"]
+
+    tower = JaxTower(two_layers, {"first": ones(4, 4), "second": ones(4, 4)})
+    tower.first.requires_grad_(False)
+    tower(torch.ones(2, 4)).sum().backward()
+    assert tower.first.grad is None
+    assert tower.second.grad is not None
+    # The program computes no gradient of the frozen layer: it has two inputs, the saved output of the first layer and
+    # the gradient of the output, and one product.
+    (program,) = tower._runner.programs._forwards.values()
+    (backward,) = program.backwards.values()
+    text = str(jax.make_jaxpr(backward.run)(ones(2, 4), ones(2, 4)))
+    assert text.count("dot_general[") == 1
+    tower.second.requires_grad_(False)
+    assert not tower(torch.ones(2, 4)).requires_grad
 
 
 def test_replaced_parameters_are_used() -> None:
