@@ -51,6 +51,8 @@ class Encoder:
     """Parameters of the pooler, which a checkpoint has all or none of."""
     inputs: tuple[str, ...]
     """Names of the positional arguments of ``forward`` after the weights. Only the first one is required."""
+    max_length: int | None = None
+    """The largest number of tokens per row; None if there is no limit."""
     prefixes: tuple[str, ...] = ()
     """Prefixes of the names in the files of larger models, such as "bert."."""
     renames: tuple[tuple[str, str], ...] = ()
@@ -201,13 +203,11 @@ class Config:
                     "own module, in torch"
                 )
 
-    def heads(self, hidden_size: int, default: int) -> int:
+    def heads(self, hidden_size: int, default: int, name: str = "num_attention_heads") -> int:
         """Return the number of attention heads, which divides the hidden size."""
-        heads = self.size("num_attention_heads", default)
+        heads = self.size(name, default)
         if hidden_size % heads:
-            raise ValueError(
-                f"{self.where}: hidden_size {hidden_size} must be a multiple of num_attention_heads {heads}"
-            )
+            raise ValueError(f"{self.where}: hidden_size {hidden_size} must be a multiple of {name} {heads}")
         return heads
 
     def _get(self, name: str, default: Any) -> Any:

@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
+from recis_hybrid.bridge.pretrained.bert import bert, distilbert, roberta, xlm_roberta
 from recis_hybrid.bridge.pretrained.decoder import llama, mistral, qwen2, qwen3
 from recis_hybrid.bridge.pretrained.encoder import Config, Encoder
 from recis_hybrid.bridge.pretrained.vision import vit
 
 FAMILIES: Final[Mapping[str, Callable[[Config], Encoder]]] = {
+    "bert": bert,
+    "distilbert": distilbert,
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "roberta": roberta,
     "vit": vit,
+    "xlm-roberta": xlm_roberta,
 }
 """A function from a configuration to an encoder, by ``model_type``."""
 _DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3")
