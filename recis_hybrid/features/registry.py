@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 from recis_hybrid.features.op import missing_method
-from recis_hybrid.features.ops import ids, joins, numbers, resize, rows, times, vocabulary
+from recis_hybrid.features.ops import ids, joins, numbers, resize, rows, times, tokenize, vocabulary
 
 OpClass = TypeVar("OpClass", bound=type)
 
@@ -36,6 +36,7 @@ _REGISTERED: dict[str, type] = {
     "string_multi_hash": ids.StringMultiHash,
     "tile": rows.Tile,
     "to_dense": resize.ToDense,
+    "tokenize": tokenize.Tokenize,
     "top_k": rows.TopK,
     "truncate": resize.Truncate,
     "vocabulary": vocabulary.Vocabulary,

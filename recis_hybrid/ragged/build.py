@@ -75,12 +75,21 @@ def listed(values: Any, levels: Sequence[torch.Tensor]) -> list[Any]:
     return values  # type: ignore[no-any-return]
 
 
-def decoded(strings: Sequence[bytes], outer: Sequence[torch.Tensor]) -> list[str]:
+def row_of(place: int, outer: Sequence[torch.Tensor]) -> int:
+    """Return the row that holds an innermost list, given the int64 offsets of the levels above it."""
+    for offsets in reversed(outer):
+        place = int(torch.searchsorted(offsets.cpu(), place, right=True)) - 1
+    return place
+
+
+def decoded(where: str, strings: Sequence[bytes], outer: Sequence[torch.Tensor], remedy: str = "") -> list[str]:
     """Decode strings as UTF-8.
 
     Args:
+        where: Prefix of the message.
         strings: The strings of all rows.
         outer: The int64 offsets of the lists that hold them, the outermost first.
+        remedy: A further remedy, for the end of the message.
 
     Raises:
         ValueError: If a string is not UTF-8; the message names its row.
@@ -88,13 +97,10 @@ def decoded(strings: Sequence[bytes], outer: Sequence[torch.Tensor]) -> list[str
     try:
         return [string.decode() for string in strings]
     except UnicodeDecodeError:
-        row, fault = next(found for found in enumerate(map(_decoding_fault, strings)) if found[1] is not None)
-        string = strings[row]
-        for offsets in reversed(outer):
-            row = int(torch.searchsorted(offsets.cpu(), row, right=True)) - 1
+        place, fault = next(found for found in enumerate(map(_decoding_fault, strings)) if found[1] is not None)
         raise ValueError(
-            f"RaggedTensor.to_strings: strings must be UTF-8, got {string[:60]!r} in row {row} ({fault}); correct it "
-            f"where the column is read, or get bytes with to_strings(decode=False)"
+            f"{where}: strings must be UTF-8, got {strings[place][:60]!r} in row {row_of(place, outer)} ({fault}); "
+            f"correct it where the column is read{remedy}"
         ) from None
 
 

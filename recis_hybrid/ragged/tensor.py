@@ -241,8 +241,11 @@ class RaggedTensor:
         """
         if self.dtype != torch.uint8 or self.values.dim() != 1:
             raise TypeError(f"RaggedTensor.to_strings: values must be uint8[N], the bytes of strings, got {self!r}")
-        strings = build.listed(self.values.cpu().numpy().tobytes(), [self.offsets])
-        return build.listed(build.decoded(strings, self.outer) if decode else strings, self.outer)
+        strings: list[Any] = build.listed(self.values.cpu().numpy().tobytes(), [self.offsets])
+        if decode:
+            remedy = ", or get bytes with to_strings(decode=False)"
+            strings = list(build.decoded("RaggedTensor.to_strings", strings, self.outer, remedy))
+        return build.listed(strings, self.outer)
 
     def to_padded(self, length: int | None = None, *, padding: float = 0, side: str = "right") -> torch.Tensor:
         """Return rows of one level as a dense tensor.

@@ -81,6 +81,7 @@ MODULES_IN_A_FOLDER = 15
 # Third-party packages that a room may import in addition to torch.
 OUTSIDE: dict[str, set[str]] = {
     "ragged": {"numpy", "pyarrow", "torchrec"},
+    "features": {"numpy", "tokenizers"},
     "columnio": {"fsspec", "numpy", "pyarrow", "safetensors"},
     "saver": {"fsspec", "numpy", "pyarrow", "safetensors"},
     "pipelines": {"numpy", "pyarrow", "tqdm"},

@@ -161,10 +161,7 @@ def compile_plan(features: Sequence[Feature]) -> Plan:
     outputs: list[tuple[str, int]] = []
     for feature in features:
         registers = compiler.feature(feature, feature.name)
-        if len(registers) == 1:
-            outputs.append((feature.name, registers[0]))
-        else:
-            outputs += [(f"{feature.name}_{number}", register) for number, register in enumerate(registers)]
+        outputs += zip(_output_names(feature, len(registers)), registers, strict=True)
     _check_distinct(name for name, _ in outputs)
     instructions = tuple(
         Instruction(op, op.kernel(), sources, tuple(users))
@@ -172,6 +169,14 @@ def compile_plan(features: Sequence[Feature]) -> Plan:
     )
     read = {name: tuple(users) for name, users in columns.items()}
     return Plan(read, instructions, dict(outputs), compiler.requested)
+
+
+def _output_names(feature: Feature, count: int) -> list[str]:
+    """Return the names of the columns of a feature."""
+    if count == 1:
+        return [feature.name]
+    suffixes = getattr(feature.ops[-1], "suffixes", ()) if feature.ops else ()
+    return [f"{feature.name}_{suffix}" for suffix in (suffixes if len(suffixes) == count else range(count))]
 
 
 def _check_distinct(names: Any) -> None:
