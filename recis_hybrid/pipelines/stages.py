@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -149,11 +150,15 @@ class Evaluate:
     """Name of one of the trainer's steps; None: the first."""
     transform: Callable[[Batch], Batch] | None = None
     """Applied to each batch before the step."""
+    within: Callable[[], AbstractContextManager[None]] | None = None
+    """Returns a context for the evaluation, such as :meth:`EMA.averaged`, which replaces parameters."""
     name: str = "eval"
     """Name under which the metrics are stored and logged."""
 
     def __post_init__(self) -> None:
         _check_types(self)
+        if self.within is not None:
+            check_callable("Evaluate", "within", self.within, "a function that returns a context, or None")
         if self.metrics is not None:
             check_metrics("Evaluate", self.metrics)
         if self.window is not None and self.data != "eval":

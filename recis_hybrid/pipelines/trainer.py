@@ -356,7 +356,9 @@ class Trainer:
         transforms = [function for function in (self.transform, stage.transform) if function is not None]
         step, data, generators = self._step(stage.step), self._sources.whole_pass(stage), generator_states()
         try:
-            figures = evaluate(step, data, metrics, transforms=transforms, interruption=self._interruption)
+            # Left before anything is logged or saved, because callbacks may save.
+            with nullcontext() if stage.within is None else stage.within():
+                figures = evaluate(step, data, metrics, transforms=transforms, interruption=self._interruption)
         except (WaitInterrupted, RanksInterrupted):
             set_generator_states(generators)  # a resumed run repeats the evaluation
             raise

@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from recis_hybrid import optim
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, dense_parameters
-from recis_hybrid.pipelines import Callback, PeriodicCheckpoint, SaveCheckpoint, TorchStep, Train, Trainer
+from recis_hybrid.pipelines import EMA, Callback, PeriodicCheckpoint, SaveCheckpoint, TorchStep, Train, Trainer
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from tests.support.small import bce
@@ -69,11 +69,18 @@ def fit(rank: int, ranks: int, folder: Path, run: str, killed: bool, asynchronou
         folder / "data.parquet", ["user", "item", "country", "label"], 64 // ranks, shuffle=True, seed=3
     )
     saver = Saver(folder / run, keep=None, async_save=asynchronous)
-    callbacks = [PeriodicCheckpoint(steps=3), *([Kill()] if killed and rank == ranks - 1 else [])]
+    ema = EMA(model, decay=0.5)
+    callbacks = [PeriodicCheckpoint(steps=3), ema, *([Kill()] if killed and rank == ranks - 1 else [])]
     step = TorchStep(model, bce, optimizers)
     trainer = Trainer(step, data, saver=saver, callbacks=callbacks, log_every=5, seed=5)
     trainer.fit([Train(max_steps=STEPS), SaveCheckpoint()], resume="latest")
     assert trainer.steps_done == STEPS
+    assert sorted(ema.averages) == ["tower.0.bias", "tower.0.weight", "tower.2.bias", "tower.2.weight"]
+    if ranks > 1:
+        for average in ema.averages.values():
+            first = average.clone()
+            dist.broadcast(first, 0)
+            assert torch.equal(average, first)
 
 
 def on_rank(rank: int, port: int, *arguments: object) -> None:
