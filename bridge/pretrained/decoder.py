@@ -240,6 +240,7 @@ def _decoder(
         name=config.name,
         weights=decoder.shapes(),
         inputs=("input_ids", "attention_mask"),
+        max_length=min((limit for limit in (decoder.rope.limit, window) if limit is not None), default=None),
         prefixes=("model.",),
         forward=decoder.forward,
     )

@@ -1,6 +1,7 @@
 """Layers of transformers over flat state dicts: ``name`` is the prefix of the layer's parameters.
 
-B batch, T tokens (queries), S tokens (keys), H attention heads, K heads of keys and values, D head size.
+B batch, T tokens (queries), S tokens (keys), H attention heads or hidden size, K heads of keys and values, D head
+size, C channels.
 """
 
 from __future__ import annotations
@@ -116,6 +117,44 @@ def embed(weights: Weights, name: str, ids: jax.Array, padding_id: int | None = 
     if padding_id is None:
         return rows
     return jnp.where((ids == padding_id % table.shape[0])[..., None], jax.lax.stop_gradient(rows), rows)
+
+
+def patch_shapes(name: str, size: int, channels: int, patch: tuple[int, int], *, bias: bool = True) -> Shapes:
+    """Return the parameters of :func:`patches` with ``size`` outputs."""
+    return {**linear_shapes(name, size, 1, bias=bias), f"{name}.weight": (size, channels, *patch)}
+
+
+def patches(weights: Weights, name: str, pixels: jax.Array, image: tuple[int, int], where: str) -> jax.Array:
+    """Return embeddings of the patches of images, row by row: a convolution whose stride is the size of its kernel.
+
+    Args:
+        weights: Parameters, with ``{name}.weight`` ``[H, C, height, width]`` of a patch and perhaps ``{name}.bias``.
+        name: The layer.
+        pixels: ``[B, C, height, width]``, of any dtype. Rows and columns that do not fill a patch are left out.
+        image: Height and width.
+        where: The prefix of error messages.
+
+    Returns:
+        ``[B, patches, H]``.
+
+    Raises:
+        ValueError: if the pixels have another shape.
+    """
+    kernel = weights[f"{name}.weight"]
+    channels, height, width = kernel.shape[1:]
+    if pixels.ndim != 4 or pixels.shape[1:] != (channels, *image):
+        raise ValueError(
+            f"{where}: pixel_values must have shape [batch, {channels}, {image[0]}, {image[1]}], got "
+            f"{list(pixels.shape)}; resize the images"
+        )
+    rows, columns = image[0] // height, image[1] // width
+    whole = pixels[:, :, : rows * height, : columns * width].astype(kernel.dtype)
+    grid = whole.reshape(-1, channels, rows, height, columns, width)
+    flat = grid.transpose(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, channels * height * width)
+    flattened = {f"{name}.weight": kernel.reshape(kernel.shape[0], -1)}
+    if f"{name}.bias" in weights:
+        flattened[f"{name}.bias"] = weights[f"{name}.bias"]
+    return linear(flattened, name, flat)
 
 
 def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:

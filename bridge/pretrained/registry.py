@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
 from recis_hybrid.bridge.pretrained.bert import bert, distilbert, roberta, xlm_roberta
+from recis_hybrid.bridge.pretrained.clip import clip_text, clip_vision
 from recis_hybrid.bridge.pretrained.decoder import llama, mistral, qwen2, qwen3
 from recis_hybrid.bridge.pretrained.encoder import Config, Encoder
 from recis_hybrid.bridge.pretrained.vision import vit
@@ -13,6 +14,8 @@ from recis_hybrid.bridge.pretrained.vision import vit
 FAMILIES: Final[Mapping[str, Callable[[Config], Encoder]]] = {
     "bert": bert,
     "distilbert": distilbert,
+    "clip_text_model": clip_text,
+    "clip_vision_model": clip_vision,
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,
@@ -44,6 +47,8 @@ def encoder(config: Mapping[str, Any], *, attention: Literal["causal", "full"] |
             quantized weights; or if ``attention`` is not one of the family's kinds.
     """
     name = config.get("model_type")
+    if name == "clip":
+        raise ValueError("encoder 'clip': has two encoders; pass its text_config or its vision_config")
     family = FAMILIES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ValueError(

@@ -17,6 +17,8 @@ from recis_hybrid.bridge.pretrained.layers import (
     linear,
     linear_shapes,
     norm_shapes,
+    patch_shapes,
+    patches,
     split,
     split_heads,
 )
@@ -58,9 +60,8 @@ def vit(config: Config) -> Encoder:
     shapes: Shapes = {
         "embeddings.cls_token": (1, 1, size),
         "embeddings.position_embeddings": (1, 1 + (image[0] // patch[0]) * (image[1] // patch[1]), size),
-        "embeddings.patch_embeddings.projection.weight": (size, channels, *patch),
-        "embeddings.patch_embeddings.projection.bias": (size,),
     }
+    shapes |= patch_shapes("embeddings.patch_embeddings.projection", size, channels, patch)
     for layer in (f"layers.{number}" for number in range(count)):
         for part in ("q_proj", "k_proj", "v_proj"):
             shapes |= linear_shapes(f"{layer}.attention.{part}", inner, size, bias=bias)
@@ -84,9 +85,9 @@ def vit(config: Config) -> Encoder:
 
     def forward(weights: Weights, pixel_values: jax.Array, *, key: jax.Array | None = None) -> Output:
         keys = split(key, count + 1)
-        patches = _patches(weights, "embeddings.patch_embeddings.projection", pixel_values, image, config.where)
-        first = jnp.broadcast_to(weights["embeddings.cls_token"], (patches.shape[0], 1, size))
-        x = jnp.concatenate([first, patches], 1) + weights["embeddings.position_embeddings"]
+        embedded = patches(weights, "embeddings.patch_embeddings.projection", pixel_values, image, config.where)
+        first = jnp.broadcast_to(weights["embeddings.cls_token"], (embedded.shape[0], 1, size))
+        x = jnp.concatenate([first, embedded], 1) + weights["embeddings.position_embeddings"]
         x = dropout(x, rate, keys[0])
         for number in range(count):
             x = block(weights, f"layers.{number}", x, keys[number + 1])
@@ -103,36 +104,3 @@ def vit(config: Config) -> Encoder:
         renames=_VIT_RENAMES,
         forward=forward,
     )
-
-
-def _patches(weights: Weights, name: str, pixels: jax.Array, image: tuple[int, int], where: str) -> jax.Array:
-    """Return the embeddings of the patches of images, row by row.
-
-    Args:
-        weights: Parameters, with ``{name}.weight`` ``[H, C, height, width]`` of a patch and perhaps ``{name}.bias``.
-        name: The layer, a convolution whose stride is the size of its kernel.
-        pixels: ``[B, C, Y, X]``, of any dtype. Rows and columns that do not fill a patch are left out.
-        image: Y and X.
-        where: The prefix of error messages.
-
-    Returns:
-        ``[B, T - 1, H]``.
-
-    Raises:
-        ValueError: if the pixels have another shape.
-    """
-    kernel = weights[f"{name}.weight"]
-    channels, height, width = kernel.shape[1:]
-    if pixels.ndim != 4 or pixels.shape[1:] != (channels, *image):
-        raise ValueError(
-            f"{where}: pixel_values must have shape [batch, {channels}, {image[0]}, {image[1]}], got "
-            f"{list(pixels.shape)}; resize the images"
-        )
-    rows, columns = image[0] // height, image[1] // width
-    whole = pixels[:, :, : rows * height, : columns * width].astype(kernel.dtype)
-    grid = whole.reshape(-1, channels, rows, height, columns, width)
-    flat = grid.transpose(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, channels * height * width)
-    flattened = {f"{name}.weight": kernel.reshape(kernel.shape[0], -1)}
-    if f"{name}.bias" in weights:
-        flattened[f"{name}.bias"] = weights[f"{name}.bias"]
-    return linear(flattened, name, flat)

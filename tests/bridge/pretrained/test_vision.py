@@ -59,22 +59,18 @@ def small_vit(**fields: Any) -> Any:
     return transformers.ViTConfig(**(defaults | fields))
 
 
-def test_vit_matches_the_names_in_files() -> None:
-    # What save_pretrained writes for a classifier, with one head more than the encoder.
-    file_names = {
-        "embeddings.cls_token": "vit.embeddings.cls_token",
-        "layers.0.attention.q_proj.weight": "vit.encoder.layer.0.attention.attention.query.weight",
-        "layers.0.attention.k_proj.weight": "vit.encoder.layer.0.attention.attention.key.weight",
-        "layers.0.attention.v_proj.bias": "vit.encoder.layer.0.attention.attention.value.bias",
-        "layers.0.attention.o_proj.weight": "vit.encoder.layer.0.attention.output.dense.weight",
-        "layers.0.mlp.fc1.weight": "vit.encoder.layer.0.intermediate.dense.weight",
-        "layers.0.mlp.fc2.bias": "vit.encoder.layer.0.output.dense.bias",
-        "layers.0.layernorm_before.weight": "vit.encoder.layer.0.layernorm_before.weight",
-    }
-    vit = encoder(small_vit().to_dict())
-    shapes = {file_names.get(name, f"vit.{name}"): shape for name, shape in vit.weights.items()}
-    found = vit.match(shapes | {"classifier.weight": (2, 6), "classifier.bias": (2,)})
-    assert found == {name: file_names.get(name, f"vit.{name}") for name in vit.weights}
+def test_vit_matches_the_file_of_a_classifier(tmp_path: Any) -> None:
+    from safetensors.numpy import load_file
+
+    classifier = transformers.ViTForImageClassification(small_vit())
+    classifier.save_pretrained(tmp_path)
+    arrays = load_file(tmp_path / "model.safetensors")
+    found = encoder(classifier.config.to_dict()).match({name: array.shape for name, array in arrays.items()})
+    # The file has the names of transformers 4.
+    assert found["layers.0.attention.q_proj.weight"] == "vit.encoder.layer.0.attention.attention.query.weight"
+    expected = {name: tensor.numpy() for name, tensor in classifier.vit.state_dict().items()}
+    assert found.keys() == expected.keys()
+    assert all((arrays[found[name]] == expected[name]).all() for name in found)
 
 
 def test_vit_without_a_pooler() -> None:
