@@ -155,27 +155,21 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         if prefetch_depth is not None:
             check_integer("EmbeddingEngine", "prefetch_depth", prefetch_depth, low=0)
         check_choice("EmbeddingEngine", "staleness", staleness, (0, 1))
+        refuse_settings(wire_dtype, reduce)
+        refuse_rows_in_state_dict(rows_in_state_dict)
         self.configs = dict(configs)
         self.pass_through = pass_through
         """True if :meth:`forward` also returns columns that no feature reads."""
-        self.device = device_of(device)
-        if self.device.type != "cpu" and not is_accelerator(self.device):
-            raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(self.device)!r}")
-        refuse_settings(wire_dtype, reduce)
+        self.rows_in_state_dict = rows_in_state_dict
+        """Form of the rows in ``state_dict``; may be changed at any time."""
+        self.device = _output_device(device)
+        self._samples: list[int] = []
+        self._warned_of_dtype = self._warned_of_rows = False
         shared = group_of(group)
-        # Not an explicit choice of the caller: training raises an error once there are other ranks.
-        alone = group is None and shared is None
-        rank, ranks = (0, 1) if shared is None else (distributed.rank(shared), distributed.world_size(shared))
-        row_state = () if self.optimizer_spec is None else self.optimizer_spec.row_state
-        self.plans = plan_tables(self.configs, row_state, coalesce=coalesce, ranks=ranks)
-        self._optional = [name for name, config in self.configs.items() if config.optional]
-        self.tables = [self._table(plan, seed, rank, ranks) for plan in self.plans]
+        self._build_tables(seed, coalesce, shared)
         for table in self.tables:
-            table.built_alone = alone
-        self._readers = [
-            TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
-            for plan in self.plans
-        ]
+            # Not an explicit choice of the caller: training raises an error once there are other ranks.
+            table.built_alone = group is None and shared is None
         self._sharded: ShardedTables | None = None
         if shared is not None:
             self._sharded = shard(
@@ -188,26 +182,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 deduplicate=deduplicate,
                 seed=seed,
             )
-        self._samples: list[int] = []
-        self._warned_of_dtype = self._warned_of_rows = False
-        refuse_rows_in_state_dict(rows_in_state_dict)
-        self.rows_in_state_dict = rows_in_state_dict
-        """Form of the rows in ``state_dict``; may be changed at any time."""
-        if prefetch_depth is None:
-            prefetch_depth = 2 if prefetch_group is not None or (ranks > 1 and ranks == distributed.world_size()) else 0
-        self.prefetch_depth = prefetch_depth if self._sharded is not None else 0
-        """Maximum number of batches that :meth:`prefetch` sends ahead; 0 on one process."""
-        self._prefetcher: Prefetcher | None = None
-        if self._sharded is not None and self.prefetch_depth > 0:
-            self._prefetcher = Prefetcher(
-                self._sharded,
-                list(configs),
-                depth=self.prefetch_depth,
-                staleness=staleness,
-                group=prefetch_group,
-            )
-        for number, table in enumerate(self.tables):
-            self.register_parameter(f"anchor{number}", table.anchor)
+        self._build_prefetcher(prefetch_depth, staleness, prefetch_group)
 
     def make_optimizer(self, **hyperparameters: Any) -> Any:
         """Build the optimizer that the engine was built for, with the engine's tables as parameters.
@@ -234,6 +209,30 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
                 "EmbeddingEngine(..., optimizer=optim.Adam) or another optimizer of recis_hybrid.optim"
             )
         return spec.make(self.parameters(), **{**spec.hyperparameters, **hyperparameters})
+
+    def _build_tables(self, seed: int, coalesce: bool, group: dist.ProcessGroup | None) -> None:
+        rank, ranks = (0, 1) if group is None else (distributed.rank(group), distributed.world_size(group))
+        row_state = () if self.optimizer_spec is None else self.optimizer_spec.row_state
+        self.plans = plan_tables(self.configs, row_state, coalesce=coalesce, ranks=ranks)
+        self._optional = [name for name, config in self.configs.items() if config.optional]
+        self.tables = [self._table(plan, seed, rank, ranks) for plan in self.plans]
+        self._readers = [
+            TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
+            for plan in self.plans
+        ]
+        for number, table in enumerate(self.tables):
+            self.register_parameter(f"anchor{number}", table.anchor)
+
+    def _build_prefetcher(self, depth: int | None, staleness: Literal[0, 1], group: dist.ProcessGroup | None) -> None:
+        sharded = self._sharded
+        if depth is None:
+            all_ranks = sharded is not None and sharded.exchange.size == distributed.world_size()
+            depth = 2 if group is not None or all_ranks else 0
+        self.prefetch_depth = 0 if sharded is None else depth
+        """Maximum number of batches that :meth:`prefetch` sends ahead; 0 on one process."""
+        self._prefetcher: Prefetcher | None = None
+        if sharded is not None and depth > 0:
+            self._prefetcher = Prefetcher(sharded, list(self.configs), depth=depth, staleness=staleness, group=group)
 
     def _table(self, plan: TablePlan, seed: int, rank: int, ranks: int) -> HashTable:
         config = plan.config
@@ -557,6 +556,18 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         missing_keys.extend(key for key in missing if not belongs_to_tables(key, prefix))
         if not are_tables_apart():
             load_rows(self.tables, state_dict, prefix, self.checkpoint_buckets, missing_keys, error_msgs)
+
+
+def _output_device(device: torch.device | str) -> torch.device:
+    """Return a device that the engine supports.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    found = device_of(device)
+    if found.type != "cpu" and not is_accelerator(found):
+        raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(found)!r}")
+    return found
 
 
 def _check_configs(configs: object) -> None:
