@@ -25,31 +25,33 @@ def _load() -> None:
     Raises:
         ImportError: If the CPU library is missing, or one of them cannot be loaded.
     """
-    library = _cpu_library()
-    try:
-        torch.ops.load_library(str(library))
-    except OSError as error:
-        raise ImportError(
-            f"the native library {library.name} of recis_hybrid could not be loaded from {library.parent}: {error}. "
-            f"Likely causes: (1) it was not built: run `pip install --no-build-isolation -e .` in the source folder; "
-            f"(2) it was built for another processor architecture; (3) torch {torch.__version__} is older than 2.11."
-        ) from error
+    version = torch.__version__
+    _load_library(
+        "native",
+        _cpu_library(),
+        f"(1) it was not built: run `pip install --no-build-isolation -e .` in the source folder; (2) it was built for "
+        f"another processor architecture; (3) torch {version} is older than 2.11.",
+    )
     cuda = _FOLDER / "librecis_cuda.so"
     if cuda.exists() and torch.version.cuda is not None:
-        _load_cuda(cuda)
+        _load_library(
+            "CUDA",
+            cuda,
+            f"(1) it was built against another torch than {version} (CUDA {torch.version.cuda}): build it again with "
+            f"`RECIS_CUDA=1 pip install --no-build-isolation -e .` in the source folder; (2) the NVIDIA driver is "
+            f"missing or older than the CUDA runtime that is linked into the library: `nvidia-smi` prints the newest "
+            f"CUDA version that the driver supports; update the driver, or build with an older CUDA toolkit. To use "
+            f"the CPU alone, delete {cuda}.",
+        )
 
 
-def _load_cuda(library: Path) -> None:
+def _load_library(kind: str, library: Path, causes: str) -> None:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
         raise ImportError(
-            f"the CUDA library {library.name} of recis_hybrid could not be loaded from {library.parent}: {error}. "
-            f"Likely causes: (1) it was built against another torch than {torch.__version__} (CUDA "
-            f"{torch.version.cuda}): build it again with `RECIS_CUDA=1 pip install --no-build-isolation -e .` in the "
-            f"source folder; (2) the NVIDIA driver is missing or older than the CUDA runtime that is linked into the "
-            f"library: `nvidia-smi` prints the newest CUDA version that the driver supports; update the driver, or "
-            f"build with an older CUDA toolkit. To use the CPU alone, delete {library}."
+            f"the {kind} library {library.name} of recis_hybrid could not be loaded from {library.parent}: {error}. "
+            f"Likely causes: {causes}"
         ) from error
 
 
