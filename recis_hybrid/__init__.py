@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         ragged as ragged,
         saver as saver,
         serving as serving,
+        towers as towers,
     )
     from recis_hybrid.columnio import ColumnDataset as ColumnDataset
     from recis_hybrid.embedding import (
@@ -54,6 +55,7 @@ _PACKAGES = (
     "ragged",
     "saver",
     "serving",
+    "towers",
 )
 _NAMES = {
     "ColumnDataset": "columnio",

@@ -26,6 +26,7 @@ ROOMS: dict[str, set[str]] = {
         "ragged",
         "saver",
         "serving",
+        "towers",
     },
     "validation": set(),
     "accelerator": set(),
@@ -45,6 +46,8 @@ ROOMS: dict[str, set[str]] = {
     # The caller builds optimizers and features.
     "pipelines": {"ragged", "distributed", "columnio", "embedding", "saver", "metrics"},
     "bridge": set(),
+    # Pretrained models; imports the bridge only to build towers in JAX.
+    "towers": {"ragged", "bridge"},
     # The command line and training from a configuration; nothing imports it.
     "app": {"ragged", "distributed", "columnio", "features", "embedding", "optim", "saver", "metrics", "pipelines"},
 }
@@ -87,6 +90,7 @@ OUTSIDE: dict[str, set[str]] = {
     "pipelines": {"numpy", "pyarrow", "tqdm"},
     "app": {"numpy", "pyarrow", "yaml"},
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "safetensors"},
+    "towers": {"huggingface_hub", "safetensors", "transformers"},
 }
 OUTSIDE_OF_OTHERS = {"numpy"}
 

@@ -1,0 +1,12 @@
+"""Pretrained towers: models of Hugging Face in torch or JAX, with the same parameters in both.
+
+Models are found on this machine and read from safetensors; nothing in their files is executed. The package imports
+transformers and JAX when a tower is built.
+"""
+
+from __future__ import annotations
+
+from recis_hybrid.towers.files import PretrainedFiles as PretrainedFiles, find_pretrained as find_pretrained
+from recis_hybrid.towers.fine_tuning import freeze as freeze
+from recis_hybrid.towers.hf_tower import HfTower as HfTower, hf_tower as hf_tower
+from recis_hybrid.towers.pooling import pool as pool

@@ -1,0 +1,188 @@
+"""Pretrained models in torch, as modules of transformers. :mod:`recis_hybrid.towers._in_jax` has the same functions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recis_hybrid.towers.files import INSTALL, PretrainedFiles, ReadWeights
+
+ALIGNMENT = 64
+"""Alignment in bytes that JAX requires to share memory."""
+_BUFFERS = ("position_ids", "token_type_ids", "inv_freq", "mask_token")
+_POSITIONS = ("position_embeddings", "position_embedding")
+_LISTED = 5
+
+
+def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool) -> nn.Module:
+    """Build the module of transformers, and read its weights into memory that JAX can share.
+
+    Args:
+        files: The files.
+        dtype: Dtype of the parameters.
+        pooled: Whether the output is the model's own pooled one.
+
+    Raises:
+        ImportError: If transformers is not installed.
+        ValueError: If the weights do not fit the configuration, or transformers does not know the model.
+    """
+    try:
+        from transformers import AutoConfig, AutoModel
+    except ModuleNotFoundError as error:
+        raise ImportError(f"hf_tower: framework='torch' requires {error.name!r}; {INSTALL}") from error
+    with _quiet():
+        config = AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
+        if "is_causal" in files.config:
+            config.is_causal = files.config["is_causal"]
+        model, found = AutoModel.from_pretrained(
+            files.folder,
+            config=config,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            ignore_mismatched_sizes=True,  # checked below, by name
+            output_loading_info=True,
+        )
+    _check_loaded(model, found, str(files.folder))
+    prefix = f"{model.base_model_prefix}."
+    names = {}
+    for name, _ in model.named_parameters():
+        # A name that transformers converts counts as absent.
+        for own in (name, prefix + name):
+            if own in files.shapes:
+                names[name] = own
+    model.weight_files = ReadWeights(files, names, dtype)
+    return share(model, pooled)
+
+
+def share(model: nn.Module, pooled: bool) -> nn.Module:
+    """Return a module of transformers, after moving its parameters to memory that JAX can share.
+
+    Parameters that do not affect the output are excluded from training.
+
+    Args:
+        model: The module, or a larger one that contains it.
+        pooled: Whether the output is the model's own pooled one.
+    """
+    model = getattr(model, "base_model", model)
+    align(model.parameters())
+    if not pooled:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and not only_pooled(name))
+    return model
+
+
+def run(model: nn.Module, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
+    """Compute the model.
+
+    Args:
+        model: The result of :func:`load`.
+        inputs: The inputs by name.
+        pooled: Whether to return the model's own pooled output.
+
+    Returns:
+        The hidden states after the last layer, ``[B, T, D]``, or the pooled output, ``[B, P]``.
+
+    Raises:
+        ValueError: If the model has no such output.
+    """
+    output: Any = model(**inputs)
+    found = output.get("pooler_output" if pooled else "last_hidden_state")
+    if found is None:
+        raise no_output(type(model).__name__, pooled)
+    return found  # type: ignore[no-any-return]
+
+
+def describe(model: nn.Module) -> tuple[str, int | None]:
+    """Return the name of the model's first input, and the largest number of tokens per row, None for no limit."""
+    name = str(getattr(model, "main_input_name", "input_ids"))
+    longest = None
+    for path, module in model.named_modules():
+        if name == "input_ids" and path.endswith(_POSITIONS) and isinstance(module, nn.Embedding):
+            # With a padding index, positions are counted from it.
+            longest = module.num_embeddings - (0 if module.padding_idx is None else module.padding_idx + 1)
+    return name, longest
+
+
+def no_output(name: str, pooled: bool) -> ValueError:
+    """Return the error for a model without pooled output, or without hidden states."""
+    if pooled:
+        return ValueError(f"HfTower: the model, {name}, has no pooled output; choose another pool")
+    return ValueError(f"HfTower: the model, {name}, has no hidden states; use an encoder or a decoder")
+
+
+def align(parameters: Iterable[nn.Parameter]) -> None:
+    """Move parameters to contiguous memory of torch's allocator, unless JAX can share theirs.
+
+    Those of memory-mapped files are rarely aligned, and each call would copy them.
+    """
+    for parameter in parameters:
+        if not parameter.is_contiguous() or parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
+
+
+def only_pooled(name: str) -> bool:
+    """Return whether a parameter affects the pooled output but not the hidden states."""
+    return name.startswith("pooler.") or ".post_layernorm." in f".{name}"
+
+
+def _check_loaded(model: Any, found: Mapping[str, Any], where: str) -> None:
+    """Raise ValueError if weights are missing, misshapen or left over, and remove a pooler that has no weights.
+
+    Args:
+        model: The module.
+        found: The loading information of transformers.
+        where: The folder, for messages.
+    """
+    mismatched = sorted(found["mismatched_keys"])
+    if mismatched:
+        name, shape, expected = mismatched[0]
+        raise ValueError(
+            f"{where}: parameter {name!r} must have shape {list(expected)} by config.json, got {list(shape)}; check "
+            "that config.json and the weights belong together"
+        )
+    missing = sorted(found["missing_keys"])
+    if missing and all(name.startswith("pooler.") for name in missing) and hasattr(model, "pooler"):
+        # transformers would initialize it randomly.
+        model.pooler, missing = None, []
+    if missing:
+        raise ValueError(f"{where}: the weights lack {_some(missing)}; check that all files are present")
+    prefix = f"{model.base_model_prefix}."
+    roots = {name.partition(".")[0] for name, _ in model.named_parameters()}
+    unexpected = [
+        name
+        for name in sorted(found["unexpected_keys"])
+        if name.removeprefix(prefix).partition(".")[0] in roots and not name.endswith(_BUFFERS)
+    ]
+    if unexpected:
+        raise ValueError(
+            f"{where}: config.json does not provide for these parameters of the weights: {_some(unexpected)}; check "
+            "that config.json and the weights belong together"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    others = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ", ".join(map(repr, names[:_LISTED])) + others
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Suppress the progress bar and the report of transformers, whose content is checked instead."""
+    from transformers.utils import logging as untyped
+
+    logging: Any = untyped
+    verbosity, has_bar = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if has_bar:
+            logging.enable_progress_bar()
