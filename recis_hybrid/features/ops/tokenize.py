@@ -5,10 +5,12 @@ Letters: B rows of a batch, L tokens of a row.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from itertools import chain
 from os import PathLike
 from pathlib import Path
@@ -43,6 +45,8 @@ class Tokenize:
     Tokenizing runs in the calling thread; readers run it in theirs (see :meth:`FeatureEngine.reading_part`). The
     library's own threads, which hang in forked processes, are switched off for this process and its children by
     ``TOKENIZERS_PARALLELISM=false``.
+
+    The operation is also a function from texts to their token ids, ``Tokenize(...)(["red phone"])``.
 
     Args:
         path: A ``tokenizer.json``, or the folder of a model that contains it. If there is a ``config.json`` beside it,
@@ -112,6 +116,21 @@ class Tokenize:
             return [[tokens]]
         lengths = tuple(sorted({*self.pad_to, self.max_length}))
         return [[tokens, PadTokens(str(self.file), lengths, self.pad_id)], [tokens, TokenMask(lengths)]]
+
+    def __call__(self, texts: Sequence[str]) -> RaggedTensor:
+        """Return the token ids of texts, int64, without padding; raises as a feature does."""
+        if isinstance(texts, str):
+            raise TypeError(f"Tokenize: texts must be a list of strings, got {texts!r}; write [{texts!r}]")
+        tokens = _kernel_of(TokenIds(replace(self, pad_to=None, pad_id=None)), self.digest)
+        column = tokens(Column.of(RaggedTensor.from_strings(texts)))
+        assert column.offsets is not None
+        return RaggedTensor(column.values, column.offsets)
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that determines the token ids of a text, as 64 hexadecimal digits."""
+        settings = f"{self.max_length}, {self.truncate}, {self.allow_empty}\n".encode()
+        return hashlib.sha256(settings + self.file.read_bytes()).hexdigest()
 
     def load(self) -> Any:
         """Return the tokenizer, as a ``tokenizers.Tokenizer`` with these settings; see the class for errors."""
@@ -193,6 +212,12 @@ class TokenIds:
 
     def __str__(self) -> str:
         return str(self.settings)
+
+
+@lru_cache(maxsize=4)
+def _kernel_of(op: TokenIds, digest: str) -> Kernel:
+    """Return the kernel of an operation, loaded once for each content of its file."""
+    return op.kernel()
 
 
 @dataclass(frozen=True)

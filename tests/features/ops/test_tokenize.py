@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
 import subprocess
 import sys
 from importlib import resources
@@ -102,6 +103,24 @@ def test_lists_of_texts_and_several_features(small: Path) -> None:
     assert found["a_input_ids"] == found["b_input_ids"] == [[2, 4, 3, 0]]
     assert found["c_input_ids"] == [[2, 4, 6, 9, 3, 0, 0, 0]]
     assert found["c_attention_mask"] == [[1, 1, 1, 1, 1, 0, 0, 0]]
+
+
+def test_calls_and_digests(small: Path, tmp_path: Path) -> None:
+    op = Tokenize(small, 8, pad_to=[4])
+    assert op(["red", "blue phones", "red"]).to_lists() == [[2, 4, 3], [2, 5, 6, 9, 3], [2, 4, 3]]
+    assert pickle.loads(pickle.dumps(op)) == op
+    with pytest.raises(ValueError, match="texts must not be empty, got '' in row 1"):
+        op(["red", ""])
+    with pytest.raises(TypeError, match=r"texts must be a list of strings, got 'red'; write \['red'\]"):
+        op("red")
+    assert op.digest == Tokenize(small / "tokenizer.json", 8).digest
+    others = [Tokenize(small, 9), Tokenize(small, 8, truncate=True), Tokenize(small, 8, allow_empty=True)]
+    plain = write(tmp_path / "plain", special=False)
+    assert len({op.digest, *(each.digest for each in others), Tokenize(plain, 8).digest}) == 5
+    changing = Tokenize(plain, 8)
+    assert changing(["red"]).to_lists() == [[4]]
+    write(plain)
+    assert changing(["red"]).to_lists() == [[2, 4, 3]]
 
 
 def test_pad_ids(tmp_path: Path) -> None:
