@@ -12,6 +12,7 @@ from recis_hybrid.embedding.engine import (
     dense_parameters as dense_parameters,
 )
 from recis_hybrid.embedding.eviction import Eviction as Eviction, Rows as Rows, Unused as Unused
+from recis_hybrid.embedding.gradients import exchange_gradients as exchange_gradients
 from recis_hybrid.embedding.initializers import (
     Constant as Constant,
     Initializer as Initializer,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from recis_hybrid.embedding import Anchor
+from recis_hybrid.embedding import Anchor, exchange_gradients
 from recis_hybrid.validation import check_number, describe_value
 
 
@@ -38,13 +38,14 @@ def clip_row_norm_(parameters: Iterable[Tensor], max_norm: float) -> None:
     check_number("clip_row_norm_", "max_norm", max_norm)
     if not max_norm > 0:
         raise ValueError(f"clip_row_norm_: max_norm must be above 0, got {max_norm}")
-    for anchor in parameters:
-        if not isinstance(anchor, Anchor):
-            continue
+    anchors = [parameter for parameter in parameters if isinstance(parameter, Anchor)]
+    for anchor in anchors:
         if anchor.table.layout.whole_dim is not None:
             names = ", ".join(member.name for member in anchor.table.members)
             raise ValueError(
                 f"clip_row_norm_: rows of the table {names} are split by column over ranks, so that no rank has "
                 f"the gradient of a whole row; use another sharding, or torch.nn.utils.clip_grad_norm_"
             )
-        anchor.table.clip_row_gradients(max_norm)
+    with exchange_gradients(anchors):
+        for anchor in anchors:
+            anchor.table.clip_row_gradients(max_norm)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.embedding import Constant, EmbeddingConfig, EmbeddingEngine, exchange_gradients
 from recis_hybrid.embedding.distributed import exchange
 from recis_hybrid.embedding.table.blocks import EmbeddingBlocks
 from recis_hybrid.ragged import RaggedTensor
@@ -240,8 +240,31 @@ def device_collectives(engine: EmbeddingEngine) -> Iterator[list[int]]:
         yield inside
 
 
+def clip_norm(engine: EmbeddingEngine, step: Callable[[], None]) -> None:
+    with exchange_gradients(engine.parameters()):
+        torch.nn.utils.clip_grad_norm_(engine.parameters(), 0.5)
+        step()
+
+
+def clip_norm_table_by_table(engine: EmbeddingEngine, step: Callable[[], None]) -> None:
+    torch.nn.utils.clip_grad_norm_(engine.parameters(), 0.5)
+    step()
+
+
+def clip_rows(engine: EmbeddingEngine, step: Callable[[], None]) -> None:
+    with exchange_gradients(engine.parameters()):
+        optim.clip_row_norm_(engine.parameters(), 0.1)
+        step()
+
+
 def sharded(
-    group: dist.ProcessGroup, device: str, tables: int, settings: dict[str, Any], sharding: str, unused: bool
+    group: dist.ProcessGroup,
+    device: str,
+    tables: int,
+    settings: dict[str, Any],
+    sharding: str,
+    unused: bool,
+    update: Callable[[EmbeddingEngine, Callable[[], None]], None] = lambda engine, step: step(),
 ) -> dict[str, Any]:
     """Train on several ranks; return the rows, and the waits of each step outside of collectives."""
     rank = dist.get_rank(group)
@@ -264,7 +287,7 @@ def sharded(
         optimizer.zero_grad()
         vectors = engine(ids)
         sum(part.square().sum() for name, part in vectors.items() if not (unused and name[0] == "b")).backward()
-        optimizer.step()
+        update(engine, optimizer.step)
         waits.append(emulated.counts()["synchronizations"] - inside[0] - before if device == ON else 0)
 
     waits: list[int] = []
@@ -303,6 +326,42 @@ def test_ranks_wait_for_split_sizes_once_for_all_tables(
         # Once for the ids and once for the gradients; once more to count the gradients, if only some ids have any.
         assert ours["waits"][-1] == 2 + unused
         assert all(torch.equal(one, other) for one, other in zip(ours["rows"], theirs["rows"], strict=True))
+
+
+@pytest.mark.parametrize("tables", [1, 3])
+@pytest.mark.parametrize(("update", "sharding"), [(clip_norm, "row"), (clip_norm, "column"), (clip_rows, "row")])
+def test_ranks_wait_for_split_sizes_once_if_they_clip(
+    ranks: Ranks, tables: int, update: Callable[..., None], sharding: str
+) -> None:
+    plainly = clip_norm_table_by_table if update is clip_norm else update
+    found = ranks.run(2, sharded, ON, tables, {}, sharding, True, update)
+    expected = ranks.run(2, sharded, "cpu", tables, {}, sharding, True, plainly)
+    unclipped = ranks.run(2, sharded, "cpu", tables, {}, sharding, True)
+    for ours, theirs, others in zip(found, expected, unclipped, strict=True):
+        assert ours["waits"][-1] == 3
+        assert all(torch.equal(one, other) for one, other in zip(ours["rows"], theirs["rows"], strict=True))
+        assert not any(torch.equal(one, other) for one, other in zip(ours["rows"], others["rows"], strict=True))
+
+
+def backward_within(group: dist.ProcessGroup) -> list[str]:
+    """Return the error of backward within the block, and the row after the step that follows."""
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=1, initializer=Constant(0.0))}, group=group, prefetch_depth=0)
+    optimizer = optim.SGD(engine.parameters(), lr=1.0)
+    vectors = engine({"id": torch.tensor([7])})["id"]
+    vectors.sum().backward(retain_graph=True)
+    with exchange_gradients(engine.parameters()), pytest.raises(RuntimeError) as error:
+        vectors.sum().backward(retain_graph=True)
+    if dist.get_rank(group) == 0:  # later, one rank alone may have further gradients
+        vectors.sum().backward()
+    optimizer.step()
+    return [str(error.value), *(str(table.export_all()[0]["embedding"].tolist()) for table in engine.tables)]
+
+
+def test_backward_within_the_block_is_refused(ranks: Ranks) -> None:
+    results = ranks.run(2, backward_within)
+    assert all("table id: backward ran within exchange_gradients()" in error for error, _ in results)
+    # The mean over ranks of 1 before the block, and of 1 on rank 0 after it.
+    assert sorted(rows for _, rows in results) == ["[[-1.5]]", "[]"]
 
 
 def through_host(group: dist.ProcessGroup, tables: int) -> tuple[int, int]:

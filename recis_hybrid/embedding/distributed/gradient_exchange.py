@@ -123,6 +123,7 @@ class GradientExchange:
         self.everywhere = routing.everywhere
         self.columns = routing.columns
         self.dim = dim
+        self.exchanged = False
         self._lookups: list[SharedLookup] = []
         self._announced: tuple[list[Sending], list[list[int]]] | None = None
 
@@ -151,13 +152,13 @@ class GradientExchange:
 
         So the host waits for the device once, not once for each table. The next :meth:`fetch` of each table uses them.
         """
-        shared = [each for each in tables if isinstance(each, GradientExchange)]
+        shared = [each for each in tables if isinstance(each, GradientExchange) and not each.exchanged]
         for exchange in dict.fromkeys(each.exchange for each in shared):
             _announce(exchange, [each for each in shared if each.exchange is exchange])
 
     def fetch(self) -> list[tuple[Lookup, Part]]:
         """Exchange the gradients of all lookups, and return those of this rank's rows; collective."""
-        if not self._lookups:
+        if not self._lookups or self.exchanged:
             return []
         if self._announced is None:
             _announce(self.exchange, [self])

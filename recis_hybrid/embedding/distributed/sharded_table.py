@@ -208,6 +208,11 @@ class ShardedTable:
 
     def add_gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> None:
         """Add the gradients of a training lookup, which are exchanged later; None for a feature without one."""
+        if self.gradients.exchanged:
+            raise RuntimeError(
+                f"table {self.table.name}: backward ran within exchange_gradients(), where no gradients are exchanged; "
+                f"run it before the block"
+            )
         part = gradient_part(
             self.table.name,
             lookup.places,

@@ -65,6 +65,9 @@ class RemoteGradients(Protocol):
     # A protocol, although GradientExchange is the only implementation: embedding.distributed imports this package, so
     # a HashTable cannot import the class.
 
+    exchanged: bool
+    """True if no gradients can be waiting on any rank; then :meth:`announce` and :meth:`fetch` do nothing."""
+
     def __bool__(self) -> bool:
         """Return whether this rank has any."""
 

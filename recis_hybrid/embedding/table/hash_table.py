@@ -35,7 +35,7 @@ from recis_hybrid.embedding.table.store import RowStore
 from recis_hybrid.ops.update import Gradients
 
 
-@outside_graphs("gradient_norm", "clip_row_gradients")
+@outside_graphs("gradient_norm", "clip_row_gradients", "announce_gradients", "fetch_gradients")
 class HashTable:
     """A growing, collision-free table of records for one or more member tables.
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from recis_hybrid import distributed
-from recis_hybrid.embedding import EmbeddingEngine
+from recis_hybrid.embedding import EmbeddingEngine, exchange_gradients
 from recis_hybrid.metrics import Metric
 from recis_hybrid.pipelines.arguments import (
     Trainable,
@@ -448,10 +448,24 @@ class TorchStep:
                 parameter.requires_grad_(True)
 
     def _update(self) -> dict[str, Tensor]:
-        norm = {}
         if distributed.world_size() > 1:
             with self.observer.phase("exchange"):
                 self._sync.finish()
+        groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
+        with exchange_gradients([parameter for group in groups for parameter in group["params"]]):
+            norm = self._step_optimizers()
+        if self._scaler.is_enabled():
+            # Row gradients left by a skipped update would protect their rows from eviction.
+            for optimizer in self.optimizers.values():
+                optimizer.zero_grad()
+        for schedule in self.schedules:
+            schedule.step()
+        self.updates += 1
+        return norm
+
+    def _step_optimizers(self) -> dict[str, Tensor]:
+        """Clip and unscale gradients, let all optimizers step, and return the norm of the gradients, if clipped."""
+        norm = {}
         if self.clip_grad_norm is not None:
             if self._scaler.is_enabled():
                 for optimizer in self.optimizers.values():
@@ -474,13 +488,6 @@ class TorchStep:
                 optimizer.step()
         if scaled:
             self._scaler.update()
-        if self._scaler.is_enabled():
-            # Row gradients left by a skipped update would protect their rows from eviction.
-            for optimizer in self.optimizers.values():
-                optimizer.zero_grad()
-        for schedule in self.schedules:
-            schedule.step()
-        self.updates += 1
         return norm
 
     def _trained(self) -> list[nn.Parameter]:
