@@ -26,9 +26,10 @@ COUNTS = "tests/ops/test_thread_schedules.py::test_ids_are_counted_exactly"
 FULL = "tests/ops/test_thread_schedules.py::test_a_full_map_refuses_ids_and_ends"
 GROUPS = "tests/ops/test_thread_schedules.py::test_groups_and_sums_are_those_of_the_cpu"
 LOOKUPS = "tests/ops/test_thread_schedules.py::test_a_training_lookup_is_that_of_the_cpu"
+CACHE = "tests/ops/test_thread_schedules.py::test_a_cache_loses_no_record"
 ADAM = "tests/optim/test_thread_schedules.py::test_training_is_that_of_the_cpu[adam]"
 ROWWISE = "tests/optim/test_thread_schedules.py::test_training_is_that_of_the_cpu[rowwise_adagrad]"
-ALL = [IDS, COUNTS, FULL, GROUPS, LOOKUPS, ADAM, ROWWISE]
+ALL = [IDS, COUNTS, FULL, GROUPS, LOOKUPS, CACHE, ADAM, ROWWISE]
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,38 @@ MUTANTS = [
         "tiles, position_sources, nullptr);",
         ["group"],
         [GROUPS, LOOKUPS],
+    ),
+    Mutant(
+        "replaced_records_not_written_back",
+        "csrc/core/cache.h",
+        "if (old != nullptr) reinterpret_cast<Word<16>*>(old)[w] = *at;",
+        "",
+        ["cache"],
+        [CACHE, ADAM],
+    ),
+    Mutant(
+        "way_claimed_without_comparing",
+        "csrc/core/cache.h",
+        "if (!compare_exchange(cache.states + first + way, seen, now.used(1, false))) return Claim::kLost;",
+        "store_relaxed(cache.states + first + way, now.used(1, false));",
+        ["cache"],
+        [CACHE],
+    ),
+    Mutant(
+        "way_of_this_lookup_replaced",
+        "csrc/core/cache.h",
+        "if (now.is_used_now({state})) continue;",
+        "",
+        ["cache"],
+        [CACHE],
+    ),
+    Mutant(
+        "state_changed_while_lanes_read_it",
+        "csrc/core/cache.h",
+        "const uint64_t state = lanes_min(lanes.rank == 0 ? cache.states[way] : ~uint64_t{0}, lanes);",
+        "const uint64_t state = cache.states[way];",
+        ["cache"],
+        [CACHE],
     ),
     Mutant(
         "positions_without_a_row_grouped",

@@ -126,6 +126,15 @@ void for_each_cpu(const Executor& executor, int64_t n, int64_t grain, const Kern
   executor(n, grain, [&kernel](int64_t begin, int64_t end) { detail::run_range(kernel, begin, end); });
 }
 
+#if defined(__CUDA_ARCH__)
+// The mask of the threads of a group, for shuffles.
+RECIS_HD unsigned lanes_mask(ManyLanes lanes) {
+  const unsigned group = lanes.size == 32 ? 0xffffffffu : (1u << lanes.size) - 1;
+  const unsigned mask = group << (threadIdx.x % 32 - lanes.rank);
+  return mask;
+}
+#endif
+
 template <class T>
 RECIS_HD T lanes_sum(T x, OneLane) {
   return x;
@@ -135,9 +144,22 @@ RECIS_HD T lanes_sum(T x, OneLane) {
 template <class T>
 RECIS_HD T lanes_sum(T x, [[maybe_unused]] ManyLanes lanes) {
 #if defined(__CUDA_ARCH__)
-  const unsigned group = lanes.size == 32 ? 0xffffffffu : (1u << lanes.size) - 1;
-  const unsigned mask = group << (threadIdx.x % 32 - lanes.rank);
+  const unsigned mask = lanes_mask(lanes);
   for (int distance = lanes.size / 2; distance > 0; distance /= 2) x += __shfl_xor_sync(mask, x, distance);
+#endif
+  return x;
+}
+
+RECIS_HD uint64_t lanes_min(uint64_t x, OneLane) { return x; }
+
+// The minimum over a group of threads, likewise.
+RECIS_HD uint64_t lanes_min(uint64_t x, [[maybe_unused]] ManyLanes lanes) {
+#if defined(__CUDA_ARCH__)
+  const unsigned mask = lanes_mask(lanes);
+  for (int distance = lanes.size / 2; distance > 0; distance /= 2) {
+    const uint64_t other = __shfl_xor_sync(mask, x, distance);
+    x = other < x ? other : x;
+  }
 #endif
   return x;
 }

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "core/blocks.h"
+#include "core/cache.h"
 #include "core/distinct.h"
 #include "core/for_each.h"
 #include "core/gather.h"
@@ -317,9 +318,55 @@ void distinct_by_owner() {
   CHECK(results[0] == results[2] && results[1] == results[3]);
 }
 
+// Lookups through a cache of a few sets: no record is lost, and every row is read as it was written last.
+void cached_records() {
+  constexpr int64_t kRows = 1000;
+  constexpr int64_t kSets = 5;
+  constexpr int64_t kAll = kSets * kWays;
+  Table table(64);
+  // Rows of the cache follow those of the table, from the next block on.
+  const int64_t first_place = (kRows + (1 << kBlockShift) - 1) >> kBlockShift << kBlockShift;
+  const BlocksRef blocks = table.blocks(first_place + kAll);
+  std::vector<uint32_t> tags(kAll + 4, kNoTag);
+  uint32_t* aligned = tags.data() + (16 - reinterpret_cast<uintptr_t>(tags.data()) % 16) % 16 / 4;
+  std::vector<uint64_t> states(kAll, 0);
+  std::vector<int64_t> counters(kCounterCopies * kCacheCounters, 0);
+  const CacheRef cache{aligned, states.data(), counters.data(), kSets, first_place};
+  std::vector<uint64_t> expected(kRows, 0);
+  const auto word = [&](int64_t place) { return reinterpret_cast<uint64_t*>(blocks.record(place)); };
+  for (int64_t row = 0; row < kRows; ++row) std::fill_n(word(row), kRecordBytes / 8, 0);
+  std::mt19937_64 random(5);
+  const Threads threads{kThreads};
+  for (uint64_t number = 1; number <= 40; ++number) {
+    std::set<int64_t> distinct;
+    const int64_t range = number % 7 == 0 ? kRows : 300;
+    while (distinct.size() < 200) distinct.insert(static_cast<int64_t>(random() % range));
+    const std::vector<int64_t> rows(distinct.begin(), distinct.end());
+    const auto n = static_cast<int64_t>(rows.size());
+    std::vector<uint8_t> missing(n);
+    std::vector<int64_t> places(n);
+    const CacheTime now{number, number / 8};
+    for_each_cpu(threads, n, 1, TouchRows{cache, rows.data(), now, missing.data()});
+    for_each_cpu(threads, n, 1, ClaimWays{cache, blocks, rows.data(), now, missing.data()});
+    for_each_cpu(threads, n, 1, LocateRows<true>{cache, rows.data(), places.data()});
+    CHECK(std::set<int64_t>(places.begin(), places.end()).size() == rows.size());
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(word(places[i])[0] == expected[rows[i]] && word(places[i])[kRecordBytes / 8 - 1] == expected[rows[i]]);
+      expected[rows[i]] = random();
+      std::fill_n(word(places[i]), kRecordBytes / 8, expected[rows[i]]);
+    }
+  }
+  for_each_cpu(threads, kAll, 1, WriteBackWays{cache, blocks});
+  for (int64_t row = 0; row < kRows; ++row) CHECK(word(row)[0] == expected[row]);
+  int64_t sums[kCacheCounters] = {};
+  for (size_t k = 0; k < counters.size(); ++k) sums[k % kCacheCounters] += counters[k];
+  CHECK(sums[kHits] + sums[kMisses] == 40 * 200 && sums[kHits] > 0 && sums[kBypassed] > 0 && sums[kWrittenBack] > kAll);
+}
+
 }  // namespace
 
 int main() {
+  cached_records();
   grouped_inserts();
   distinct_by_owner();
   for (int round = 0; round < 5; ++round) {

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from recis_hybrid.ops import (
     blocks as blocks,
+    cache as cache,
     checksum as checksum,
     faults as faults,
     gather as gather,

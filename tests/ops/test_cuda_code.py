@@ -66,6 +66,14 @@ def test_probes_read_a_slot_by_one_access(kernels: dict[str, ptx.Kernel]) -> Non
         assert 16 in kernels[name].loads, name
 
 
+def test_cached_records_move_by_16_bytes(kernels: dict[str, ptx.Kernel]) -> None:
+    for name, others in (("ClaimWays", {4}), ("WriteBackWays", {8})):  # the tag or the state of a way
+        assert 16 in kernels[name].loads, name
+        assert set(kernels[name].stores) == {16, *others}, name
+    for name in ("TouchRows", "LocateRows<false>", "LocateRows<true>"):
+        assert 16 in kernels[name].loads, f"{name}: tags"
+
+
 def test_registers_and_stack_are_those_of_the_table(kernels: dict[str, ptx.Kernel]) -> None:
     version, table = ptx.read_table()
     found = {name: (kernel.registers, kernel.stack) for name, kernel in kernels.items()}

@@ -12,11 +12,20 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from tests.ops import test_blocks, test_hash, test_id_map, test_program, test_ragged, test_transform, test_update
+from tests.ops import (
+    test_blocks,
+    test_cache,
+    test_hash,
+    test_id_map,
+    test_program,
+    test_ragged,
+    test_transform,
+    test_update,
+)
 from tests.ops.test_operators import HOST_ONLY, OPERATORS
 
 Call = tuple[Any, tuple[Any, ...]]
-MODULES = (test_blocks, test_hash, test_id_map, test_program, test_ragged, test_transform, test_update)
+MODULES = (test_blocks, test_cache, test_hash, test_id_map, test_program, test_ragged, test_transform, test_update)
 REFUSAL = re.compile(
     r"(\w+)( or \w+)* must be on the device of the operator's first tensor|the operator's first tensor"
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -13,6 +14,7 @@ from recis_hybrid.embedding import IdMap
 from recis_hybrid.embedding.table.id_map import IdCounts
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
+from tests.support.caches import FLOATS, Cached
 from tests.support.devices import EDGE_IDS
 from tests.support.schedules import Schedule, on_schedules
 from tests.support.tables import feature, gathered, make_table
@@ -213,6 +215,22 @@ def test_a_training_lookup_is_that_of_the_cpu(schedule: Schedule) -> None:
                 assert torch.equal(ours, theirs)
             assert found[0][1] == found[1][1]
             assert len(tables[0]) == len(tables[1])
+
+
+@on_schedules(12)
+def test_a_cache_loses_no_record(schedule: Schedule) -> None:
+    with schedule.running() as generator:
+        model = Cached(DEVICE, rows=80, sets=1)
+        for number in range(4):
+            rows = torch.randperm(80, generator=generator)[: small(generator, 1, 40)].tolist()
+            model.admit(rows, number, number // 2)
+            values = torch.rand(len(rows), FLOATS, generator=generator).numpy()
+            model.write(rows, values)
+            if small(generator, 0, 3) == 0:
+                ops.cache.write_back(model.blocks, model.cache)
+        assert np.array_equal(model.read(list(range(80))), model.values)
+        ops.cache.write_back(model.blocks, model.cache)
+        assert np.array_equal(model.host.cpu(), model.values)
 
 
 @pytest.mark.emulated

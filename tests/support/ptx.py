@@ -20,7 +20,7 @@ import torch
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = ROOT / "tests" / "ops" / "cuda_kernels.txt"
 FOLDER = ROOT / "build" / "ptx"
-SOURCES = ("gather", "id_map", "update")
+SOURCES = ("cache", "gather", "id_map", "update")
 ARCH = 90
 _ACCESS = re.compile(r"\b(ld|st)\.(\S+) ")
 _SIZE = {"8": 1, "16": 2, "32": 4, "64": 8}

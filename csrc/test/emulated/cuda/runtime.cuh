@@ -48,6 +48,10 @@ inline double __shfl_xor_sync(uint32_t mask, double x, int distance) {
   return std::bit_cast<double>(emulated::Machine::get().shuffle_xor(mask, std::bit_cast<uint64_t>(x), distance));
 }
 
+inline uint64_t __shfl_xor_sync(uint32_t mask, uint64_t x, int distance) {
+  return emulated::Machine::get().shuffle_xor(mask, x, distance);
+}
+
 inline uint32_t __ballot_sync(uint32_t mask, bool vote) { return emulated::Machine::get().ballot(mask, vote); }
 
 inline int __ffs(int bits) { return __builtin_ffs(bits); }
