@@ -35,7 +35,7 @@ def gather(bench: Bench, dim: int) -> Iterator[Measured]:
     def step(batches: Iterator[Tensor]) -> Callable[[], None]:
         def run() -> None:
             ops.gather.gather_bags(
-                blocks.handle, layout.element, dim, next(batches), bags, [], [-1], none, out, [0], None
+                blocks.whole(), layout.element, dim, next(batches), bags, [], [-1], none, out, [0], None
             )
 
         return run

@@ -35,6 +35,7 @@ from recis_hybrid.embedding.table.blocks import EmbeddingBlocks as EmbeddingBloc
 from recis_hybrid.embedding.table.hash_table import Anchor as Anchor, HashTable as HashTable
 from recis_hybrid.embedding.table.id_map import IdMap as IdMap
 from recis_hybrid.embedding.table.lookup import FeatureIds as FeatureIds, Lookup as Lookup
+from recis_hybrid.embedding.table.record_cache import CacheStatistics as CacheStatistics
 from recis_hybrid.embedding.table.record_layout import (
     MemberTable as MemberTable,
     RecordLayout as RecordLayout,

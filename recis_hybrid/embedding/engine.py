@@ -479,9 +479,11 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         return {part: sum(report[part] for report in reports) for part in reports[0]}
 
     def describe(self) -> str:
-        """Return a text table with one line per logical table: width, record, rows, memory, placement, features."""
+        """Return a text table with one line per logical table: width, record, rows, memory, place, features, cache."""
         sizes = [(len(table), table.memory()["total"]) for table in self.tables]
-        return describe_plans(self.plans, sizes, self.device, sharded=self._sharded is not None)
+        uses = [table.cache_statistics() for table in self.tables]
+        hit_rates = [None if use is None else use.hit_rate for use in uses]
+        return describe_plans(self.plans, sizes, hit_rates, self.device, sharded=self._sharded is not None)
 
     def extra_repr(self) -> str:
         """Return :meth:`describe`, for the module's repr."""

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from recis_hybrid.accelerator import accelerator, is_accelerator
+from recis_hybrid.validation import check_integer
 
 
 def device_of(device: torch.device | str, index: int | None = None) -> torch.device:
@@ -25,21 +26,38 @@ def device_of(device: torch.device | str, index: int | None = None) -> torch.dev
 class Placement:
     """Devices of a table's IDMap and blocks; the engine's outputs are on the engine's device regardless.
 
+    With pinned blocks, a table may be larger than the GPU's memory. With ``cache_bytes``, the records that are looked
+    up most often are also in a cache on the GPU; results are bitwise the same.
+
     Example:
         >>> Placement(id_map="cpu", blocks="cpu").blocks
         'cpu'
+        >>> large = Placement(id_map="cuda", blocks="pinned", cache_bytes=8 << 30)
     """
 
     id_map: Literal["cpu", "cuda"]
     """Device on which ids are looked up."""
     blocks: Literal["cpu", "cuda", "pinned"]
     """Memory of the records: host memory, used by the CPU; GPU memory; or pinned host memory, used by the GPU."""
+    cache_bytes: int = 0
+    """GPU memory for copies of pinned records, allocated at the first training lookup; 0: none.
+
+    Training lookups copy the records of their ids, optimizer state included, into the cache, where they replace those
+    that are used least often; changed records are written back when they are replaced. Lookups in evaluation mode or in
+    tables with ``trainable=False`` never change the cache. Coalesced tables share one. ``HashTable.cache_statistics``
+    and the log of a Trainer have the hit rate."""
 
     def __post_init__(self) -> None:
         if self.id_map not in ("cpu", "cuda"):
             raise ValueError(f"Placement: id_map must be 'cpu' or 'cuda', got {self.id_map!r}")
         if self.blocks not in ("cpu", "cuda", "pinned"):
             raise ValueError(f"Placement: blocks must be 'cpu', 'cuda' or 'pinned', got {self.blocks!r}")
+        check_integer("Placement", "cache_bytes", self.cache_bytes, low=0)
+        if self.cache_bytes and self.blocks != "pinned":
+            raise ValueError(
+                f"Placement: cache_bytes={self.cache_bytes} needs blocks='pinned', got blocks={self.blocks!r}; "
+                f"use blocks='pinned', or cache_bytes=0"
+            )
 
     @staticmethod
     def on(device: torch.device) -> Placement:

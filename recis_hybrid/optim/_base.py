@@ -219,7 +219,8 @@ class SparseOptimizer(torch.optim.Optimizer):
         # A new optimizer continues from the table's step count, to which the moments in its rows belong.
         step = state.get("step", table.step) + 1
         if gradients is not None:
-            self._update(table, table.records(gradients), gradients, group, step)
+            records, gradients = table.records(gradients)
+            self._update(table, records, gradients, group, step)
         state["step"] = step
         table.step += 1
 

@@ -19,6 +19,7 @@ from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Placement, Rows
 from recis_hybrid.saver import Saver
 from tests.support import rank_processes
+from tests.support.caches import cached
 from tests.support.devices import late_streams, on_accelerators
 from tests.support.rank_processes import Ranks
 
@@ -26,7 +27,11 @@ IDS = torch.arange(40).repeat(3)
 
 
 def build(device: str, blocks: str, **arguments: Any) -> tuple[EmbeddingEngine, Any]:
-    placement = None if device == "cpu" else Placement(id_map="cuda", blocks=blocks)  # type: ignore[arg-type]
+    placement = None
+    if blocks == "cached":  # fewer records than the ids of a batch
+        placement = cached(1, optim.Adam, dim=6)
+    elif device != "cpu":
+        placement = Placement(id_map="cuda", blocks=blocks)  # type: ignore[arg-type]
     config = EmbeddingConfig(dim=6, placement=placement)
     engine = EmbeddingEngine({"id": config}, optimizer=optim.Adam, device=device, **arguments)
     return engine, engine.make_optimizer(lr=0.1)
@@ -49,7 +54,7 @@ def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 
 
 @on_accelerators
-@pytest.mark.parametrize("blocks", ["cuda", "pinned"])
+@pytest.mark.parametrize("blocks", ["cuda", "pinned", "cached"])
 @pytest.mark.parametrize("background", [False, True])
 def test_a_checkpoint_holds_the_updates_that_are_still_queued(
     device: str, blocks: str, background: bool, tmp_path: Path
@@ -93,7 +98,7 @@ def evict_and_compact(engine: EmbeddingEngine) -> None:
 
 
 @on_accelerators
-@pytest.mark.parametrize("blocks", ["cuda", "pinned"])
+@pytest.mark.parametrize("blocks", ["cuda", "pinned", "cached"])
 @pytest.mark.parametrize("free", [drop, reset, evict_and_compact])
 def test_blocks_live_until_the_kernels_that_write_them_have_run(
     device: str, blocks: str, free: Callable[[EmbeddingEngine], None]
@@ -108,11 +113,11 @@ def test_blocks_live_until_the_kernels_that_write_them_have_run(
         torch.accelerator.synchronize()
 
 
-def prefetched(group: dist.ProcessGroup, device: str, how: int) -> list[dict[str, Tensor]]:
+def prefetched(group: dist.ProcessGroup, device: str, how: int, blocks: str) -> list[dict[str, Tensor]]:
     """Train on ids that are sent ahead; return the rows of this rank and the vectors of each step."""
     with late_streams(device, how):
         ahead = rank_processes.AHEAD.get(dist.get_world_size(group))
-        engine, optimizer = build(device, "cuda", group=group, prefetch_depth=2, prefetch_group=ahead, staleness=1)
+        engine, optimizer = build(device, blocks, group=group, prefetch_depth=2, prefetch_group=ahead, staleness=1)
         draw = torch.Generator().manual_seed(dist.get_rank(group))
         batches = [torch.randint(0, 60, (50,), generator=draw) for _ in range(6)]
         found = []
@@ -131,9 +136,10 @@ def prefetched(group: dist.ProcessGroup, device: str, how: int) -> list[dict[str
         return [{name: values.cpu() for name, values in each.items()} for each in [*found, rows_of(engine)]]
 
 
-@pytest.mark.parametrize("how", [1, 2])
+@pytest.mark.parametrize(("how", "blocks"), [(1, "cuda"), (2, "cuda"), (2, "cached")])
 @on_accelerators
-def test_ids_sent_ahead_by_another_thread_change_no_result(ranks: Ranks, device: str, how: int) -> None:
-    for found, expected in zip(ranks.run(2, prefetched, device, how), ranks.run(2, prefetched, "cpu", 0), strict=True):
+def test_ids_sent_ahead_by_another_thread_change_no_result(ranks: Ranks, device: str, how: int, blocks: str) -> None:
+    runs = (ranks.run(2, prefetched, device, how, blocks), ranks.run(2, prefetched, "cpu", 0, "cpu"))
+    for found, expected in zip(*runs, strict=True):
         for ours, theirs in zip(found, expected, strict=True):
             assert_equal(ours, theirs)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Placement
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import emulated
 
@@ -27,6 +27,9 @@ def bags(number: int, device: str) -> RaggedTensor:
     return RaggedTensor(torch.arange(int(offsets[-1])) * 31 % (50 + number), offsets).to(device)
 
 
+CACHED = Placement(id_map="cuda", blocks="pinned", cache_bytes=1 << 20)
+"""A cache for 1,300 records of 64 elements with the state of Adam, more than the rows of a batch."""
+
 Make = Callable[[int, str], Any]
 ONE = {"f": EmbeddingConfig(dim=64)}
 CLIP: dict[str, Callable[[EmbeddingEngine], Any]] = {
@@ -36,6 +39,7 @@ CLIP: dict[str, Callable[[EmbeddingEngine], Any]] = {
 CASES: dict[str, tuple[dict[str, EmbeddingConfig], Make, str]] = {
     "one feature": (ONE, single, "emulated"),
     **dict.fromkeys(CLIP, (ONE, single, "emulated")),
+    "one feature, cached blocks": ({"f": EmbeddingConfig(dim=64, placement=CACHED)}, single, "emulated"),
     "100 features, one table": ({f"f{n}": EmbeddingConfig(dim=16) for n in range(100)}, single, "emulated"),
     "the same, batch on the CPU": ({f"f{n}": EmbeddingConfig(dim=16) for n in range(100)}, single, "cpu"),
     "4 features, 4 tables": ({f"f{dim}": EmbeddingConfig(dim=dim) for dim in (8, 16, 32, 64)}, single, "emulated"),

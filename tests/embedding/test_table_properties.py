@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import HealthCheck, settings, strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingBlocks, EmbeddingConfig, EmbeddingEngine, Uniform, Unused
+from recis_hybrid.embedding import EmbeddingBlocks, EmbeddingConfig, EmbeddingEngine, Placement, Uniform, Unused
 from recis_hybrid.embedding.initializers import table_key
 from tests.support import philox
+from tests.support.caches import cached
 from tests.support.devices import EDGE_IDS
 
 DIM, LR, SEED = 5, 0.5, 11
@@ -28,6 +30,9 @@ def first_value(name: str, i: int) -> np.ndarray:
 class TableMachine(RuleBasedStateMachine):
     """Random operations on an engine; ``model`` holds the expected rows."""
 
+    device = "cpu"
+    placement: Placement | None = None
+
     @initialize(coalesce=st.booleans())
     def build(self, coalesce: bool) -> None:
         self.model: dict[tuple[str, int], Row] = {}
@@ -35,10 +40,13 @@ class TableMachine(RuleBasedStateMachine):
         self.engine, self.optimizer = self.build_engine(coalesce)
 
     def build_engine(self, coalesce: bool) -> tuple[EmbeddingEngine, optim.SGD]:
-        config = EmbeddingConfig(dim=DIM, initializer=Uniform(-1.0, 1.0))
-        engine = EmbeddingEngine(dict.fromkeys(NAMES, config), seed=SEED, coalesce=coalesce)
+        config = EmbeddingConfig(dim=DIM, initializer=Uniform(-1.0, 1.0), placement=self.placement)
+        engine = EmbeddingEngine(dict.fromkeys(NAMES, config), seed=SEED, coalesce=coalesce, device=self.device)
         for table in engine.tables:  # small blocks, so that they grow often
-            table.store.blocks = EmbeddingBlocks(table.layout, table.device, block_rows=8)
+            pinned, cache_bytes = self.placement is not None, getattr(self.placement, "cache_bytes", 0)
+            table.store.blocks = EmbeddingBlocks(
+                table.layout, table.device, block_rows=8, pinned=pinned, cache_bytes=cache_bytes
+            )
         return engine, optim.SGD(engine.parameters(), lr=LR)
 
     def places(self) -> dict[str, tuple[int, int]]:
@@ -53,13 +61,13 @@ class TableMachine(RuleBasedStateMachine):
         gradients = []
         for name, ids in (("a", a), ("b", b)):
             gradients.append(torch.randn(len(ids), DIM, generator=generator))
-            for i, out, g in zip(ids, outputs[name].detach().numpy(), gradients[-1].numpy(), strict=True):
+            for i, out, g in zip(ids, outputs[name].detach().cpu().numpy(), gradients[-1].numpy(), strict=True):
                 w, updated, _, frequency = self.model.get((name, i), (first_value(name, i), 0, 0, 0))
                 assert np.array_equal(out, w)
                 self.model[name, i] = (w, updated, self.step + 1, frequency + 1)
                 sums[name, i] = sums.get((name, i), np.zeros(DIM, np.float32)) + g
         if update:
-            torch.autograd.backward(list(outputs.values()), gradients)
+            torch.autograd.backward(list(outputs.values()), [gradient.to(self.device) for gradient in gradients])
             self.optimizer.step()
             self.step += 1
             for key, g in sums.items():
@@ -70,7 +78,7 @@ class TableMachine(RuleBasedStateMachine):
     def evaluate(self, name: str, ids: list[int]) -> None:
         other = torch.empty(0, dtype=torch.int64)
         batch = {n: torch.tensor(ids, dtype=torch.int64) if n == name else other for n in NAMES}
-        got = self.engine.eval()(batch)[name].numpy()
+        got = self.engine.eval()(batch)[name].cpu().numpy()
         for i, out in zip(ids, got, strict=True):
             assert np.array_equal(out, self.model[name, i][0] if (name, i) in self.model else first_value(name, i))
 
@@ -120,7 +128,7 @@ class TableMachine(RuleBasedStateMachine):
     @invariant()
     def rows_equal_the_model(self) -> None:
         for name, (table, member) in self.places().items():
-            columns = self.engine.tables[table].export(member)
+            columns = {column: values.cpu() for column, values in self.engine.tables[table].export(member).items()}
             expected = sorted(i for n, i in self.model if n == name)
             assert columns["ids"].tolist() == expected
             for at, i in enumerate(expected):
@@ -133,4 +141,17 @@ class TableMachine(RuleBasedStateMachine):
 TestTables = TableMachine.TestCase
 TestTables.settings = settings(
     max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
+
+
+class CachedTableMachine(TableMachine):
+    """The same with few records in a GPU cache, which lookups replace and every other operation sees through."""
+
+    device = "emulated"
+    placement = cached(1, None, dim=DIM)
+
+
+TestCachedTables = pytest.mark.emulated(CachedTableMachine.TestCase)
+TestCachedTables.settings = settings(
+    max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )

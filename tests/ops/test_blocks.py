@@ -161,9 +161,9 @@ def test_an_export_equals_reads_of_parts(rows: int, dtype: torch.dtype) -> None:
     chosen, blocks = table.rows(0, ids[:rows]), table.store.blocks
     parts = [torch.empty(rows, layout.width(part), dtype=layout.part_dtype(part)) for part in layout.parts]
     meta = [torch.full((rows,), -1) for _ in range(3)]
-    ops.blocks.export(blocks.handle, chosen, [layout.offset(part) for part in layout.parts], parts, meta)
+    ops.blocks.export(blocks.whole(), chosen, [layout.offset(part) for part in layout.parts], parts, meta)
     assert all(torch.equal(values, blocks.read(chosen, part)) for part, values in zip(layout.parts, parts, strict=True))
-    assert torch.equal(torch.stack(meta), ops.blocks.read_meta(blocks.handle, chosen))
+    assert torch.equal(torch.stack(meta), ops.blocks.read_meta(blocks.whole(), chosen))
     assert rows == 0 or meta[2].tolist() == [2] * rows
 
 
@@ -172,14 +172,14 @@ def test_bad_exports_are_refused() -> None:
     rows, meta = table.lookup([feature(torch.arange(3))], train=True).rows, [torch.empty(3, dtype=torch.int64)] * 3
     for offset, shape in ((0, (2, 4)), (table.layout.record_bytes - 8, (3, 4)), (-8, (3, 1))):
         with pytest.raises(RuntimeError, match="parts must be|within the record"):
-            ops.blocks.export(table.store.blocks.handle, rows, [offset], [torch.empty(shape)], meta)
+            ops.blocks.export(table.store.blocks.whole(), rows, [offset], [torch.empty(shape)], meta)
 
 
 def test_schemas_and_fakes_of_operators() -> None:
     table = make_table(dim=4)
     ids = torch.arange(3)
     lookup = table.lookup([feature(ids)], train=True)
-    blocks, check = tuple(table.store.blocks.handle), torch.library.opcheck
+    blocks, check = tuple(table.store.blocks.whole()), torch.library.opcheck
     rows, groups = lookup.rows, lookup.groups
     initializers = torch.zeros(1, 5, dtype=torch.int64)
     check(

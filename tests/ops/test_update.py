@@ -301,7 +301,7 @@ def test_lengths_that_do_not_fit_are_refused(device: str, lengths: list[int], me
             table.store.id_map.slots,
             table.store.id_map.counters,
             table.store.id_map.free_rows,
-            *table.store.blocks.handle,
+            *table.store.blocks.whole(),
             0,
             4,
             torch.zeros(1, 5, dtype=torch.int64, device=device),
@@ -415,7 +415,7 @@ def test_schemas_and_fakes_of_operators() -> None:
     groups = lookup.groups
     grouped = ([torch.ones(3, 4)], groups.count, groups.unique, groups.offsets, groups.sources, None, torch.ones(1))
     words = [torch.empty(4, dtype=torch.int64) for _ in range(4)]
-    records, check = (*table.store.blocks.handle, 0, 0, 4, 1, True, 7), torch.library.opcheck
+    records, check = (*table.store.blocks.whole(), 0, 0, 4, 1, True, 7), torch.library.opcheck
     check(torch.ops.recis.group_rows.default, (lookup.rows, [0], 2, *singles(3), *words[:3], None, words[3][:1]))
     check(
         torch.ops.recis.distinct_ids.default,
@@ -441,7 +441,7 @@ def test_schemas_and_fakes_of_operators() -> None:
             table.store.id_map.slots,
             table.store.id_map.counters,
             table.store.id_map.free_rows,
-            *table.store.blocks.handle,
+            *table.store.blocks.whole(),
             0,
             4,
             torch.zeros(1, 5, dtype=torch.int64),

@@ -12,6 +12,7 @@ from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Placement, Uniform
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import emulated
+from tests.support.caches import cached
 from tests.support.schedules import Schedule, on_schedules
 
 RULES: dict[str, Any] = {
@@ -73,8 +74,12 @@ def test_training_is_that_of_the_cpu(rule: str, schedule: Schedule) -> None:
         config = {"dim": dim, "dtype": dtype, "initializer": Uniform(-1, 1)}
         batches = [batch_of(generator) for _ in range(3)]
         expected = trained("cpu", RULES[rule], config, batches, max_norm)
-        blocks: Any = ["cuda", "pinned"][draw[3] % 2]
-        config["placement"] = Placement(id_map="cuda", blocks=blocks)
+        config["placement"] = [
+            Placement(id_map="cuda", blocks="cuda"),
+            Placement(id_map="cuda", blocks="pinned"),
+            cached(1, RULES[rule], **config),
+            cached(2, RULES[rule], "cpu", **config),
+        ][draw[3] % 4]
         found = trained("emulated", RULES[rule], config, batches, max_norm)
         assert [each.keys() for each in found] == [each.keys() for each in expected]
         if rule == "rowwise_adagrad":  # sums over the lanes of a row, which the CPU adds in another order

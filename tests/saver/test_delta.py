@@ -14,19 +14,23 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from safetensors.torch import load_file
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Placement, Unused
 from recis_hybrid.embedding.table.change_log import _FEW
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, Saver, TableState
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.checkpoint.delta import apply_changes, merge_changes
 from tests.saver.fakes import entries
+from tests.support.caches import cached
 from tests.support.devices import EDGE_IDS, on_devices
 
 NAMES = ("a", "b", "counted")
 
 
-def engine_of(seed: int = 0, coalesce: bool = True, device: str = "cpu") -> EmbeddingEngine:
-    plain, counted = EmbeddingConfig(dim=3), EmbeddingConfig(dim=3, admission=MinFrequency(2))
+def engine_of(
+    seed: int = 0, coalesce: bool = True, device: str = "cpu", placement: Placement | None = None
+) -> EmbeddingEngine:
+    plain = EmbeddingConfig(dim=3, placement=placement)
+    counted = EmbeddingConfig(dim=3, placement=placement, admission=MinFrequency(2))
     return EmbeddingEngine(
         {"a": plain, "b": plain, "counted": counted},
         optimizer=optim.Adam,
@@ -59,11 +63,12 @@ batches = st.lists(st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS)), ma
 
 class DeltaMachine(RuleBasedStateMachine):
     device = "cpu"
+    placement: Placement | None = None
 
     @initialize(coalesce=st.booleans(), asynchronous=st.booleans(), keep=st.sampled_from([1, 2, None]))
     def build(self, coalesce: bool, asynchronous: bool, keep: int | None) -> None:
         self.root = Path(tempfile.mkdtemp())
-        self.engine = engine_of(coalesce=coalesce, device=self.device)
+        self.engine = engine_of(coalesce=coalesce, device=self.device, placement=self.placement)
         self.optimizer = optim.Adam(self.engine.parameters(), lr=0.1)
         self.saver, self.reader = Saver(self.root, keep=keep, async_save=asynchronous), Saver(self.root)
         self.step = 0
@@ -149,8 +154,13 @@ class EmulatedDeltaMachine(DeltaMachine):
     device = "emulated"
 
 
+class CachedDeltaMachine(EmulatedDeltaMachine):
+    placement = cached(1, optim.Adam, dim=3)
+
+
 TestDeltasOnTheEmulatedDevice = pytest.mark.emulated(EmulatedDeltaMachine.TestCase)
-TestDeltasOnTheEmulatedDevice.settings = settings(
+TestDeltasOfCachedRows = pytest.mark.emulated(CachedDeltaMachine.TestCase)
+TestDeltasOnTheEmulatedDevice.settings = TestDeltasOfCachedRows.settings = settings(
     max_examples=8, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 

@@ -1,16 +1,25 @@
-"""A model of a cache beside blocks in a numpy array."""
+"""Small GPU caches: placements, and a model of a cache beside blocks in a numpy array."""
 
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Placement
 from recis_hybrid.ops.blocks import Blocks
-from recis_hybrid.ops.cache import COUNTER_COPIES, COUNTERS, WAYS, Cache
+from recis_hybrid.ops.cache import BYTES_OF_A_WAY, COUNTER_COPIES, COUNTERS, WAYS, Cache
+
+
+def cached(sets: int, optimizer: Any, id_map: Literal["cpu", "cuda"] = "cuda", **config: Any) -> Placement:
+    """Return pinned blocks with a cache of ``sets`` sets for the rows of an EmbeddingConfig and an optimizer."""
+    engine = EmbeddingEngine({"id": EmbeddingConfig(**config)}, optimizer=optimizer, group=False)
+    record_bytes = engine.tables[0].layout.record_bytes
+    return Placement(id_map=id_map, blocks="pinned", cache_bytes=sets * WAYS * (record_bytes + BYTES_OF_A_WAY))
 
 
 FLOATS, SHIFT = 12, 4

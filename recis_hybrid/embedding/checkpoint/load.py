@@ -10,7 +10,6 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 import torch
 from torch import Tensor
 
-from recis_hybrid import ops
 from recis_hybrid.checkpointing import PartState, TableState
 from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, within
 from recis_hybrid.embedding.checkpoint.state import tables_layout
@@ -258,7 +257,7 @@ def _load_rows(table: HashTable, number: int, columns: Mapping[str, Tensor]) -> 
         table.store.blocks.write(rows, part, columns[part])
     if set(META) <= columns.keys():
         meta = torch.stack([columns[name] for name in META]).to(table.device)
-        ops.blocks.write_meta(table.store.blocks.handle, rows, meta)
+        table.store.blocks.write_meta(rows, meta)
 
 
 def _described(columns: Mapping[str, Tensor]) -> str:

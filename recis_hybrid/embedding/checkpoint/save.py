@@ -59,7 +59,7 @@ def rows_state(tables: Sequence[HashTable], shares: BucketShares | None = None) 
             table,
             table.store.id_map.slots,
             len(table),
-            table.store.blocks.handle,
+            table.store.blocks.whole(),
             tuple(table.store.blocks.blocks),
             table.device,
             _counts(table),
@@ -117,6 +117,7 @@ def _saved_buckets(table: HashTable, shares: BucketShares | None, place: int) ->
 def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) -> _Source:
     table.record_lookup()
     layout, blocks, used = table.layout, table.store.blocks, table.store.id_map.row_bound
+    handle = blocks.whole()
     pinned = is_accelerator(table.device)
 
     pairs: list[tuple[Tensor, Tensor]] = []
@@ -127,7 +128,7 @@ def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) 
         bytes_used = rows * layout.record_bytes
         pairs.append((target[:bytes_used], block.view(-1)[:bytes_used]))
     addresses = torch.tensor([target.data_ptr() for target, _ in pairs], dtype=torch.int64)
-    handle = ops.blocks.Blocks(addresses, *blocks.handle[1:])
+    handle = ops.blocks.Blocks(addresses, *handle[1:])
     if blocks.pinned:
         torch.accelerator.synchronize(table.device)  # the CPU reads what queued kernels still write
     flat = table.store.id_map.slots.view(-1).view(torch.uint8)

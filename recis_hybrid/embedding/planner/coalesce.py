@@ -102,19 +102,25 @@ def layout_on(plan: TablePlan, rank: int, ranks: int) -> RecordLayout:
 
 
 def describe_plans(
-    plans: Sequence[TablePlan], sizes: Sequence[tuple[int, int]], device: torch.device, *, sharded: bool = False
+    plans: Sequence[TablePlan],
+    sizes: Sequence[tuple[int, int]],
+    hit_rates: Sequence[float | None],
+    device: torch.device,
+    *,
+    sharded: bool = False,
 ) -> str:
     """Return a line for each logical table: width, dtype, record, rows, bytes, place, member tables and their features.
 
     Args:
         plans: The tables.
         sizes: For each table, the number of its rows and bytes on this rank.
+        hit_rates: For each table, the hit rate of its cache; None without one.
         device: Device of tables without a placement.
         sharded: Add the sharding, if several ranks share the tables.
     """
     head = f"{'table':<6}{'dim':>5}  {'dtype':<9}{'record':>8}{'rows':>13}{'memory':>10}  {'place':<10}"
     lines = [f"{head}{'sharding':<12}members (features)" if sharded else f"{head}members (features)"]
-    for number, (plan, (rows, nbytes)) in enumerate(zip(plans, sizes, strict=True)):
+    for number, (plan, (rows, nbytes), hit_rate) in enumerate(zip(plans, sizes, hit_rates, strict=True)):
         readers: dict[int, list[str]] = {}
         for feature, member in plan.features.items():
             readers.setdefault(member, []).append(feature)
@@ -126,7 +132,10 @@ def describe_plans(
         place = placement.blocks if same else f"{placement.id_map}/{placement.blocks}"
         line = f"{number:<6}{layout.dim:>5}  {dtype:<9}{record:>8}{rows:>13,}{memory:>10}  {place:<10}"
         line += f"{plan.sharding:<12}" if sharded else ""
-        lines.append(line + members + ("" if plan.config.trainable else "  [read-only]"))
+        notes = [] if plan.config.trainable else ["read-only"]
+        if hit_rate is not None:
+            notes.append(f"cache of {placement.cache_bytes / 2**20:,.1f} MiB, hit rate {hit_rate:.1%}")
+        lines.append(line + members + "".join(f"  [{note}]" for note in notes))
     return "\n".join(lines)
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -29,6 +30,7 @@ from recis_hybrid.embedding.table.gradients import (
 )
 from recis_hybrid.embedding.table.id_map import Entries
 from recis_hybrid.embedding.table.lookup import FeatureIds, Lookup, Request, next_generation
+from recis_hybrid.embedding.table.record_cache import CacheStatistics
 from recis_hybrid.embedding.table.record_layout import META, MemberTable, RecordLayout
 from recis_hybrid.embedding.table.row_validation import checked_member
 from recis_hybrid.embedding.table.store import RowStore
@@ -172,8 +174,9 @@ class HashTable:
         """
         lookup, self._unrecorded = self._unrecorded, None
         if lookup is not None:
-            groups, handle = lookup.groups, self.store.blocks.handle
-            ops.blocks.see_rows(handle, groups.count, groups.unique, lookup.occurrences(), lookup.step)
+            groups = lookup.groups
+            blocks, places = self.store.blocks.at(groups.unique, count=groups.count, writes=True)
+            ops.blocks.see_rows(blocks, groups.count, places, lookup.occurrences(), lookup.step)
 
     def gather(self, lookup: Lookup, out: Tensor, starts: Sequence[int], winners: Tensor | None = None) -> None:
         """Write each feature's vectors.
@@ -186,11 +189,12 @@ class HashTable:
         """
         self.check(lookup)
         ids, members, bags, unknown, *_ = lookup.request
+        blocks, places = self.store.blocks.at(lookup.rows)
         ops.gather.gather_bags(
-            self.store.blocks.handle,
+            blocks,
             self.layout.element,
             self.layout.dim,
-            lookup.rows,
+            places,
             bags,
             [] if lookup.complete else ids,
             unknown,
@@ -244,19 +248,20 @@ class HashTable:
         self.fetch_gradients()
         return self.pending.gradients() if self.pending else None
 
-    def records(self, gradients: Gradients) -> ops.update.Table:
-        """Return the records in the form of an update by these gradients; the update must follow."""
-        unrecorded, layout = self._unrecorded, self.layout
+    def records(self, gradients: Gradients) -> tuple[ops.update.Table, Gradients]:
+        """Return the records and their gradients in the form of an update, which must follow."""
+        unrecorded, layout, groups = self._unrecorded, self.layout, gradients.groups
         marks_seen = (
             unrecorded is not None
             and unrecorded.step == self.step + 1
-            and unrecorded.grouped is gradients.groups
+            and unrecorded.grouped is groups
             and unrecorded.request.counts is None
         )
         if marks_seen:
             self._unrecorded = None
-        return ops.update.Table(
-            self.store.blocks.handle,
+        blocks, places = self.store.blocks.at(groups.unique, count=groups.count, writes=True)
+        table = ops.update.Table(
+            blocks,
             layout.element,
             layout.state_element,
             layout.dim,
@@ -264,6 +269,7 @@ class HashTable:
             marks_seen,
             self.rounding_seed,
         )
+        return table, gradients._replace(groups=replace(groups, unique=places))
 
     def gradient_norm(self) -> Tensor | None:
         """Return the norm of the row gradients in the form of the anchor's ``grad``, or None if there are none.
@@ -467,12 +473,19 @@ class HashTable:
         self.store.compact()
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes of each part: ``id_map``, ``blocks``, ``free_rows``, ``admission``, and ``total``.
+        """Return the bytes of each part: ``id_map``, ``blocks``, ``cache``, ``free_rows``, ``admission``, ``total``.
 
         Pending gradients are not counted, nor up to 1 GiB of host memory that the process keeps for reuse after tables
         and batches have freed it.
         """
         return self.store.memory()
+
+    def cache_statistics(self) -> CacheStatistics | None:
+        """Return the use of the cache of ``Placement(cache_bytes=)`` since the table was created or cleared.
+
+        None for a table without a cache. Counters are on the GPU, so this waits for it.
+        """
+        return self.store.blocks.cache_statistics()
 
     def _erase_slots(self, where: str, slots: Tensor, *, loading: bool = False) -> int:
         if not loading:

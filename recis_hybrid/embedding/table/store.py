@@ -18,6 +18,7 @@ from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.blocks import EmbeddingBlocks
 from recis_hybrid.embedding.table.id_map import MAX_MEMBERS, Entries, IdMap
 from recis_hybrid.embedding.table.lookup import Request, gradient_bags
+from recis_hybrid.embedding.table.record_cache import refuse_small_cache
 from recis_hybrid.embedding.table.record_layout import META, MemberTable, RecordLayout
 from recis_hybrid.embedding.table.row_validation import checked_ids, checked_member, refuse_columns
 from recis_hybrid.ops.gather import RowGroups
@@ -59,6 +60,8 @@ class RowStore:
         self.device = self.placement.blocks_device(device.index)
         """Device whose kernels access the records."""
         self.admission = admission
+        if self.placement.cache_bytes:
+            refuse_small_cache(f"table {self.name}", self.placement.cache_bytes, layout.record_bytes)
         self.reseed(seed)
         self.reset()
 
@@ -81,7 +84,8 @@ class RowStore:
     def reset(self) -> None:
         """Remove all rows, and free their memory and the admission state."""
         self.id_map = IdMap(self.map_device)
-        self.blocks = EmbeddingBlocks(self.layout, self.device, pinned=self.placement.blocks == "pinned")
+        pinned, cache_bytes = self.placement.blocks == "pinned", self.placement.cache_bytes
+        self.blocks = EmbeddingBlocks(self.layout, self.device, pinned=pinned, cache_bytes=cache_bytes)
         self.gate = None if self.admission is None else self.admission.gate(self.map_device)
 
     def on_map(self, ids: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -113,20 +117,28 @@ class RowStore:
             The rows, int64 ``[N]``, -1 for an id that is not admitted; the positions grouped by row; and ``out``, or
             None if nothing was gathered.
         """
+        self._make_cache()
+        rows, groups, gathered = self._insert_grouped(request, out, starts)
+        self.blocks.admit(groups)
+        return rows, groups, gathered
+
+    def _insert_grouped(
+        self, request: Request, out: Tensor | None, starts: Sequence[int]
+    ) -> tuple[Tensor, RowGroups, Tensor | None]:
         ids, members, layout = request.ids, request.members, self.layout
         if self.gate is not None or self.map_device != self.device:
             rows = self.insert(ids, members, self.gate, request.used, request.counts)
             groups = ops.gather.group_rows(rows, members, self.id_map.row_bound, gradient_bags(request.bags))
             return rows, groups, None
         bound = self._reserve(sum(request.bags.lengths))
-        # Bags of several ids are gathered later.
-        gathered = out if request.bags.plain else None
+        # Bags of several ids are gathered later, and so are vectors that may be cached.
+        gathered = out if request.bags.plain and self.blocks.cache is None else None
         self.id_map.count_inserts(sum(request.bags.lengths))
         rows, groups = ops.gather.insert_grouped(
             self.id_map.slots,
             self.id_map.counters,
             self.id_map.free_rows,
-            self.blocks.handle,
+            self.blocks.new(),
             layout.element,
             layout.dim,
             self.initializers,
@@ -176,7 +188,7 @@ class RowStore:
             rows, fresh = self.on_blocks(map_rows), self.on_blocks(map_fresh)
             if self.id_map.may_have_fresh:
                 ops.blocks.init_fresh(
-                    self.blocks.handle,
+                    self.blocks.new(),
                     self.layout.element,
                     self.on_blocks(self.id_map.counters),
                     rows,
@@ -195,6 +207,16 @@ class RowStore:
         if gate is not None:
             gate.confirm()
         return rows
+
+    def _make_cache(self) -> None:
+        """Allocate the cache of the blocks, if there is to be one."""
+        try:
+            self.blocks.make_cache()
+        except RuntimeError as error:
+            raise RuntimeError(
+                f"table {self.name}: a cache of cache_bytes={self.placement.cache_bytes:,} does not fit into the "
+                f"memory of {self.device}; use a smaller Placement(cache_bytes=): {error}"
+            ) from error
 
     def _reserve(self, more: int) -> int:
         """Make room for more ids before anything is changed, so that running out of memory changes nothing."""
@@ -231,14 +253,14 @@ class RowStore:
                 self.blocks.write(rows, part, columns[part])
         if META[0] in columns:
             meta = torch.stack([columns[name].to(self.device, torch.int64) for name in META])
-            ops.blocks.write_meta(self.blocks.handle, rows, meta)
+            self.blocks.write_meta(rows, meta)
         return rows
 
     def mark_seen(self, rows: Tensor, step: int) -> None:
         """Raise ``seen_step`` of rows (int64 ``[n]``) to at least a step."""
-        meta = ops.blocks.read_meta(self.blocks.handle, rows)
+        meta = self.blocks.read_meta(rows)
         meta[1].clamp_(min=step)
-        ops.blocks.write_meta(self.blocks.handle, rows, meta)
+        self.blocks.write_meta(rows, meta)
 
     def ids(self, member: int) -> Tensor:
         """Return the ids of a member table that have a row, int64 ``[n]``, ascending."""
@@ -282,7 +304,7 @@ class RowStore:
     def _columns(self, rows: Tensor) -> dict[str, Tensor]:
         """Return all parts of the records of rows (int64 ``[n]``), and their metadata."""
         parts = {part: self.blocks.read(rows, part) for part in self.layout.parts}
-        return {**parts, **dict(zip(META, ops.blocks.read_meta(self.blocks.handle, rows), strict=True))}
+        return {**parts, **dict(zip(META, self.blocks.read_meta(rows), strict=True))}
 
     def touched(self, step: int) -> tuple[Tensor, Tensor]:
         """Return ids and member tables, int64 ``[n]`` each, of rows that were looked up or updated after a step."""
@@ -290,7 +312,7 @@ class RowStore:
         count = torch.zeros(1, dtype=torch.int64, device=self.device)
         slots = self.on_blocks(self.id_map.slots)
         marks = torch.empty(self.id_map.row_bound, dtype=torch.uint8, device=self.device)
-        ops.blocks.list_touched(self.blocks.handle, slots, step, marks, ids, members, count)
+        ops.blocks.list_touched(self.blocks.whole(), slots, step, marks, ids, members, count)
         return ids[: int(count)], members[: int(count)]
 
     def unwanted(self, rule: Eviction, step: int) -> Entries:
@@ -303,7 +325,7 @@ class RowStore:
         if isinstance(rule, type) or not callable(getattr(rule, "unwanted", None)):
             raise TypeError(f"evict: a rule must have a method unwanted(rows), e.g. Unused(steps=1000), got {rule!r}")
         entries = self.id_map.entries()
-        meta = ops.blocks.read_meta(self.blocks.handle, self.on_blocks(entries.rows)).to(self.map_device)
+        meta = self.blocks.read_meta(self.on_blocks(entries.rows)).to(self.map_device)
         unwanted = rule.unwanted(Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], step))
         name, n = type(rule).__name__, entries.ids.numel()
         if not isinstance(unwanted, Tensor) or unwanted.dtype != torch.bool:
@@ -322,6 +344,7 @@ class RowStore:
     def erase_slots(self, slots: Tensor) -> int:
         """Erase the ids in slots of the IDMap (int64 ``[n]``, negative: none), and return their number."""
         before = len(self)
+        self.blocks.uncache()  # other ids may get the rows
         self.id_map.erase_slots(slots.contiguous())
         return before - len(self)
 
@@ -332,7 +355,7 @@ class RowStore:
         free = torch.ones(live, dtype=torch.bool, device=self.device)
         free[rows[rows < live]] = False
         source, target = rows[rows >= live].sort().values, free.nonzero().view(-1)
-        ops.blocks.copy_records(self.blocks.handle, source, target)
+        self.blocks.copy_records(source, target)
         moved = torch.arange(bound, dtype=torch.int64, device=self.device)
         moved[source] = target
         # Allocate the new slots first: if memory runs out here, the map is still correct.
@@ -345,6 +368,7 @@ class RowStore:
         parts = {
             "id_map": self.id_map.nbytes,
             "blocks": self.blocks.nbytes,
+            "cache": 0 if self.blocks.cache is None else self.blocks.cache.nbytes,
             "free_rows": self.id_map.free_rows.nbytes,
             "admission": 0 if self.gate is None else self.gate.nbytes,
         }

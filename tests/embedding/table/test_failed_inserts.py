@@ -65,7 +65,13 @@ def groups_of(groups: RowGroups, rows: Tensor) -> dict[int, tuple[list[int], lis
 @pytest.mark.emulated
 @pytest.mark.parametrize("features", [1, MANY])
 @pytest.mark.parametrize(
-    "more", [{}, {"admission": MinFrequency(1)}, {"placement": Placement(id_map="cpu", blocks="cuda")}]
+    "more",
+    [
+        {},
+        {"admission": MinFrequency(1)},
+        {"placement": Placement(id_map="cpu", blocks="cuda")},
+        {"placement": Placement(id_map="cuda", blocks="pinned", cache_bytes=1 << 14)},
+    ],
 )
 def test_a_lookup_without_memory_changes_nothing_that_is_visible(features: int, more: dict[str, Any]) -> None:
     table = make_table(dim=6, state=SUM, device="emulated", **more)

@@ -63,8 +63,8 @@ def test_metadata_can_hold_large_numbers(device: str) -> None:
     table = make_table(device=device)
     rows = table.insert(0, torch.tensor([5, 6]))
     columns = torch.tensor([[2**40 - 1, 0], [0, 2**40 - 1], [2**48 - 1, 2**24 + 3]], device=device)
-    ops.blocks.write_meta(table.store.blocks.handle, rows, columns)
-    assert torch.equal(ops.blocks.read_meta(table.store.blocks.handle, rows), columns)
+    ops.blocks.write_meta(table.store.blocks.whole(), rows, columns)
+    assert torch.equal(ops.blocks.read_meta(table.store.blocks.whole(), rows), columns)
     table.lookup([feature([5, 6, 6], device=device)], train=True)
     assert meta(table, [5, 6])[2] == [2**48 - 1, 2**24 + 5]
 
@@ -439,7 +439,7 @@ def test_row_numbers_beyond_32_bits(row: int) -> None:
     number = row >> 20
     addresses = torch.zeros(number + 1, dtype=torch.int64)
     addresses[number] = blocks.blocks[0].data_ptr()
-    far = blocks.handle._replace(addresses=addresses)
+    far = blocks.whole()._replace(addresses=addresses)
     rows = torch.tensor([row])
     ops.blocks.write(far, rows, 0, torch.tensor([[1.0, 2.0, 3.0, 4.0]]))
     within = torch.tensor([row & ((1 << 20) - 1)])
@@ -505,7 +505,7 @@ def test_updates_below_half_the_spacing_are_exact_on_average(device: str, dtype:
     lookup = table.lookup([feature(ids, device=device)], train=True)
     step = 0.2 * spacing
     gradient = torch.rand(n, dim, generator=torch.Generator().manual_seed(0)).to(device) * step * 2
-    records = ops.update.Table(table.store.blocks.handle, table.layout.element, 0, dim, 1, False, table.rounding_seed)
+    records = ops.update.Table(table.store.blocks.whole(), table.layout.element, 0, dim, 1, False, table.rounding_seed)
     ops.update.sgd_update(records, ops.update.Gradients([gradient], lookup.groups), lr=1.0)
     moved = base - table.export(0, ids)["embedding"].float().cpu()
     steps = (moved / spacing).round()
