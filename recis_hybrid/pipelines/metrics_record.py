@@ -33,7 +33,7 @@ RESERVED = (
     "tables",
 )
 """Names that the log itself uses in records of training steps."""
-_RESERVED_PREFIXES = ("loss/", "weight/", "time/", "rows/", "lr/", "memory/")
+_RESERVED_PREFIXES = ("loss/", "weight/", "time/", "rows/", "lr/", "memory/", "cache/")
 
 
 def is_reserved(name: str) -> bool:
@@ -135,6 +135,8 @@ class Recorder:
         self._start = self._last = time.perf_counter()
         self._steps = self._samples = 0
         self._rows: int | None = None
+        self._cache = (0, 0)
+        """Hits and misses of the caches until the last record."""
 
     def restart(self, samples: int) -> None:
         """Exclude the time since the last record, such as an evaluation, from rates."""
@@ -163,11 +165,17 @@ class Recorder:
         tables = {_name(table): len(table) for engine in engines for table in engine.tables}
         rows = sum(tables.values())
         means = self.means.take()
+        uses = [use for engine in engines for table in engine.tables if (use := table.cache_statistics()) is not None]
+        cache = (sum(use.hits for use in uses), sum(use.misses for use in uses))
+        # Counters restart when a table is cleared.
+        before = self._cache if cache >= self._cache else (0, 0)
         sums = {
             "samples": float(samples),
             "new_samples": float(samples - self._samples),
             "admitted": float(rows - (self._rows or 0) + self.evicted),
             "evicted": float(self.evicted),
+            "hits": float(cache[0] - before[0]),
+            "misses": float(cache[1] - before[1]),
             **{f"rows/{name}": float(count) for name, count in tables.items()},
         }
         totals = distributed.sum_over_ranks(torch.tensor([*sums.values()], dtype=torch.float64))
@@ -181,11 +189,14 @@ class Recorder:
             for name in ("features", "lookup", "exchange", "towers", "update")
             if name in phases
         }
+        hits, misses = sums.pop("hits"), sums.pop("misses")
+        if uses:
+            record["cache/hit_rate"] = hits / max(hits + misses, 1.0)
         record |= {name: int(count) for name, count in sums.items()}
         record |= _learning_rates(parts)
         record |= _memory(engines)
         self._last, self.wait_seconds, self.evicted = time.perf_counter(), 0.0, 0
-        self._steps, self._samples, self._rows = steps, samples, rows
+        self._steps, self._samples, self._rows, self._cache = steps, samples, rows, cache
         return record
 
 

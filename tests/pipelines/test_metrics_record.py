@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.app.report import write_report
-from recis_hybrid.embedding import Unused
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Placement, Unused
 from recis_hybrid.metrics import AUC, GAUC, Calibration, LogLoss, auc
 from recis_hybrid.pipelines import (
     Callback,
@@ -24,8 +24,10 @@ from recis_hybrid.pipelines import (
     Train,
     Trainer,
 )
+from recis_hybrid.pipelines.metrics_record import Recorder
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
+from tests.support.devices import on_accelerators
 from tests.support.small import Records, bce, make_batches, make_step
 
 
@@ -75,6 +77,25 @@ def test_a_record_has_all_figures() -> None:
     assert set(lines[0]) == expected | phases
     assert set(lines[2]) == expected  # at the end of the stage, phases are not measured
     assert all(line["samples_per_s"] > 0 for line in lines)
+
+
+@on_accelerators
+def test_the_hit_rate_of_caches_is_that_since_the_last_record(device: str) -> None:
+    config = EmbeddingConfig(dim=4, placement=Placement(id_map="cuda", blocks="pinned", cache_bytes=1 << 14))
+    engines = [EmbeddingEngine({name: config}, device=device) for name in ("a", "b")]
+    recorder, rates = Recorder(), []
+    for first in (0, 0, 10, None, 0):
+        for engine, name in zip(engines, "ab", strict=True):
+            if first is None:
+                engine.tables[0].clear()  # its counters restart
+            else:
+                engine({name: torch.arange(first, first + 40, device=device)})
+        record = recorder.train_record(steps=1, samples=40, engines=engines, parts={}, phases={})
+        rates.append(record["cache/hit_rate"])
+    assert rates == [0, 1, 30 / 40, 0, 0]
+    plain = EmbeddingEngine({"a": EmbeddingConfig(dim=4)})
+    record = recorder.train_record(steps=1, samples=40, engines=[plain], parts={}, phases={})
+    assert not {"cache/hit_rate", "hits", "misses"} & record.keys()
 
 
 FIGURES = ("step", "loss", "grad_norm", "auc", "mean_output", "clicks")
