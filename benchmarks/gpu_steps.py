@@ -90,9 +90,6 @@ def host(bench: Bench) -> Iterator[Measured]:
     if bench.device.type == "cpu":
         yield Measured(case, None, "pinned blocks need a GPU")
         return
-    if "cache_bytes" not in Placement.__dataclass_fields__:
-        yield Measured(case, None, "not available: Placement has no cache_bytes")
-        return
     record = RecordLayout(dim=DIM).record_bytes
     # Blocks of pinned memory are rounded up to powers of two.
     rows = bench.rows_that_fit(sizes.host_rows, 2 * record, pinned=True)

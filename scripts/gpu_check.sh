@@ -21,7 +21,7 @@ export XLA_PYTHON_CLIENT_PREALLOCATE=false
 total=540 grace=5
 declare -A limits=([device]=20 [build]=150 [tests]=110 [memcheck]=65 [racecheck]=50)
 # Few tests, because each call is far slower under compute-sanitizer: those of `--quick` in these files.
-checked=(tests/ops/test_{id_map,update,blocks,many_features,program,ragged}.py tests/embedding/table
+checked=(tests/ops/test_{id_map,update,blocks,cache,many_features,program,ragged}.py tests/embedding/table
   tests/embedding/test_combiners.py tests/optim/test_optimizers.py)
 raced=(tests/ops/test_{id_map,update,many_features}.py)
 table=()

@@ -24,7 +24,6 @@ KEYS = [
 
 REASONS = {
     ("emulated", "hybrid/"): "DLPack does not know",
-    ("emulated", "host/"): "Placement has no cache_bytes",
     ("cuda", "hybrid/"): "jax",
     ("cuda", "launches/"): "CUPTI",
 }

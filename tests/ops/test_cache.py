@@ -12,6 +12,7 @@ from tests.support.caches import FLOATS, Cached
 from tests.support.devices import on_devices
 
 
+@pytest.mark.quick
 @on_devices
 @pytest.mark.parametrize("sets", [1, 3])
 def test_records_are_current_and_the_least_used_are_replaced(device: str, sets: int) -> None:
