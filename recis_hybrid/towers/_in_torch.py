@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recis_hybrid.towers.files import INSTALL, PretrainedFiles, ReadWeights
+from recis_hybrid.towers.files import INSTALL, PARTS, PretrainedFiles, ReadWeights
 
 ALIGNMENT = 64
 """Alignment in bytes that JAX requires to share memory."""
@@ -31,16 +31,18 @@ def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool) -> nn.Module:
         ValueError: If the weights do not fit the configuration, or transformers does not know the model.
     """
     try:
-        from transformers import AutoConfig, AutoModel
+        from transformers import CONFIG_MAPPING, AutoModel
     except ModuleNotFoundError as error:
         raise ImportError(f"hf_tower: framework='torch' requires {error.name!r}; {INSTALL}") from error
+    model_type = files.config["model_type"]
+    if model_type not in CONFIG_MAPPING:
+        raise ValueError(
+            f"{files.folder}: transformers does not know the model_type {model_type!r}; upgrade transformers"
+        )
     with _quiet():
-        config = AutoConfig.from_pretrained(files.folder, local_files_only=True, trust_remote_code=False)
-        if "is_causal" in files.config:
-            config.is_causal = files.config["is_causal"]
         model, found = AutoModel.from_pretrained(
             files.folder,
-            config=config,
+            config=CONFIG_MAPPING[model_type].from_dict(dict(files.config)),
             dtype=dtype,
             local_files_only=True,
             trust_remote_code=False,
@@ -49,13 +51,10 @@ def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool) -> nn.Module:
             output_loading_info=True,
         )
     _check_loaded(model, found, str(files.folder))
-    prefix = f"{model.base_model_prefix}."
-    names = {}
-    for name, _ in model.named_parameters():
-        # A name that transformers converts counts as absent.
-        for own in (name, prefix + name):
-            if own in files.shapes:
-                names[name] = own
+    # Prefixes of larger models. Other names, which transformers converts, count as absent.
+    prefixes = ("", f"{model.base_model_prefix}.", *(f"{part}_model." for part in PARTS if model_type.count(part)))
+    named = [name for name, _ in model.named_parameters()]
+    names = {name: prefix + name for prefix in prefixes for name in named if prefix + name in files.shapes}
     model.weight_files = ReadWeights(files, names, dtype)
     return share(model, pooled)
 

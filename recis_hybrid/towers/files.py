@@ -23,6 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 CONFIG, WEIGHTS, INDEX, TOKENIZER = "config.json", "model.safetensors", "model.safetensors.index.json", "tokenizer.json"
+PARTS = ("text", "vision")
+"""Parts of models of text and images, such as CLIP."""
 INSTALL = "run `pip install recis_hybrid[pretrained]`"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _DOWNLOADED = ("*.json", "*.safetensors", "*.txt", "*.model")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from recis_hybrid.ragged import RaggedTensor
 from recis_hybrid.towers import _in_jax, _in_torch
 from recis_hybrid.towers._in_jax import Classes
-from recis_hybrid.towers.files import PretrainedFiles, find_pretrained, vocabulary_size
+from recis_hybrid.towers.files import PARTS, PretrainedFiles, find_pretrained, vocabulary_size
 from recis_hybrid.towers.fine_tuning import freeze as freeze_parameters
 from recis_hybrid.towers.pooling import Pool, pool as pool_hidden
 from recis_hybrid.validation import check_choice, describe_value
@@ -145,6 +145,7 @@ def hf_tower(
     pool: Pool | None = None,
     freeze: bool | int | str | Sequence[str] = False,
     dtype: torch.dtype = torch.float32,
+    part: Literal["text", "vision"] | None = None,
     attention: Literal["causal", "full"] | None = None,
     classes: Classes | None = None,
     download: bool = False,
@@ -165,6 +166,7 @@ def hf_tower(
         freeze: The parameters to exclude from training: True for all; a number n for the embeddings and the first n
             layers; or patterns of names. A tower without trainable parameters stays in evaluation mode.
         dtype: Dtype to which parameters from files are converted.
+        part: The encoder of a model of text and images, such as CLIP; None for other models.
         attention: In decoders (Llama, Mistral, Qwen2, Qwen3), whether each token attends only to itself and earlier
             ones ("causal") or to all ("full"), as in some embedding models made from decoders; None for what
             ``config.json`` says, or causal if it says nothing.
@@ -190,6 +192,7 @@ def hf_tower(
     check_choice("hf_tower", "framework", framework, tuple(_ADAPTERS))
     check_choice("hf_tower", "pool", pool, ("cls", "mean", "last", "pooler", None))
     pooled, files = pool == "pooler", None
+    check_choice("hf_tower", "part", part, (*PARTS, None))
     check_choice("hf_tower", "attention", attention, ("causal", "full", None))
     if isinstance(source, nn.Module):
         to_dict = getattr(getattr(source, "config", None), "to_dict", None)
@@ -197,13 +200,16 @@ def hf_tower(
             raise TypeError(
                 f"hf_tower: source must be a path, a name, or a module of transformers, got {describe_value(source)}"
             )
-        if attention is not None:
-            raise ValueError("hf_tower: attention is for models in files; set config.is_causal of the module instead")
+        if attention is not None or part is not None:
+            raise ValueError(
+                "hf_tower: attention and part are for models in files; for a module, set its config.is_causal, and "
+                "pass the part itself"
+            )
         model, config = getattr(source, "base_model", source), to_dict()
     else:
         files = find_pretrained(source, download=download)
         files.check_tokenizer()
-        files = _with_attention(files, attention)
+        files = _with_attention(_with_part(files, part), attention)
         config = files.config
     if config.get("is_encoder_decoder"):
         raise ValueError(
@@ -221,6 +227,18 @@ def hf_tower(
 
 
 _ADAPTERS: Mapping[str, Any] = {"torch": _in_torch, "jax": _in_jax}
+
+
+def _with_part(files: PretrainedFiles, part: str | None) -> PretrainedFiles:
+    """Return the files with the configuration of one part, if the model has parts."""
+    parts = [name for name in PARTS if isinstance(files.config.get(f"{name}_config"), Mapping)]
+    if len(parts) == len(PARTS) and part is not None:
+        # Fields that the parts share, such as those of the projection, belong to the whole model.
+        return dataclasses.replace(files, config=files.config[f"{part}_config"])
+    if len(parts) == len(PARTS) or part is not None:
+        rule = "part must be 'text' or 'vision'" if parts else "part must be None, because the model has no parts"
+        raise ValueError(f"hf_tower: {rule}, got {part!r} for model_type {files.config['model_type']!r}")
+    return files
 
 
 def _with_attention(files: PretrainedFiles, attention: str | None) -> PretrainedFiles:

@@ -145,7 +145,7 @@ def test_weights_of_a_larger_model_are_found_by_both(tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = transformers.BertForMaskedLM(transformers.BertConfig(**FIELDS)).eval()
     model.save_pretrained(tmp_path)
-    ours, theirs = (hf_tower(tmp_path, framework, pool="mean") for framework in FRAMEWORKS)
+    theirs, ours = (hf_tower(tmp_path, framework, pool="mean") for framework in FRAMEWORKS)
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     assert "model.pooler.dense.weight" not in ours.state_dict()
     ids, mask = batch()
@@ -273,11 +273,14 @@ def test_bad_arguments_are_refused(folder: Path, arguments: dict[str, Any], erro
         hf_tower(**({"source": folder} | arguments))
 
 
-def test_unknown_models_are_refused_in_jax_by_name(tmp_path: Path) -> None:
+def test_unknown_models_are_refused_by_name(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text('{"model_type": "mamba"}')
     with pytest.raises(ValueError, match="model_type 'mamba' is not implemented in JAX, only bert, "):
         hf_tower(tmp_path, "jax")
+    (tmp_path / "config.json").write_text('{"model_type": "own"}')
+    with pytest.raises(ValueError, match="transformers does not know the model_type 'own'; upgrade"):
+        hf_tower(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "t5", "is_encoder_decoder": true}')
     for framework in FRAMEWORKS:
         with pytest.raises(ValueError, match="'t5' has an encoder and a decoder"):
@@ -389,3 +392,61 @@ def test_jax_towers_need_no_transformers(folder: Path, root: Path) -> None:
     command = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True)
     assert done.stdout == f"{len(load_file(folder / 'model.safetensors'))}\n"
+
+
+def small(kind: str, **fields: Any) -> Any:
+    sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
+    return getattr(transformers, f"{kind}Config")(**(sizes | fields))
+
+
+def assert_frameworks_agree(path: Path, *inputs: torch.Tensor, **options: Any) -> None:
+    theirs, ours = (hf_tower(path, framework, **options) for framework in FRAMEWORKS)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    assert_near(ours(*inputs), theirs(*inputs), ALLOWED)
+    for tower in (ours, theirs):
+        model: Any = tower.model
+        own = dict(model.named_parameters())
+        for name, tensor in model.weight_files.read(list(own)):
+            assert torch.equal(tensor, own.pop(name))
+        # Of ViT, transformers converts the names of most parameters.
+        assert not own or (tower.framework, tower.config["model_type"]) == ("torch", "vit")
+
+
+def test_decoders_pool_the_last_token_and_attend_either_way(tmp_path: Path) -> None:
+    model_of(small("Llama", num_key_value_heads=1, vocab_size=13)).save_pretrained(tmp_path)
+    ids, mask = batch()
+    for attention in ("causal", "full"):
+        assert_frameworks_agree(tmp_path, ids, mask, pool="last", attention=attention)
+    causal, full = (hf_tower(tmp_path, attention=attention)(ids) for attention in ("causal", "full"))
+    assert not torch.allclose(causal[:, 0], full[:, 0])
+    assert torch.equal(causal, hf_tower(tmp_path)(ids))
+    assert hf_tower(tmp_path)._longest is None
+
+
+def test_images(tmp_path: Path) -> None:
+    model_of(small("ViT", image_size=8, patch_size=4)).save_pretrained(tmp_path)
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert_frameworks_agree(tmp_path, pixels, pool="pooler")
+    with pytest.raises(TypeError, match=r"pixel_values must be a float tensor, got torch.int64 \[3, 3, 8, 8\]"):
+        hf_tower(tmp_path)(pixels.long())
+    with pytest.raises(ValueError, match="part must be None, because the model has no parts, got 'text' for .* 'vit'"):
+        hf_tower(tmp_path, part="text")
+
+
+def test_parts_of_clip(tmp_path: Path) -> None:
+    parts = {
+        "text_config": small(
+            "CLIPText", vocab_size=13, max_position_embeddings=12, bos_token_id=1, eos_token_id=12
+        ).to_dict(),
+        "vision_config": small("CLIPVision", image_size=8, patch_size=4).to_dict(),
+    }
+    model_of(transformers.CLIPConfig(**parts)).save_pretrained(tmp_path)
+    ids, mask = batch()
+    pixels = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert_frameworks_agree(tmp_path, pixels, part="vision", pool="cls")
+    assert_frameworks_agree(tmp_path, ids, mask, part="text", pool="last")
+    frozen = {name for name, each in hf_tower(tmp_path, part="vision").named_parameters() if not each.requires_grad}
+    assert frozen == {"model.post_layernorm.weight", "model.post_layernorm.bias"}
+    for framework in FRAMEWORKS:
+        with pytest.raises(ValueError, match="part must be 'text' or 'vision', got None for model_type 'clip'"):
+            hf_tower(tmp_path, framework)
