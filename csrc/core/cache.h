@@ -2,8 +2,8 @@
 //
 // The cache is set-associative: kWays ways form a set, and a row belongs to set `row % sets`. Rows are numbered
 // densely, so sets are equally full, and `row / sets` identifies a row within its set. A kernel that works on records
-// is given places instead of rows: the row itself, or kRows of the blocks + the number of the way that holds its
-// record. The address table of the blocks continues with those of the cache.
+// is given places instead of rows: the row itself, or first_place + the number of the way that holds its record. The
+// address table of the blocks continues with those of the cache, whose first place is the capacity of the blocks.
 //
 // A lookup runs TouchRows for its distinct rows, which marks the ways that hold one, and then ClaimWays for the others.
 // No way that the lookup uses is replaced in it, and each way is claimed by one row at most, by compare-and-swap, so

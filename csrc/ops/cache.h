@@ -6,7 +6,7 @@
 
 namespace recis {
 
-// A cache is passed as these arguments, in this order.
+// A cache is passed as these arguments, in this order; first_place is a multiple of the rows of a block.
 #define RECIS_CACHE_MUT "Tensor(b!) tags, Tensor(c!) states, Tensor(d!) counters, int first_place"
 
 inline CacheRef cache_ref(const Tensor& tags, const Tensor& states, const Tensor& counters, int64_t first_place) {
