@@ -12,7 +12,7 @@ from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission
 from recis_hybrid.embedding.initializers import Initializer, Normal
 from recis_hybrid.embedding.placement import Placement
-from recis_hybrid.validation import check_choice, check_flag, check_integer, check_method, check_type
+from recis_hybrid.validation import check_choice, check_flag, check_integer, check_method, check_type, describe_value
 
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
 SHARDINGS = ("row", "table", "column", "replicated", "auto")
@@ -128,3 +128,17 @@ class EmbeddingConfig:
     def width(self) -> int:
         """Elements of the output of a bag, or of an id if there is no combiner."""
         return self.dim * (self.max_length or 1) if self.combiner == "tile" else self.dim
+
+
+def check_configs(configs: object) -> None:
+    """Raise TypeError or ValueError unless configs are a non-empty mapping by feature name."""
+    if not isinstance(configs, Mapping):
+        raise TypeError(
+            f"EmbeddingEngine: configs must be a mapping from features to configs, e.g. "
+            f"{{'item': EmbeddingConfig(dim=16)}}, got {describe_value(configs)}"
+        )
+    for name in configs:
+        if not isinstance(name, str):
+            raise TypeError(f"EmbeddingEngine: the names of features must be strings, got {name!r}")
+    if not configs:
+        raise ValueError("EmbeddingEngine: configs must have at least one feature, got none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,7 +13,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid import distributed
-from recis_hybrid.accelerator import is_accelerator
 from recis_hybrid.checkpointing import are_tables_apart
 from recis_hybrid.embedding.checkpoint.mixin import CheckpointedTables
 from recis_hybrid.embedding.checkpoint.state_dict import (
@@ -26,19 +25,19 @@ from recis_hybrid.embedding.checkpoint.state_dict import (
     warn_of_rows_left_out,
 )
 from recis_hybrid.embedding.compilation import not_recorded, outside_graphs, refuse_recording
-from recis_hybrid.embedding.config import EmbeddingConfig
+from recis_hybrid.embedding.config import EmbeddingConfig, check_configs
 from recis_hybrid.embedding.distributed.exchange import Exchange, Traffic, group_of
 from recis_hybrid.embedding.distributed.prefetch import Prefetcher
 from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.embedding.eviction import Eviction
-from recis_hybrid.embedding.inputs import FeatureReader, TableReader, samples_of
+from recis_hybrid.embedding.inputs import FeatureReader, TableReader, distinct_columns, samples_of
 from recis_hybrid.embedding.optimizer import OptimizerSpec, RowOptimizer
-from recis_hybrid.embedding.placement import device_of
+from recis_hybrid.embedding.placement import output_device
 from recis_hybrid.embedding.planner.coalesce import TablePlan, describe_plans, layout_on, plan_tables
 from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.table.hash_table import Anchor, HashTable
 from recis_hybrid.embedding.table.lookup import Lookup, Request
-from recis_hybrid.ragged import Batch
+from recis_hybrid.ragged import Batch, RaggedTensor
 from recis_hybrid.validation import check_choice, check_flag, check_integer, check_type, describe_value
 
 
@@ -54,6 +53,7 @@ class EngineLookup:
     "forward",
     "lookup",
     "apply_gradients",
+    "distinct",
     "prefetch",
     "prefetch_rows",
     "has_read",
@@ -146,7 +146,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         pass_through: bool = False,
     ) -> None:
         super().__init__()
-        _check_configs(configs)
+        check_configs(configs)
         self.optimizer_spec = OptimizerSpec.of(optimizer)
         """The optimizer whose state rows keep; None: rows keep no optimizer state."""
         seed = check_integer("EmbeddingEngine", "seed", seed)
@@ -162,7 +162,7 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         """True if :meth:`forward` also returns columns that no feature reads."""
         self.rows_in_state_dict = rows_in_state_dict
         """Form of the rows in ``state_dict``; may be changed at any time."""
-        self.device = _output_device(device)
+        self.device = output_device(device)
         self._samples: list[int] = []
         self._warned_of_dtype = self._warned_of_rows = False
         shared = group_of(group)
@@ -300,6 +300,35 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         _, lookups, outputs_of = zip(*found, strict=True)
         present = [name for name in self.configs if name in batch or name not in self._optional]
         return {name: results[name] for name in present}, EngineLookup(lookups, outputs_of)
+
+    def distinct(
+        self, batch: Batch, features: Iterable[str], room: Callable[[str, int], int]
+    ) -> tuple[Batch, dict[str, Tensor | RaggedTensor]]:
+        """Replace columns by their distinct ids, so that a lookup returns each row once.
+
+        The feature's vectors are ``[R, dim]``: a row per distinct id, whatever the combiner and the weights, and then
+        zeros, which take no gradient. Admission counts an id once per batch. Waits for the device.
+
+        Args:
+            batch: As for :meth:`forward`.
+            features: Names of the features; optional ones may be missing from the batch.
+            room: (feature, number of distinct ids U) → R, which must be more than U.
+
+        Returns:
+            The batch for :meth:`lookup` or :meth:`forward`; and, by feature, the row of each id, int32 in the shape of
+            dense ids, or a RaggedTensor of the innermost lists. Ids beyond ``max_length`` are omitted.
+
+        Raises:
+            KeyError: If the batch lacks a column, or a name is not a feature.
+
+        Example:
+            >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=8)})
+            >>> batch, rows = engine.distinct({"item": torch.tensor([5, 7, 5])}, ["item"], lambda _, count: count + 1)
+            >>> engine(batch)["item"].shape, rows["item"]
+            (torch.Size([3, 8]), tensor([0, 1, 0], dtype=torch.int32))
+        """
+        columns, rows = distinct_columns(self._readers, batch, features, room, self.device)
+        return {**batch, **columns}, rows  # type: ignore[dict-item]
 
     @torch.no_grad()
     def apply_gradients(self, ctx: EngineLookup, gradients: Mapping[str, Tensor], optimizer: RowOptimizer) -> None:
@@ -558,32 +587,6 @@ class EmbeddingEngine(CheckpointedTables, nn.Module):
         missing_keys.extend(key for key in missing if not belongs_to_tables(key, prefix))
         if not are_tables_apart():
             load_rows(self.tables, state_dict, prefix, self.checkpoint_buckets, missing_keys, error_msgs)
-
-
-def _output_device(device: torch.device | str) -> torch.device:
-    """Return a device that the engine supports.
-
-    Raises:
-        ValueError: If it is another.
-    """
-    found = device_of(device)
-    if found.type != "cpu" and not is_accelerator(found):
-        raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(found)!r}")
-    return found
-
-
-def _check_configs(configs: object) -> None:
-    """Raise TypeError or ValueError unless configs are a non-empty mapping by feature name."""
-    if not isinstance(configs, Mapping):
-        raise TypeError(
-            f"EmbeddingEngine: configs must be a mapping from features to configs, e.g. "
-            f"{{'item': EmbeddingConfig(dim=16)}}, got {describe_value(configs)}"
-        )
-    for name in configs:
-        if not isinstance(name, str):
-            raise TypeError(f"EmbeddingEngine: the names of features must be strings, got {name!r}")
-    if not configs:
-        raise ValueError("EmbeddingEngine: configs must have at least one feature, got none")
 
 
 def dense_parameters(module: nn.Module) -> list[nn.Parameter]:

@@ -6,9 +6,9 @@ Letters: B rows, L ids of a row's bag (or bags of a row, with K ids each), n ids
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
@@ -23,6 +23,21 @@ from recis_hybrid.ops.gather import Bags
 from recis_hybrid.ragged import Batch, RaggedTensor, arrays
 
 _KINDS = {"sum": 0, "mean": 1, "sqrtn": 2, "max": 3, "tile": 0, None: 0}
+
+
+@dataclass(frozen=True, eq=False)
+class DistinctIds:
+    """The distinct ids of a column, in place of the column; its output has one vector per id.
+
+    :func:`distinct_columns` makes it. Combiner, weights and ``max_length`` do not apply.
+    """
+
+    ids: Tensor
+    """int64 ``[U]``."""
+    offsets: Tensor
+    """int64 ``[R + 1]``: 0 to U, then U again: the vectors from U on are zeros and take no gradient."""
+    samples: int
+    """Number of rows of the column, which weighs this rank's gradients."""
 
 
 @dataclass(frozen=True)
@@ -53,32 +68,30 @@ class FeatureReader:
             ValueError: If shapes are wrong.
         """
         config = self.config
+        distinct: Any = batch.get(self.name) if isinstance(batch, Mapping) else None
+        if isinstance(distinct, DistinctIds):
+            bags, zeros = distinct.offsets.numel() - 1, config.unknown == "zeros"
+            return FeatureIds(distinct.ids, bags, self.member, distinct.offsets, unknown_zeros=zeros), (
+                bags,
+                config.dim,
+            )
         column: Tensor | RaggedTensor = torch.empty(0, dtype=torch.int64, device=device)
         weights = None
         if not config.optional or self.name in batch:
             column = self._column(batch, self.name)
             weights = self._weights(batch, column)
-        values = column.values if isinstance(column, RaggedTensor) else column
-        if values.dtype not in (torch.int64, torch.int32):
-            hint = "hash it first (features.Hash)" if values.dtype == torch.uint8 else "cast it, or bucketize it first"
-            raise TypeError(f"{self._where}: ids must be int64 or int32, got {values.dtype}; {hint}")
+        values = self._checked(column)
         if isinstance(column, RaggedTensor):
-            if values.dim() != 1:
-                raise ValueError(f"{self._where}: ragged ids must be [N], got {list(values.shape)}")
             length = None
             ids, weights, offsets, used = self._ragged(column, weights, device)
             bags = offsets.numel() - 1
             shape: tuple[int, ...] = (bags,)
-        elif values.dim() >= 1:
+        else:
             used = None
             shape = tuple(values.shape if values.dim() == 1 else values.shape[:-1])
             ids, weights, length = self._dense(values, weights, device)
             bags = math.prod(shape)
             offsets = torch.arange(bags + 1, dtype=torch.int64, device=device) * length
-        else:
-            raise ValueError(
-                f"{self._where}: ids must be [B], [B, L], [B, L, K] or a RaggedTensor, got {list(values.shape)}"
-            )
         if config.combiner is None:
             if isinstance(column, RaggedTensor):
                 shape = (ids.numel(),)
@@ -91,6 +104,38 @@ class FeatureReader:
             vectors = bags * config.max_length
             return self._ids(ids, vectors, offsets, tile=config.max_length, used=used), (*shape, config.width)
         return self._ids(ids, bags, None if length == 1 else offsets, weights, used=used), (*shape, config.dim)
+
+    def flat(self, batch: Batch, device: torch.device) -> tuple[Tensor, Tensor | tuple[int, ...]]:
+        """Return the ids of a column, int64 ``[n]``, without bags; waits for the device.
+
+        Lists are cut to ``max_length``.
+
+        Returns:
+            The ids; and the offsets of a RaggedTensor's innermost lists, int64 ``[bags + 1]``, or the shape of dense
+            ids.
+        """
+        column = self._column(batch, self.name)
+        values = self._checked(column)
+        if isinstance(column, RaggedTensor):
+            ids, _, offsets, _ = self._ragged(column, None, device)
+            return ids[: int(offsets[-1])], offsets
+        ids, _, length = self._dense(values, None, device)
+        return ids, (*values.shape[:-1], length) if values.dim() > 1 else tuple(values.shape)
+
+    def _checked(self, column: Tensor | RaggedTensor) -> Tensor:
+        """Return the ids of a column in their own shape, after checking shape and dtype."""
+        values = column.values if isinstance(column, RaggedTensor) else column
+        if values.dtype not in (torch.int64, torch.int32):
+            hint = "hash it first (features.Hash)" if values.dtype == torch.uint8 else "cast it, or bucketize it first"
+            raise TypeError(f"{self._where}: ids must be int64 or int32, got {values.dtype}; {hint}")
+        if isinstance(column, RaggedTensor):
+            if values.dim() != 1:
+                raise ValueError(f"{self._where}: ragged ids must be [N], got {list(values.shape)}")
+        elif values.dim() == 0:
+            raise ValueError(
+                f"{self._where}: ids must be [B], [B, L], [B, L, K] or a RaggedTensor, got {list(values.shape)}"
+            )
+        return values
 
     def _dense(self, ids: Tensor, weights: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor | None, int]:
         """Return the ids and weights of bags of equal length, and that length."""
@@ -253,7 +298,7 @@ class TableReader:
     """
 
     def __init__(self, readers: list[FeatureReader]) -> None:
-        self._readers = readers
+        self.readers = readers
         self._names = [reader.name for reader in readers]
         self._members = [reader.member for reader in readers]
         self.unknown = [-1 if r.config.unknown == "zeros" else r.member for r in readers]
@@ -271,12 +316,73 @@ class TableReader:
                 ids: list[Tensor] = columns  # type: ignore[assignment]
                 request = Request(ids, self._members, Bags.single(bags), self.unknown)
                 return request, [(count, self._dim) for count in bags]
-        read = [reader(batch, device) for reader in self._readers]
+        read = [reader(batch, device) for reader in self.readers]
         return Request.of([ids for ids, _ in read]), [shape for _, shape in read]
 
 
 def samples_of(batch: Batch, features: Iterable[str]) -> int:
     """Return the number of samples of a batch: the largest number of rows of a feature's column."""
-    columns = [arrays.as_column("batch", batch[name]) for name in features if name in batch]
-    sizes = [column.batch_size if isinstance(column, RaggedTensor) else column.size(0) for column in columns]
-    return max(sizes, default=0)
+    return max((_rows_of(batch[name]) for name in features if name in batch), default=0)
+
+
+def _rows_of(column: Any) -> int:
+    if isinstance(column, DistinctIds):
+        return column.samples
+    column = arrays.as_column("batch", column)
+    return column.batch_size if isinstance(column, RaggedTensor) else column.size(0)
+
+
+def distinct_columns(
+    tables: Sequence[TableReader],
+    batch: Batch,
+    features: Iterable[str],
+    room: Callable[[str, int], int],
+    device: torch.device,
+) -> tuple[dict[str, DistinctIds], dict[str, Tensor | RaggedTensor]]:
+    """Return the distinct ids of features, and the indices of each column's ids among them; waits for the device.
+
+    Args:
+        tables: Readers of all features.
+        batch: Must have the columns of the features, except of optional ones.
+        features: Names of features.
+        room: (feature, number of distinct ids U) → number of vectors R of the feature, more than U.
+        device: Device of the results.
+
+    Raises:
+        KeyError: If there is no such feature, or the batch lacks its column.
+        ValueError: If a number of vectors is too small.
+
+    Returns:
+        By feature, the column for the lookup; and the indices, int32 in the shape of dense ids, or a RaggedTensor of
+        the innermost lists.
+    """
+    known = {reader.name: reader for table in tables for reader in table.readers}
+    names = list(dict.fromkeys(features))
+    if unknown := [name for name in names if name not in known]:
+        raise KeyError(f"distinct: {unknown} are not features of this engine")
+    readers = [known[name] for name in names if name in batch or not known[name].config.optional]
+    if not readers:
+        return {}, {}
+    read = [reader.flat(batch, device) for reader in readers]
+    lengths = [ids.numel() for ids, _ in read]
+    kinds = range(len(readers))
+    found = ops.gather.distinct_ids([ids for ids, _ in read], kinds, [-1] * len(readers), 1, Bags.single(lengths))
+    sizes = found.sizes[0].tolist()
+    # The ids are ordered by kind, which is the feature.
+    parts = found.ids[: sum(sizes)].split(sizes)
+    columns: dict[str, DistinctIds] = {}
+    indices: dict[str, Tensor | RaggedTensor] = {}
+    first = 0
+    for reader, (_, form), ids, places in zip(readers, read, parts, found.places.split(lengths), strict=True):
+        name, size = reader.name, ids.numel()
+        vectors = room(name, size)
+        if vectors <= size:
+            raise ValueError(
+                f"distinct: room({name!r}, {size}) must be more than the number of distinct ids, got {vectors}"
+            )
+        offsets = torch.arange(vectors + 1, dtype=torch.int64, device=device).clamp_(max=size)
+        columns[name] = DistinctIds(ids, offsets, _rows_of(batch[name]))
+        index = (places - first).to(torch.int32)
+        indices[name] = RaggedTensor.unchecked(index, form) if isinstance(form, Tensor) else index.view(form)
+        first += size
+    return columns, indices

@@ -73,3 +73,15 @@ class Placement:
     def blocks_device(self, index: int | None = None) -> torch.device:
         """Return the device whose kernels work on the blocks."""
         return torch.device("cpu") if self.blocks == "cpu" else accelerator(index)
+
+
+def output_device(device: torch.device | str) -> torch.device:
+    """Return a device that the engine supports.
+
+    Raises:
+        ValueError: If it is another.
+    """
+    found = device_of(device)
+    if found.type != "cpu" and not is_accelerator(found):
+        raise ValueError(f"EmbeddingEngine: device must be 'cpu' or 'cuda', got {str(found)!r}")
+    return found

@@ -34,7 +34,7 @@ def as_column(where: str, value: Any) -> torch.Tensor | RaggedTensor:
         value: The column.
 
     Raises:
-        TypeError: If the value is none of these, or holds no numbers.
+        TypeError: If the value is none of these, holds no numbers, or is being traced by JAX.
         ValueError: If it is a list of lists.
     """
     if not isinstance(value, torch.Tensor | RaggedTensor):
@@ -57,6 +57,12 @@ def _as_tensor(where: str, value: Any) -> torch.Tensor:
     kind = f"{type(value).__module__.partition('.')[0]}.{type(value).__qualname__}".removeprefix("builtins.")
     if isinstance(value, np.ndarray):
         return _of_numpy(where, value, kind)
+    if any(base.__name__ == "Tracer" and base.__module__.startswith("jax") for base in type(value).__mro__):
+        raise TypeError(
+            f"{where} must hold numbers, got {value.dtype}{list(value.shape)} that JAX is tracing; lookups and "
+            f"features do not run inside jax.jit, grad or vmap: look ids up before the jitted function, with "
+            f"recis_hybrid.bridge.jax_led, and pass it the vectors"
+        )
     if isinstance(value, list | tuple):
         return _of_list(where, value, kind)
     if hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__"):
