@@ -40,7 +40,7 @@ class Placement:
     blocks: Literal["cpu", "cuda", "pinned"]
     """Memory of the records: host memory, used by the CPU; GPU memory; or pinned host memory, used by the GPU."""
     cache_bytes: int = 0
-    """GPU memory for copies of pinned records, allocated at the first training lookup; 0: none.
+    """GPU memory for copies of pinned records on each rank, allocated at the first training lookup; 0: none.
 
     Training lookups copy the records of their ids, optimizer state included, into the cache, where they replace those
     that are used least often; changed records are written back when they are replaced. Lookups in evaluation mode or in

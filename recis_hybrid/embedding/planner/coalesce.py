@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -114,7 +115,7 @@ def describe_plans(
     Args:
         plans: The tables.
         sizes: For each table, the number of its rows and bytes on this rank.
-        hit_rates: For each table, the hit rate of its cache; None without one.
+        hit_rates: For each table, the hit rate of its cache, NaN if it was not used; None without one.
         device: Device of tables without a placement.
         sharded: Add the sharding, if several ranks share the tables.
     """
@@ -134,7 +135,8 @@ def describe_plans(
         line += f"{plan.sharding:<12}" if sharded else ""
         notes = [] if plan.config.trainable else ["read-only"]
         if hit_rate is not None:
-            notes.append(f"cache of {placement.cache_bytes / 2**20:,.1f} MiB, hit rate {hit_rate:.1%}")
+            used = "not used yet" if math.isnan(hit_rate) else f"hit rate {hit_rate:.1%}"
+            notes.append(f"cache of {placement.cache_bytes / 2**20:,.1f} MiB, {used}")
         lines.append(line + members + "".join(f"  [{note}]" for note in notes))
     return "\n".join(lines)
 

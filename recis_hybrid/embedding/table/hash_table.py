@@ -269,6 +269,8 @@ class HashTable:
             marks_seen,
             self.rounding_seed,
         )
+        if places is groups.unique:
+            return table, gradients
         return table, gradients._replace(groups=replace(groups, unique=places))
 
     def gradient_norm(self) -> Tensor | None:

@@ -240,6 +240,7 @@ def test_memory_and_place_are_described(device: str) -> None:
     placement = Placement(id_map="cuda", blocks="pinned", cache_bytes=MIB)
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4, placement=placement)}, device=device)
     assert engine.memory()["cache"] == 0
+    assert "[cache of 1.0 MiB, not used yet]" in engine.describe()
     for _ in range(2):
         engine({"id": torch.arange(8, device=device)})
     assert MIB - WAYS * 64 < engine.memory()["cache"] <= MIB + 2048
