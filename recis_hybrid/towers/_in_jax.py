@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recis_hybrid.towers._in_torch import align, no_output, only_pooled
+from recis_hybrid.towers._in_torch import align, freeze_pooler, no_output
 from recis_hybrid.towers.files import PretrainedFiles, ReadWeights
 
 Classes = Mapping[str, Sequence[int] | None]
@@ -37,6 +37,8 @@ def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool, classes: Clas
     names = encoder(files.config).match(files.shapes)
     tower: Any = _build(files.config, files.read(names, dtype), pooled, classes)
     tower.weight_files = ReadWeights(files, names, dtype)
+    if not pooled:
+        freeze_pooler(tower)
     return tower  # type: ignore[no-any-return]
 
 
@@ -81,7 +83,7 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
         raise TypeError(
             f"hf_tower: the model takes {', '.join(function.inputs)}, but not {', '.join(unknown)}; omit it"
         )
-    return model(*[given.get(name) for name in function.inputs])  # type: ignore[no-any-return]
+    return model(given)  # type: ignore[no-any-return]
 
 
 def describe(model: nn.Module) -> tuple[str, int | None]:
@@ -91,7 +93,7 @@ def describe(model: nn.Module) -> tuple[str, int | None]:
 
 
 class _Function:
-    """The function of a tower: one output of an encoder.
+    """The function of a tower: one output of an encoder, for a dictionary of its inputs.
 
     Args:
         config: The configuration, from which a pickled copy builds the encoder again.
@@ -106,8 +108,8 @@ class _Function:
         self.__name__ = found.name
         self.inputs, self.longest = found.inputs, found.max_length
 
-    def __call__(self, weights: Any, *inputs: Any, key: Any = None) -> Any:
-        output = self._forward(weights, *inputs, key=key)
+    def __call__(self, weights: Any, inputs: Any, *, key: Any = None) -> Any:
+        output = self._forward(weights, **inputs, key=key)
         if self._pooled and output.pooler_output is None:
             raise no_output(self.__name__, pooled=True)
         return output.pooler_output if self._pooled else output.last_hidden_state
@@ -121,17 +123,12 @@ def _build(config: Mapping[str, Any], params: dict[str, Tensor], pooled: bool, c
     from recis_hybrid.bridge import JaxTower
 
     function = _Function(config, pooled)
-    dims: list[tuple[str, ...]] = [("batch",)]
     sizes: dict[str, Sequence[int] | None] = {"batch": None}
     if function.inputs[0] == "input_ids":
-        dims = [("batch", "length")] * len(function.inputs)
         sizes["length"] = _lengths(function.longest)
-    tower: Any = JaxTower(function, params, copy=False, dims=dims, classes=sizes | dict(classes or {}))
+    tower: Any = JaxTower(function, params, copy=False, dims=[tuple(sizes)], classes=sizes | dict(classes or {}))
     tower.function = function
-    if not pooled:
-        for name, parameter in tower.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not only_pooled(name))
-    return tower.eval()  # type: ignore[no-any-return]
+    return tower  # type: ignore[no-any-return]
 
 
 def _lengths(longest: int | None) -> list[int] | None:

@@ -56,23 +56,19 @@ def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool) -> nn.Module:
     named = [name for name, _ in model.named_parameters()]
     names = {name: prefix + name for prefix in prefixes for name in named if prefix + name in files.shapes}
     model.weight_files = ReadWeights(files, names, dtype)
-    return share(model, pooled)
+    if not pooled:
+        freeze_pooler(model)
+    return share(model)
 
 
-def share(model: nn.Module, pooled: bool) -> nn.Module:
+def share(model: nn.Module) -> nn.Module:
     """Return a module of transformers, after moving its parameters to memory that JAX can share.
-
-    Parameters that do not affect the output are excluded from training.
 
     Args:
         model: The module, or a larger one that contains it.
-        pooled: Whether the output is the model's own pooled one.
     """
     model = getattr(model, "base_model", model)
     align(model.parameters())
-    if not pooled:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and not only_pooled(name))
     return model
 
 
@@ -125,9 +121,11 @@ def align(parameters: Iterable[nn.Parameter]) -> None:
             parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
-def only_pooled(name: str) -> bool:
-    """Return whether a parameter affects the pooled output but not the hidden states."""
-    return name.startswith("pooler.") or ".post_layernorm." in f".{name}"
+def freeze_pooler(model: nn.Module) -> None:
+    """Exclude the parameters that affect the pooled output, but not the hidden states, from training."""
+    for name, parameter in model.named_parameters():
+        if name.startswith(("pooler.", "post_layernorm.")):
+            parameter.requires_grad_(False)
 
 
 def _check_loaded(model: Any, found: Mapping[str, Any], where: str) -> None:

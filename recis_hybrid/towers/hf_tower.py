@@ -61,7 +61,7 @@ class HfTower(nn.Module):
         self.unique = unique
         self._input, self._longest = _ADAPTERS[framework].describe(model)
         self._vocabulary = vocabulary_size(config)
-        self.train(model.training)
+        self.eval()
 
     def forward(
         self,
@@ -166,7 +166,7 @@ def hf_tower(
 
     In torch, the model is that of ``transformers.AutoModel``. In JAX, it is a ``JaxTower`` of an own encoder, and
     transformers is not used. Both take the same inputs, have the same ``state_dict`` keys, and apply dropout in train
-    mode at the rates of the configuration. Parameters that do not affect the output (a pooler) require no gradient.
+    mode at the rates of the configuration. Parameters from files that do not affect the output (a pooler) are frozen.
 
     Args:
         source: A folder with ``config.json`` and safetensors; the name of an installed package that contains such a
@@ -231,7 +231,7 @@ def hf_tower(
             "of them"
         )
     if framework == "torch":
-        model = _in_torch.share(model, pooled) if files is None else _in_torch.load(files, dtype, pooled)
+        model = _in_torch.share(model) if files is None else _in_torch.load(files, dtype, pooled)
     elif files is None:
         model = _in_jax.share(model, config, pooled, classes)
     else:
