@@ -57,13 +57,14 @@ def embed_corpus(
     call that was killed continues where it was, and when texts are appended to the corpus, only the chunks that change
     are computed. Files of other weights, tokenizers and texts stay beside them; delete those that are not needed.
 
-    The hash covers the tower's parameters, buffers and text representation, but not the code of its functions.
+    The hash covers the parameters, buffers and ``repr`` of the tower, but not the code of its functions.
 
     The tower runs in evaluation mode, without gradients, on its own device. Equal texts of a chunk are computed once,
-    and batches have texts of similar length.
+    and batches consist of texts of similar length.
 
-    If several ranks train together, the call is collective: every rank passes the whole corpus, and they compute the
-    chunks in turns. The folder must then be shared by all ranks.
+    If several ranks run together, which join the default group here if a launcher has started them, the call is
+    collective: every rank passes the whole corpus, and they compute the chunks in turns. The folder must then be shared
+    by all ranks.
 
     Args:
         tower: A module from a RaggedTensor of token ids to ``[B, D]``, e.g. of :func:`hf_tower`.
@@ -90,6 +91,8 @@ def embed_corpus(
     check_type("embed_corpus", "tower", tower, nn.Module, "a torch.nn.Module, e.g. hf_tower(...)")
     check_integer("embed_corpus", "batch_size", batch_size, 1)
     check_integer("embed_corpus", "chunk_rows", chunk_rows, 1)
+    if group is None:
+        distributed.join("embed_corpus")
     rank, ranks = distributed.rank(group), distributed.world_size(group)
     run = _Run(tower, tokenize, Path(folder), batch_size, progress and rank == 0)
     failure: Exception | None = None
@@ -98,7 +101,9 @@ def embed_corpus(
     except Exception as error:
         failure = error
     try:
-        digest = hashlib.sha256("".join(map(str, run.files)).encode()).hexdigest()
+        # Hosts may mount the folder at different paths.
+        names = [f"{path.parent.name}/{path.name}" for path in run.files]
+        digest = hashlib.sha256("".join(names).encode()).hexdigest()
         digests = distributed.all_succeed_or_raise(failure, [digest, len(run.files)], group)
     finally:
         failure = None  # otherwise the exception and this frame would form a reference cycle

@@ -210,7 +210,7 @@ def fail_on_rank(group: dist.ProcessGroup, folder: str, how: str) -> None:
     ("how", "messages"),
     [
         ("texts", ["RuntimeError: embed_corpus: all ranks must pass the same tower, tokenizer and texts"] * 2),
-        ("folder", ["RuntimeError: embed_corpus: all ranks must pass the same tower"] * 2),
+        ("folder", ["is missing, although another rank has written it; use a folder that all ranks share"] * 2),
         ("error", ["rank 1 of 2 failed: embed_corpus: pair 0 from row 8", "pair 0 from row 8 on: no letters in row 1"]),
     ],
 )

@@ -16,7 +16,7 @@ from recis_hybrid import optim
 from recis_hybrid.columnio import read_vectors
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused
 from recis_hybrid.ragged import RaggedTensor
-from tests.support.devices import EDGE_IDS
+from tests.support.devices import EDGE_IDS, on_accelerators
 from tests.support.rank_processes import Ranks
 from tests.support.sharded import merged, rows_of
 
@@ -48,6 +48,18 @@ def test_a_lookup_returns_loaded_vectors(listed: list[int], chunks: int) -> None
         found = engine({"user": none, "item": none, "old": none, "query": none, table: ids})
         assert torch.equal(found[table], vectors)
         assert sum(map(len, engine.tables)) == ids.numel()
+
+
+@on_accelerators
+def test_vectors_on_accelerators(device: str) -> None:
+    engine = engine_of(device=device).eval()
+    ids = torch.tensor(EDGE_IDS)
+    assert engine.load_rows("item", zip(ids.split(3), vectors_of(ids).to(device).split(3), strict=True)) == ids.numel()
+    none = torch.zeros_like(ids)
+    found = engine({"user": none, "item": ids, "old": none, "query": none})["item"]
+    assert torch.equal(found.cpu(), vectors_of(ids))
+    with pytest.raises(ValueError, match=f"got {EDGE_IDS[0]} in two chunks"):
+        engine.load_rows("item", [(ids[:1], ONES[:1]), (ids[:1].to(device), ONES[:1])])
 
 
 def test_arrays_of_other_libraries_and_dtypes() -> None:
