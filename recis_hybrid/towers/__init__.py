@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from recis_hybrid.towers.corpus import TextTokenizer as TextTokenizer, embed_corpus as embed_corpus
 from recis_hybrid.towers.files import PretrainedFiles as PretrainedFiles, find_pretrained as find_pretrained
-from recis_hybrid.towers.fine_tuning import freeze as freeze
+from recis_hybrid.towers.fine_tuning import freeze as freeze, param_groups as param_groups, select as select
 from recis_hybrid.towers.hf_tower import HfTower as HfTower, hf_tower as hf_tower
 from recis_hybrid.towers.pooling import pool as pool
 from recis_hybrid.towers.unique import on_distinct_rows as on_distinct_rows

@@ -47,7 +47,7 @@ ROOMS: dict[str, set[str]] = {
     "pipelines": {"ragged", "distributed", "columnio", "embedding", "saver", "metrics"},
     "bridge": set(),
     # Pretrained models; imports the bridge only to build towers in JAX.
-    "towers": {"ragged", "bridge", "distributed"},
+    "towers": {"ragged", "distributed", "embedding", "bridge"},
     # The command line and training from a configuration; nothing imports it.
     "app": {"ragged", "distributed", "columnio", "features", "embedding", "optim", "saver", "metrics", "pipelines"},
 }
@@ -89,7 +89,7 @@ OUTSIDE: dict[str, set[str]] = {
     "saver": {"fsspec", "numpy", "pyarrow", "safetensors"},
     "pipelines": {"numpy", "pyarrow", "tqdm"},
     "app": {"numpy", "pyarrow", "yaml"},
-    "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "safetensors"},
+    "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "orbax", "safetensors"},
     "towers": {"huggingface_hub", "pyarrow", "safetensors", "tqdm", "transformers"},
 }
 OUTSIDE_OF_OTHERS = {"numpy"}
