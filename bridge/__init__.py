@@ -36,6 +36,7 @@ from recis_hybrid.bridge.tower.adapters import (
     from_linen as from_linen,
     from_nnx as from_nnx,
 )
+from recis_hybrid.bridge.tower.orbax import load_orbax as load_orbax, save_orbax as save_orbax
 from recis_hybrid.bridge.tower.tower import JaxTower as JaxTower
 
 del _jax
@@ -52,6 +53,8 @@ __all__ = [
     "from_nnx",
     "init",
     "jax_led",
+    "load_orbax",
+    "save_orbax",
     "to_jax",
     "to_torch",
 ]

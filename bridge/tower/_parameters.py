@@ -45,7 +45,7 @@ def register_leaves(
     slots = []
     for path, leaf in leaves:
         tensor = _own(leaf, f"{where}: {kind}{jax.tree_util.keystr(path)}", copy)
-        slots.append(_register(module, _names(path), tensor, where, kind))
+        slots.append(_register(module, path_names(path), tensor, where, kind))
     return tuple(slots), tree
 
 
@@ -66,7 +66,7 @@ def dotted_names(slots: tuple[Slot, ...], root: torch.nn.Module) -> list[str]:
     return [prefixes.get(id(owner), "") + name for owner, name in slots]
 
 
-def _names(path: tuple[Any, ...]) -> list[str]:
+def path_names(path: tuple[Any, ...]) -> list[str]:
     """Return the parts of the dotted name of a leaf, from its path in the pytree."""
     names: list[str] = []
     for entry in path:
@@ -116,7 +116,7 @@ def _own(leaf: object, where: str, copy: bool) -> torch.Tensor:
         except (TypeError, ValueError) as error:
             raise type(error)(f"{where}: {error}") from None
     elif isinstance(leaf, np.ndarray | np.generic):
-        tensor = _from_numpy(np.asarray(leaf), where)
+        tensor = array_to_tensor(np.asarray(leaf), where)
     else:
         raise TypeError(
             f"{where}: expected a JAX, numpy or torch array, got {type(leaf).__qualname__}; convert a number with "
@@ -134,8 +134,12 @@ def _own(leaf: object, where: str, copy: bool) -> torch.Tensor:
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _from_numpy(array: np.ndarray[Any, Any], where: str) -> torch.Tensor:
-    """Return a copy of a numpy array, which may have a dtype that only ml_dtypes defines."""
+def array_to_tensor(array: np.ndarray[Any, Any], where: str) -> torch.Tensor:
+    """Return a copy of a numpy array, which may have a dtype that only ml_dtypes defines.
+
+    Raises:
+        TypeError: if torch lacks the dtype.
+    """
     own = getattr(torch, array.dtype.name, None)
     if not isinstance(own, torch.dtype):
         raise TypeError(f"{where}: torch lacks the dtype {array.dtype.name!r}; cast the array")

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 
+from recis_hybrid.bridge.tower.orbax import linen_variables, merged
 from recis_hybrid.bridge.tower.tower import JaxTower
 
 _MODES = {
@@ -117,7 +118,9 @@ def from_nnx(model: Any, **options: Any) -> JaxTower:
     options.setdefault("name", type(model).__name__)
     if has_state:
         options["state"] = nnx.to_pure_dict(rest)
-    return JaxTower(with_state if has_state else plain, nnx.to_pure_dict(params), **options)
+    tower = JaxTower(with_state if has_state else plain, nnx.to_pure_dict(params), **options)
+    tower.to_checkpoint = merged
+    return tower
 
 
 def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
@@ -174,7 +177,9 @@ def from_linen(module: Any, variables: Any, **options: Any) -> JaxTower:
     options.setdefault("name", type(module).__name__)
     if state:
         options["state"] = state
-    return JaxTower(with_state if state else plain, variables["params"], **options)
+    tower = JaxTower(with_state if state else plain, variables["params"], **options)
+    tower.to_checkpoint = linen_variables
+    return tower
 
 
 def from_equinox(model: Any, *, batched: bool = True, **options: Any) -> JaxTower:

@@ -121,6 +121,8 @@ class JaxTower(torch.nn.Module):
         self._number = next(_next_number)
         _towers[self._number] = self
         self._axes: dict[int, tuple[tuple[str | None, ...], ...]] = {}
+        self.to_checkpoint: Callable[[Any, Any], Any] | None = None
+        """Function from the pytrees of parameters and state to the pytree of Orbax checkpoints; None: parameters."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Exclude wrappers and axes, which belong to this process."""
