@@ -16,8 +16,8 @@ def exchange_gradients(parameters: Iterable[Tensor]) -> Iterator[None]:
     """Exchange the gradients of all tables among parameters at once, and not again within the block; collective.
 
     Other ranks may run backward at any time, so outside of such a block each read of an anchor's ``grad`` exchanges
-    gradients, for which the host waits. ``torch.nn.utils.clip_grad_norm_`` reads the gradient of each table four times.
-    On one process the block has no effect. :class:`TorchStep` uses it.
+    gradients, for which the host waits. ``torch.nn.utils.clip_grad_norm_`` reads the gradient of each table several
+    times. On one process the block has no effect. :class:`TorchStep` uses it.
 
     Args:
         parameters: ``model.parameters()``, or those of an engine; all but tables are ignored.
