@@ -51,6 +51,8 @@ def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool) -> nn.Module:
             output_loading_info=True,
         )
     _check_loaded(model, found, str(files.folder))
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False  # of decoders, for generating text
     # Prefixes of larger models. Other names, which transformers converts, count as absent.
     prefixes = ("", f"{model.base_model_prefix}.", *(f"{part}_model." for part in PARTS if model_type.count(part)))
     named = [name for name, _ in model.named_parameters()]

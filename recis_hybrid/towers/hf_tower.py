@@ -204,43 +204,52 @@ def hf_tower(
     """
     check_choice("hf_tower", "framework", framework, tuple(_ADAPTERS))
     check_choice("hf_tower", "pool", pool, ("cls", "mean", "last", "pooler", None))
-    check_flag("hf_tower", "unique", unique)
-    pooled, files = pool == "pooler", None
     check_choice("hf_tower", "part", part, (*PARTS, None))
     check_choice("hf_tower", "attention", attention, ("causal", "full", None))
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise ValueError(f"hf_tower: dtype must be a floating-point dtype, such as torch.bfloat16, got {dtype!r}")
+    check_flag("hf_tower", "unique", unique)
+    check_flag("hf_tower", "download", download)
+    pooled, is_torch = pool == "pooler", framework == "torch"
     if isinstance(source, nn.Module):
-        to_dict = getattr(getattr(source, "config", None), "to_dict", None)
-        if to_dict is None:
-            raise TypeError(
-                f"hf_tower: source must be a path, a name, or a module of transformers, got {describe_value(source)}"
-            )
-        if attention is not None or part is not None:
-            raise ValueError(
-                "hf_tower: attention and part are for models in files; for a module, set its config.is_causal, and "
-                "pass the part itself"
-            )
-        model, config = getattr(source, "base_model", source), to_dict()
+        files, config = None, _config_of(source, part, attention)
+        model = _in_torch.share(source) if is_torch else _in_jax.share(source, config, pooled, classes)
     else:
         files = find_pretrained(source, download=download)
         files.check_tokenizer()
         files = _with_attention(_with_part(files, part), attention)
-        config = files.config
-    if config.get("is_encoder_decoder"):
-        raise ValueError(
-            f"hf_tower: model_type {config.get('model_type')!r} has an encoder and a decoder; use a model that has one "
-            "of them"
-        )
-    if framework == "torch":
-        model = _in_torch.share(model) if files is None else _in_torch.load(files, dtype, pooled)
-    elif files is None:
-        model = _in_jax.share(model, config, pooled, classes)
-    else:
-        model = _in_jax.load(files, dtype, pooled, classes)
+        config = _checked(files.config)
+        model = _in_torch.load(files, dtype, pooled) if is_torch else _in_jax.load(files, dtype, pooled, classes)
     freeze_parameters(model, freeze)
     return HfTower(model, config, framework, pool, files, unique)
 
 
 _ADAPTERS: Mapping[str, Any] = {"torch": _in_torch, "jax": _in_jax}
+
+
+def _config_of(module: nn.Module, part: str | None, attention: str | None) -> Mapping[str, Any]:
+    """Return the configuration of a module of transformers."""
+    to_dict = getattr(getattr(module, "config", None), "to_dict", None)
+    if to_dict is None:
+        raise TypeError(
+            f"hf_tower: source must be a path, a name, or a module of transformers, got {describe_value(module)}"
+        )
+    if attention is not None or part is not None:
+        raise ValueError(
+            "hf_tower: attention and part are for models in files; for a module, set its config.is_causal, and pass "
+            "the part itself"
+        )
+    return _checked(to_dict())
+
+
+def _checked(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a configuration, unless it is of a model with an encoder and a decoder."""
+    if config.get("is_encoder_decoder"):
+        raise ValueError(
+            f"hf_tower: model_type {config.get('model_type')!r} has an encoder and a decoder; use a model that has one "
+            "of them"
+        )
+    return config
 
 
 def _with_part(files: PretrainedFiles, part: str | None) -> PretrainedFiles:

@@ -288,6 +288,8 @@ def test_a_tokenizer_of_another_model_is_refused(weights: dict[str, torch.Tensor
         ({"pool": "max"}, ValueError, "pool must be one of .*'mean'.*, got 'max'"),
         ({"attention": "full"}, ValueError, "attention='full' is for decoders, llama, .*, but the model is 'bert'"),
         ({"attention": "none"}, ValueError, "attention must be one of 'causal', 'full', None, got 'none'"),
+        ({"dtype": torch.int8}, ValueError, "dtype must be a floating-point dtype, .* got torch.int8"),
+        ({"dtype": "bfloat16"}, ValueError, "dtype must be a floating-point dtype, .* got 'bfloat16'"),
         ({"freeze": "encoder.*.bais"}, ValueError, "the pattern .* matches no parameter"),
         ({"source": torch.nn.Linear(1, 1)}, TypeError, "a path, a name, or a module of transformers, got a Linear"),
     ],
