@@ -139,7 +139,7 @@ def test_a_pretrained_tower(framework: Any) -> None:
     want, output = gradients(plain), plain(titles)
     rows: list[int] = []
     unique.model.register_forward_pre_hook(
-        lambda module, inputs, named: rows.append(len(inputs[0] if inputs else named["input_ids"])), with_kwargs=True
+        lambda module, inputs, named: rows.append(len((inputs[0] if inputs else named)["input_ids"])), with_kwargs=True
     )
     assert_near(unique(titles), output, 256)
     got = gradients(unique)
