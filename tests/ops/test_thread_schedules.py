@@ -217,7 +217,7 @@ def test_a_training_lookup_is_that_of_the_cpu(schedule: Schedule) -> None:
             assert len(tables[0]) == len(tables[1])
 
 
-@on_schedules(12)
+@on_schedules(8)
 def test_a_cache_loses_no_record(schedule: Schedule) -> None:
     with schedule.running() as generator:
         model = Cached(DEVICE, rows=80, sets=1)
