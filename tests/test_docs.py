@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -41,3 +42,16 @@ def test_links_and_file_names_exist(path: Path) -> None:
     # Files and folders of the repository that are mentioned without a link.
     for named in re.findall(r"`((?:docs|examples|benchmarks|scripts|requirements|csrc|tests)/[\w./]+)`", text):
         assert (ROOT / named).exists(), named
+
+
+@pytest.mark.jax
+def test_the_code_blocks_of_the_jax_page_run() -> None:
+    pytest.importorskip("jax", reason="jax is not installed")
+    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / "jax_led.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {"__name__": "guide"}
+    for block in blocks:
+        exec(compile(block, "docs/jax_led.md", "exec"), names)
+    assert sum(names["losses"][-10:]) < 0.5 * sum(names["losses"][:10])
+    assert names["figures"]["eval"]["auc"] > 0.9
+    assert len(names["ranker"].tables[0]) == 9
