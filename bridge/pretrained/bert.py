@@ -16,6 +16,7 @@ from recis_hybrid.bridge.pretrained.encoder import Config, Encoder, Output, Shap
 from recis_hybrid.bridge.pretrained.layers import (
     ACTIVATIONS,
     Activation,
+    after_layer,
     attend,
     attention_mask as as_mask,
     dropout,
@@ -303,7 +304,7 @@ def _hidden(
     x = layer_norm(weights, "embeddings.LayerNorm", x + _positions(settings, weights, input_ids), settings.eps)
     x = dropout(x, settings.rate, first)
     for number, layer_key in enumerate(keys):
-        x = _layer(settings, weights, f"{settings.names.layers}.{number}", x, mask, layer_key)
+        x = after_layer(_layer(settings, weights, f"{settings.names.layers}.{number}", x, mask, layer_key))
     return x
 
 

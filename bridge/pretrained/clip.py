@@ -14,6 +14,7 @@ from recis_hybrid.bridge.pretrained.encoder import Config, Encoder, Output, Shap
 from recis_hybrid.bridge.pretrained.layers import (
     ACTIVATIONS,
     Activation,
+    after_layer,
     attend,
     attention_mask as make_mask,
     embed,
@@ -66,7 +67,8 @@ class _Layers:
             attended = attend(q, k, v, mask, rate=self.rate, dropout_key=layer_key)
             x += linear(weights, f"{layer}.self_attn.out_proj", attended)
             normal = layer_norm(weights, f"{layer}.layer_norm2", x, self.eps)
-            x += linear(weights, f"{layer}.mlp.fc2", self.act(linear(weights, f"{layer}.mlp.fc1", normal)))
+            hidden = self.act(linear(weights, f"{layer}.mlp.fc1", normal))
+            x = after_layer(x + linear(weights, f"{layer}.mlp.fc2", hidden))
         return x
 
 

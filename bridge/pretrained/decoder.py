@@ -14,6 +14,7 @@ from recis_hybrid.bridge.pretrained.encoder import Config, Encoder, Output, Shap
 from recis_hybrid.bridge.pretrained.layers import (
     ACTIVATIONS,
     Activation,
+    after_layer,
     attend,
     attention_mask as make_mask,
     embed,
@@ -92,7 +93,8 @@ class _Decoder:
             x += self._attention(weights, f"{layer}.self_attn", normal, rotations, mask, layer_key)
             normal = rms_norm(weights, f"{layer}.post_attention_layernorm", x, self.eps)
             gate = self.act(linear(weights, f"{layer}.mlp.gate_proj", normal))
-            x += linear(weights, f"{layer}.mlp.down_proj", gate * linear(weights, f"{layer}.mlp.up_proj", normal))
+            gated = gate * linear(weights, f"{layer}.mlp.up_proj", normal)
+            x = after_layer(x + linear(weights, f"{layer}.mlp.down_proj", gated))
         return Output(rms_norm(weights, "norm", x, self.eps), None)
 
     def _attention(

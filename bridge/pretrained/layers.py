@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Final
+from typing import Any, Final, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from recis_hybrid.bridge.pretrained.encoder import Shapes, Weights
 
@@ -31,6 +32,11 @@ def _quick_gelu(x: jax.Array) -> jax.Array:
     return x * jax.nn.sigmoid(1.702 * x)
 
 
+ADAPTER: Final = "adapter"
+"""The name of a layer's adapter among its parameters: a function of the layer's input that is added to its output."""
+_LAYER: Final = "layer"
+ONLY_LAYERS: Final = jax.checkpoint_policies.save_only_these_names(_LAYER)
+"""A policy of ``jax.checkpoint`` that saves the hidden states after each layer, and recomputes all others."""
 ACTIVATIONS: Final[Mapping[str, Activation]] = {
     "gelu": _gelu,
     "gelu_accurate": _gelu_tanh,
@@ -51,7 +57,7 @@ ACTIVATIONS: Final[Mapping[str, Activation]] = {
 
 
 def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
-    """Return ``x @ weight.T + bias``, without the bias if there is none.
+    """Return ``x @ weight.T + bias``, without the bias if there is none, and with the layer's adapter if there is one.
 
     Args:
         weights: Parameters, with ``{name}.weight`` ``[out, in]`` and perhaps ``{name}.bias`` ``[out]``.
@@ -63,7 +69,9 @@ def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
     """
     y = jax.lax.dot_general(x, weights[f"{name}.weight"], (((x.ndim - 1,), (1,)), ((), ())))
     bias = weights.get(f"{name}.bias")
-    return y if bias is None else y + bias
+    y = y if bias is None else y + bias
+    adapter: Any = weights.get(f"{name}.{ADAPTER}")
+    return y if adapter is None else (y + adapter(x)).astype(y.dtype)
 
 
 def linear_shapes(name: str, size: int, inputs: int, *, bias: bool = True) -> Shapes:
@@ -171,6 +179,12 @@ def dropout(x: jax.Array, rate: float, key: jax.Array | None) -> jax.Array:
     if key is None or rate == 0:
         return x
     return jnp.where(jax.random.bernoulli(key, 1 - rate, x.shape), x / (1 - rate), 0)
+
+
+def after_layer(x: jax.Array) -> jax.Array:
+    """Return the hidden states after a layer, marked for :data:`ONLY_LAYERS`."""
+    marked: jax.Array = cast(Any, checkpoint_name)(x, _LAYER)
+    return marked
 
 
 def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from recis_hybrid.bridge.pretrained.encoder import Config, Encoder, Output, Shapes, Weights
 from recis_hybrid.bridge.pretrained.layers import (
     ACTIVATIONS,
+    after_layer,
     attend,
     dropout,
     layer_norm,
@@ -90,7 +91,7 @@ def vit(config: Config) -> Encoder:
         x = jnp.concatenate([first, embedded], 1) + weights["embeddings.position_embeddings"]
         x = dropout(x, rate, keys[0])
         for number in range(count):
-            x = block(weights, f"layers.{number}", x, keys[number + 1])
+            x = after_layer(block(weights, f"layers.{number}", x, keys[number + 1]))
         x = layer_norm(weights, "layernorm", x, eps)
         is_pooled = "pooler.dense.weight" in weights
         return Output(x, pooler_act(linear(weights, "pooler.dense", x[:, 0])) if is_pooled else None)

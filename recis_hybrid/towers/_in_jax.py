@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from recis_hybrid.towers._in_torch import align, freeze_pooler, no_output
+from recis_hybrid.towers._in_torch import adapted_name, align, freeze_pooler, no_output
 from recis_hybrid.towers.files import PretrainedFiles, ReadWeights
 
 Classes = Mapping[str, Sequence[int] | None]
@@ -35,7 +35,7 @@ def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool, classes: Clas
     from recis_hybrid.bridge.pretrained import encoder
 
     names = encoder(files.config).match(files.shapes)
-    tower: Any = _build(files.config, files.read(names, dtype), pooled, classes)
+    tower: Any = _build(_Function(files.config, pooled), files.read(names, dtype), classes)
     tower.weight_files = ReadWeights(files, names, dtype)
     if not pooled:
         freeze_pooler(tower)
@@ -60,7 +60,7 @@ def share(model: nn.Module, config: Mapping[str, Any], pooled: bool, classes: Cl
     named = dict(model.named_parameters())
     names = encoder(config).match({name: tuple(parameter.shape) for name, parameter in named.items()})
     align(named[name] for name in names.values())
-    return _build(config, {name: named[own] for name, own in names.items()}, pooled, classes)
+    return _build(_Function(config, pooled), {name: named[own] for name, own in names.items()}, classes)
 
 
 def run(model: nn.Module, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
@@ -86,6 +86,37 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
     return model(given)  # type: ignore[no-any-return]
 
 
+def recompute(model: nn.Module) -> nn.Module:
+    """Return a tower of the same parameters that recomputes layers in backward instead of saving activations."""
+    own: Any = model
+    tower: Any = _build(own.function, dict(own.named_parameters()), own.classes, recomputes=True)
+    if (files := getattr(own, "weight_files", None)) is not None:
+        tower.weight_files = files
+    return tower  # type: ignore[no-any-return]
+
+
+def adapt(
+    model: nn.Module,
+    scaling: Mapping[str, float],
+    ranks: Mapping[str, int],
+    dropout: float,
+    parameters: Mapping[str, nn.Parameter],
+) -> nn.Module:
+    """Return a tower with low-rank adapters of linear layers, over the same parameters.
+
+    Args:
+        model: The result of :func:`load` or :func:`share`.
+        scaling: The factor of each adapter's output, by the path of the layer.
+        ranks: Ignored; the parameters have their ranks.
+        dropout: Dropout rate of the adapters' inputs.
+        parameters: The adapters' parameters by the names of peft.
+    """
+    own: Any = model
+    params = {adapted_name(name, scaling): parameter for name, parameter in own.named_parameters()}
+    function = own.function.adapted(scaling, dropout)
+    return _build(function, params | dict(parameters), own.classes, recomputes=own.recomputes)
+
+
 def describe(model: nn.Module) -> tuple[str, int | None]:
     """Return the name of the model's first input, and the largest number of tokens per row, None for no limit."""
     function: Any = model.function
@@ -98,36 +129,64 @@ class _Function:
     Args:
         config: The configuration, from which a pickled copy builds the encoder again.
         pooled: Whether to return the pooled output instead of the hidden states.
+        scaling: The factor of the output of each low-rank adapter, by the path of the layer.
+        dropout: Dropout rate of the adapters' inputs.
     """
 
-    def __init__(self, config: Mapping[str, Any], pooled: bool) -> None:
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        pooled: bool,
+        scaling: Mapping[str, float] | None = None,
+        dropout: float = 0.0,
+    ) -> None:
         from recis_hybrid.bridge.pretrained import encoder
 
         found = encoder(config)
         self._config, self._pooled, self._forward = config, pooled, found.forward
+        self._scaling, self._dropout = dict(scaling or {}), dropout
         self.__name__ = found.name
         self.inputs, self.longest = found.inputs, found.max_length
 
+    def adapted(self, scaling: Mapping[str, float], dropout: float) -> _Function:
+        """Return the function with adapters of some layers."""
+        return _Function(self._config, self._pooled, scaling, dropout)
+
     def __call__(self, weights: Any, inputs: Any, *, key: Any = None) -> Any:
+        if self._scaling:
+            from recis_hybrid.bridge.pretrained import with_adapters
+
+            weights = with_adapters(weights, self._scaling, self._dropout, key)
         output = self._forward(weights, **inputs, key=key)
         if self._pooled and output.pooler_output is None:
             raise no_output(self.__name__, pooled=True)
         return output.pooler_output if self._pooled else output.last_hidden_state
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _Function, (self._config, self._pooled)
+        return _Function, (self._config, self._pooled, self._scaling, self._dropout)
 
 
-def _build(config: Mapping[str, Any], params: dict[str, Tensor], pooled: bool, classes: Classes | None) -> nn.Module:
-    """Return the tower of parameters, which it does not copy."""
+def _build(
+    function: _Function, params: Mapping[str, Tensor], classes: Classes | None, *, recomputes: bool = False
+) -> nn.Module:
+    """Return the tower of a function and its parameters, which it does not copy.
+
+    Args:
+        function: The function.
+        params: Its parameters.
+        classes: The sizes to pad inputs to, None for the default.
+        recomputes: Whether to save only the hidden states between layers for backward.
+    """
     from recis_hybrid.bridge import JaxTower
+    from recis_hybrid.bridge.pretrained import ONLY_LAYERS
 
-    function = _Function(config, pooled)
     sizes: dict[str, Sequence[int] | None] = {"batch": None}
     if function.inputs[0] == "input_ids":
         sizes["length"] = _lengths(function.longest)
-    tower: Any = JaxTower(function, params, copy=False, dims=[tuple(sizes)], classes=sizes | dict(classes or {}))
-    tower.function = function
+    dims, remat = [tuple(sizes)], ONLY_LAYERS if recomputes else None
+    sizes |= dict(classes or {})
+    tower: Any = JaxTower(function, dict(params), copy=False, dims=dims, classes=sizes, remat=remat)
+    tower.function, tower.classes, tower.recomputes = function, classes, recomputes
     return tower  # type: ignore[no-any-return]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -111,6 +112,57 @@ def no_output(name: str, pooled: bool) -> ValueError:
     if pooled:
         return ValueError(f"HfTower: the model, {name}, has no pooled output; choose another pool")
     return ValueError(f"HfTower: the model, {name}, has no hidden states; use an encoder or a decoder")
+
+
+def recompute(model: nn.Module) -> nn.Module:
+    """Return the model, which in train mode recomputes each layer in backward instead of saving its activations."""
+    found: Any = model
+    # The reentrant kind would need inputs that require gradients.
+    # The second name is that of earlier versions of transformers.
+    enable = getattr(found, "activation_checkpointing_enable", None) or found.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
+    return model
+
+
+def adapt(
+    model: nn.Module,
+    scaling: Mapping[str, float],
+    ranks: Mapping[str, int],
+    dropout: float,
+    parameters: Mapping[str, nn.Parameter],
+) -> nn.Module:
+    """Add low-rank adapters to linear layers, in place, with peft.
+
+    Args:
+        model: The model.
+        scaling: The factor of each adapter's output, by the path of the layer.
+        ranks: The rank of each adapter.
+        dropout: Dropout rate of the adapters' inputs.
+        parameters: The adapters' parameters by the names of :func:`adapted_name`.
+
+    Raises:
+        ImportError: If peft is not installed.
+    """
+    try:
+        from peft import LoraConfig, inject_adapter_in_model
+    except ModuleNotFoundError as error:
+        raise ImportError(
+            f"LoRA with framework='torch' requires {error.name!r}; run `pip install recis_hybrid[lora]`"
+        ) from error
+    patterns = {re.escape(path): rank for path, rank in ranks.items()}
+    alphas = {re.escape(path): scaling[path] * rank for path, rank in ranks.items()}
+    config = LoraConfig(target_modules=list(scaling), lora_dropout=dropout, rank_pattern=patterns, alpha_pattern=alphas)
+    model = inject_adapter_in_model(config, model)
+    for name, parameter in parameters.items():
+        owner, _, last = name.rpartition(".")
+        setattr(model.get_submodule(owner), last, parameter)
+    return model
+
+
+def adapted_name(name: str, adapted: Iterable[str]) -> str:
+    """Return the name of a parameter of the base model after its layer was adapted."""
+    path, _, last = name.rpartition(".")
+    return f"{path}.base_layer.{last}" if path in adapted else name
 
 
 def align(parameters: Iterable[nn.Parameter]) -> None:

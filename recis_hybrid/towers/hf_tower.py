@@ -61,6 +61,8 @@ class HfTower(nn.Module):
         self.unique = unique
         self._input, self._longest = _ADAPTERS[framework].describe(model)
         self._vocabulary = vocabulary_size(config)
+        self.adapters: Any = None
+        """The low-rank adapters of :func:`add_lora`; None if there are none."""
         self.eval()
 
     def forward(
@@ -160,6 +162,7 @@ def hf_tower(
     attention: Literal["causal", "full"] | None = None,
     classes: Classes | None = None,
     unique: bool = False,
+    recompute: bool = False,
     download: bool = False,
 ) -> HfTower:
     """Build a tower of a pretrained model, from safetensors files or over the parameters of a module.
@@ -185,6 +188,8 @@ def hf_tower(
         classes: Sizes to which "batch" and "length" are padded in JAX, which compiles a program for each; by default
             powers of two of at least 8. Torch ignores them.
         unique: Whether to compute equal rows of a batch once, e.g. titles that repeat; see :func:`on_distinct_rows`.
+        recompute: Whether training recomputes each layer in backward instead of saving its activations (activation
+            checkpointing): less memory, and about a third more time.
         download: Whether to download a model of the Hub that is not in the cache.
 
     Returns:
@@ -209,6 +214,7 @@ def hf_tower(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"hf_tower: dtype must be a floating-point dtype, such as torch.bfloat16, got {dtype!r}")
     check_flag("hf_tower", "unique", unique)
+    check_flag("hf_tower", "recompute", recompute)
     check_flag("hf_tower", "download", download)
     pooled, is_torch = pool == "pooler", framework == "torch"
     if isinstance(source, nn.Module):
@@ -220,6 +226,8 @@ def hf_tower(
         files = _with_attention(_with_part(files, part), attention)
         config = _checked(files.config)
         model = _in_torch.load(files, dtype, pooled) if is_torch else _in_jax.load(files, dtype, pooled, classes)
+    if recompute:
+        model = _ADAPTERS[framework].recompute(model)
     freeze_parameters(model, freeze)
     return HfTower(model, config, framework, pool, files, unique)
 

@@ -90,7 +90,7 @@ OUTSIDE: dict[str, set[str]] = {
     "pipelines": {"numpy", "pyarrow", "tqdm"},
     "app": {"numpy", "pyarrow", "yaml"},
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "orbax", "safetensors"},
-    "towers": {"huggingface_hub", "pyarrow", "safetensors", "tqdm", "transformers"},
+    "towers": {"huggingface_hub", "peft", "pyarrow", "safetensors", "tqdm", "transformers"},
 }
 OUTSIDE_OF_OTHERS = {"numpy"}
 
