@@ -7,6 +7,7 @@ Cases, each for a batch of 64 texts of 32 tokens without dropout, with the weigh
 
 - ``forward``: the hidden states, without gradients.
 - ``forward + backward``: also the gradients of all parameters that affect them.
+- ``last layer``: the same with the embeddings and the first five layers frozen.
 - ``memory``: growth of the process's memory when a tower is built and called, by the size of its weights.
 
 Ours is the tower of JAX, ``hf_tower(framework="jax")``. Peers: the same function in one ``jax.jit``, or
@@ -84,10 +85,16 @@ def training_steps(towers: dict[str, Any]) -> dict[str, Callable[[], None]]:
         return lambda: drop(torch.autograd.grad(tower(ids, mask).square().mean(), parameters))
 
     function, weights = bare(towers["ours"])
-    gradient = jax.jit(jax.value_and_grad(lambda weights, *inputs: jnp.square(function(weights, *inputs)).mean()))
+    names = {name for name, each in towers["ours"].model.named_parameters() if each.requires_grad}
+    chosen = {name: weights.pop(name) for name in list(weights) if name in names}
+
+    def loss(chosen: Any, frozen: Any, *inputs: Any) -> Any:
+        return jnp.square(function({**frozen, **chosen}, *inputs)).mean()
+
+    gradient = jax.jit(jax.value_and_grad(loss))
     arrays = jnp.asarray(ids.int().numpy()), jnp.asarray(mask.int().numpy())
     steps = {name: in_torch(tower, trained(towers[name])) for name, tower in towers.items()}
-    return steps | {"jit": lambda: drop(jax.block_until_ready(gradient(weights, *arrays)))}
+    return steps | {"jit": lambda: drop(jax.block_until_ready(gradient(chosen, weights, *arrays)))}
 
 
 def bare(tower: HfTower) -> tuple[Callable[..., Any], dict[str, jax.Array]]:
@@ -117,10 +124,15 @@ def main() -> None:
         parser.error("these cases run on the CPU only; omit --device cuda")
     torch.set_num_threads(args.threads)
     find_pretrained(MODEL)  # fails early if the weights are not installed
-    rounds, makers = 5 if args.quick else 25, {"forward": forward_steps, "forward + backward": training_steps}
+    rounds = 5 if args.quick else 25
+    makers = {"forward": forward_steps, "forward + backward": training_steps, "last layer": training_steps}
     for case in [name for name in makers if args.cases in name]:
         harness.progress(f"{case}, {args.threads} thread(s)")
-        towers = {"ours": hf_tower(MODEL, "jax"), "torch": hf_tower(MODEL)}
+        frozen = 5 if case == "last layer" else False
+        towers: dict[str, Any] = {
+            "ours": hf_tower(MODEL, "jax", freeze=frozen),
+            "torch": hf_tower(MODEL, freeze=frozen),
+        }
         if not args.quick:
             towers["compiled"] = torch.compile(towers["torch"])
         # Bursts, because torch's threads keep spinning for a while and slow the step that follows.
