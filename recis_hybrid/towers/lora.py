@@ -75,7 +75,7 @@ def add_lora(
 
     A layer with the weight $W$ then computes $(W + \alpha / r \; B A) x$, with dropout of the adapter's input in train
     mode. $A$ is drawn from torch's generator, and $B$ is zero, so that the output does not change yet. Adapters of
-    bfloat16 and float16 layers are float32, as in peft.
+    bfloat16 and float16 layers are float32, as in peft. In torch, a module that the tower shares is adapted too.
 
     Args:
         tower: The tower, from files or over a module.
@@ -281,11 +281,13 @@ def _install(tower: HfTower, adapters: Adapters, tensors: Mapping[str, tuple[Ten
         for letter, tensor in zip("AB", pair, strict=True):
             value = tensor.to(weight.device, dtype, copy=True)
             named[f"{path}.lora_{letter}.default.weight"] = nn.Parameter(value)
-    tower.requires_grad_(False)
+    base = list(tower.parameters())
     adapt = _in_torch.adapt if tower.framework == "torch" else _in_jax.adapt
     model: Any = adapt(tower.model, adapters.scaling, adapters.ranks, adapters.dropout, named)
     if isinstance(files, ReadWeights):
         names = {_in_torch.adapted_name(name, adapters.scaling): own for name, own in files.names.items()}
         model.weight_files = dataclasses.replace(files, names=names)
+    for parameter in base:
+        parameter.requires_grad_(False)
     tower.model, tower.adapters = model, adapters
     tower.train(training)
