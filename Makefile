@@ -31,7 +31,7 @@ EDITABLE := $(STAMPS)/editable
 NATIVE := build/native.stamp
 NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # TFRA has wheels only for Python 3.11 and older; without such a Python the benchmarks report it as absent.
-PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
+PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready build/peers/keras_rs/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test test-quick emulated soak mutants faults agreement rehearsal lint format docs cuda-build sanitize \
@@ -134,6 +134,14 @@ build/peers/fbgemm/torchrec: requirements/peers-torchrec.txt build/peers/fbgemm/
 build/peers/tfra/ready: requirements/peers-tfra.txt
 	$(TFRA_PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
+	@touch $@
+
+# keras-rs uses our jax and numpy through a .pth file.
+build/peers/keras_rs/ready: requirements/peers-keras-rs.txt | $(DEPENDENCIES)
+	$(PY) -m venv $(@D)
+	$(@D)/bin/python -m pip --disable-pip-version-check install $(PIP_OPTIONS) --quiet --no-deps -r $<
+	$(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+	  > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/ours.pth"
 	@touch $@
 
 # A folder, not an environment: it runs in our interpreter, with our torch and jax.

@@ -1,0 +1,154 @@
+"""Training steps led by JAX: beside the same step led by torch, and beside keras-rs.
+
+    python -m benchmarks.jax_led [--quick] [--cases keras_rs]
+
+- ``torch_led/65k``, ``torch_led/4k``: lookup, an MLP in JAX with its gradients, Adam for the MLP and Adagrad for the
+  tables of 26 features of dim 16; ours is a ``JaxStep``, the peer a ``TorchStep`` with the same tower as a ``JaxTower``
+  and an ``OptaxOptimizer``.
+- ``keras_rs/65k``, ``keras_rs/4k``: lookups with given gradients and Adagrad, d16, with JAX arrays in and out; the peer
+  is keras-rs's DistributedEmbedding on JAX's CPU backend, if ``make bench-peers`` has installed it. Its tables have
+  100,000 rows a feature and take row indices; it updates all rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import torch
+
+from benchmarks import harness, workload
+from benchmarks.peers.worker import Worker, installed
+from recis_hybrid import optim
+from recis_hybrid.bridge import JaxTower, OptaxOptimizer, init
+from recis_hybrid.bridge.jax_led import JaxStep, JaxTables
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.pipelines import TorchStep
+
+CPU = torch.device("cpu")
+DIM = 16
+LR = 0.05
+WIDTH = 64
+
+
+def engine_of(work: workload.Workload) -> EmbeddingEngine:
+    """Return an engine whose tables have all ids of the workload."""
+    configs = {workload.name(f): EmbeddingConfig(dim=DIM) for f in range(workload.FEATURES)}
+    engine = EmbeddingEngine(configs, optimizer=optim.Adagrad)
+    engine.lookup({workload.name(f): ids for f, ids in enumerate(work.ids)})
+    return engine
+
+
+def parameters() -> dict[str, np.ndarray[Any, Any]]:
+    random = np.random.default_rng(0)
+    wide = workload.FEATURES * DIM
+    return {
+        "w0": random.normal(0, wide**-0.5, (wide, WIDTH)).astype(np.float32),
+        "w1": random.normal(0, WIDTH**-0.5, (WIDTH, 1)).astype(np.float32),
+    }
+
+
+def tower(params: Any, vectors: Any) -> Any:
+    x = jnp.concatenate([vectors[workload.name(f)] for f in range(workload.FEATURES)], 1)
+    return (jax.nn.relu(x @ params["w0"]) @ params["w1"])[:, 0]
+
+
+class TorchLed(torch.nn.Module):
+    """The engine, and the tower as a module."""
+
+    def __init__(self, engine: EmbeddingEngine) -> None:
+        super().__init__()
+        self.engine = engine
+        self.tower = JaxTower(tower, parameters())
+
+    def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        features = {name: column for name, column in batch.items() if name != "label"}
+        output: torch.Tensor = self.tower(self.engine(features))
+        return output
+
+
+def steps_of(work: workload.Workload) -> dict[str, Callable[[], None]]:
+    """Return the JAX-led and the torch-led step; each has its own tables and cycles through the batches."""
+    labels = torch.arange(work.gradients[0].size(0)).remainder(2).float()
+    batches = [{**work.batch(number), "label": labels} for number in range(workload.BATCHES)]
+    engine = engine_of(work)
+    tables = JaxTables(engine, engine.make_optimizer(lr=LR))
+    params = {name: jnp.asarray(value) for name, value in parameters().items()}
+    ours = JaxStep(tower, params, optax.sigmoid_binary_cross_entropy, optax.adam(1e-3), tables)
+    model = TorchLed(engine_of(work))
+    dense = OptaxOptimizer(model.tower.named_parameters(), optax.adam(1e-3))
+    sparse = model.engine.make_optimizer(lr=LR)
+    theirs = TorchStep(model, torch.nn.functional.binary_cross_entropy_with_logits, {"dense": dense, "sparse": sparse})
+    return {"ours": over(batches, ours), "peer": over(batches, theirs)}
+
+
+def over(batches: list[Any], call: Callable[[Any], object]) -> Callable[[], None]:
+    """Return a function that calls another with the next batch."""
+    turn = -1
+
+    def step() -> None:
+        nonlocal turn
+        turn += 1
+        call(batches[turn % len(batches)])
+
+    return step
+
+
+def lookups_of(work: workload.Workload) -> Callable[[], None]:
+    """Return a step of lookups and updates with given gradients."""
+    engine = engine_of(work)
+    tables = JaxTables(engine, engine.make_optimizer(lr=LR))
+    given = {workload.name(f): jnp.asarray(value.numpy()) for f, value in enumerate(work.gradients)}
+    # As for the peer, gradients are computed from the vectors inside jit.
+    differentiate = jax.jit(jax.grad(lambda vectors: sum((vectors[name] * given[name]).sum() for name in given)))
+    batches = [work.batch(number) for number in range(workload.BATCHES)]
+
+    def step(batch: Any) -> None:
+        vectors, ctx = tables.lookup(batch)
+        tables.apply_gradients(ctx, differentiate(vectors))
+
+    return over(batches, step)
+
+
+@contextmanager
+def keras_rs(work: workload.Workload, threads: int) -> Iterator[dict[str, Callable[[], float | None]]]:
+    """Yield the peer's step, or nothing if it is not installed."""
+    if not installed("keras_rs"):
+        yield {}
+        return
+    with Worker("keras_rs", work, "adagrad", lr=LR, device=CPU, threads=threads, clock="wall") as worker:
+        worker.wait()
+        yield {"peer": worker.step}
+
+
+def report(case: str, rate: dict[str, float], peer_name: str) -> None:
+    """Print the milliseconds of a step."""
+    ours, peer = 1e3 / rate["ours"], 1e3 / rate["peer"] if "peer" in rate else None
+    ratio = None if peer is None else round(peer / ours, 3)
+    peer = None if peer is None else round(peer, 3)
+    harness.Result("jax_led", case, "step", "ms", round(ours, 3), peer, peer_name, ratio).print()
+
+
+def main() -> None:
+    args = harness.parser(__doc__ or "", devices=("cpu",)).parse_args()
+    torch.set_num_threads(args.threads)
+    init(threads=args.threads)
+    for size, rounds in (("65k", 8 if args.quick else 30), ("4k", 30 if args.quick else 100)):
+        work = workload.make(size, DIM, CPU)
+        if args.cases in (case := f"torch_led/{size}"):
+            harness.progress(f"{case}, {args.threads} thread(s)")
+            report(case, harness.rates(steps_of(work), 1, rounds, CPU, burst=3), "TorchStep with JaxTower")
+        if args.cases in (case := f"keras_rs/{size}"):
+            harness.progress(f"{case}, {args.threads} thread(s)")
+            with keras_rs(work, args.threads) as peer:
+                rate = harness.rates({"ours": lookups_of(work), **peer}, 1, rounds, CPU)
+            report(case, rate, "keras-rs DistributedEmbedding")
+
+
+if __name__ == "__main__":
+    main()
