@@ -64,7 +64,8 @@ class Encoder:
     normalization and softmax in at least float32. Token ids outside the vocabulary give NaN. ``key`` is a PRNG key for
     dropout at the rates of the configuration; None disables dropout.
 
-    Float32 products have the precision of ``jax_default_matmul_precision``, which on GPUs is TF32 by default.
+    Products of float32 have the precision of ``jax_default_matmul_precision``, whose default is below float32 on some
+    accelerators.
     """
 
     def match(self, shapes: Mapping[str, Sequence[int]]) -> dict[str, str]:

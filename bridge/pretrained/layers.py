@@ -119,12 +119,20 @@ def embed(weights: Weights, name: str, ids: jax.Array, padding_id: int | None = 
 
     Returns:
         ``[..., H]``.
+
+    Raises:
+        ValueError: if there is no row of ``padding_id``.
     """
     table = weights[f"{name}.weight"]
+    size = table.shape[0]
+    if padding_id is not None and not -size <= padding_id < size:
+        raise ValueError(
+            f"{name}: pad_token_id must be from {-size} to {size - 1}, because there are {size} rows, got {padding_id}"
+        )
     rows = table.at[ids].get(mode="fill", fill_value=np.nan, wrap_negative_indices=False)
     if padding_id is None:
         return rows
-    return jnp.where((ids == padding_id % table.shape[0])[..., None], jax.lax.stop_gradient(rows), rows)
+    return jnp.where((ids == padding_id % size)[..., None], jax.lax.stop_gradient(rows), rows)
 
 
 def patch_shapes(name: str, size: int, channels: int, patch: tuple[int, int], *, bias: bool = True) -> Shapes:
@@ -157,8 +165,8 @@ def patches(weights: Weights, name: str, pixels: jax.Array, image: tuple[int, in
         )
     rows, columns = image[0] // height, image[1] // width
     whole = pixels[:, :, : rows * height, : columns * width].astype(kernel.dtype)
-    grid = whole.reshape(-1, channels, rows, height, columns, width)
-    flat = grid.transpose(0, 2, 4, 1, 3, 5).reshape(-1, rows * columns, channels * height * width)
+    grid = whole.reshape(pixels.shape[0], channels, rows, height, columns, width)
+    flat = grid.transpose(0, 2, 4, 1, 3, 5).reshape(pixels.shape[0], rows * columns, channels * height * width)
     flattened = {f"{name}.weight": kernel.reshape(kernel.shape[0], -1)}
     if f"{name}.bias" in weights:
         flattened[f"{name}.bias"] = weights[f"{name}.bias"]
@@ -194,7 +202,7 @@ def split(key: jax.Array | None, count: int) -> list[jax.Array | None]:
 
 def split_heads(x: jax.Array, heads: int) -> jax.Array:
     """Reshape ``[B, T, heads * D]`` to ``[B, T, heads, D]``."""
-    return x.reshape(*x.shape[:-1], heads, -1)
+    return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
 def attention_mask(mask: jax.Array | None, length: int, *, causal: bool, where: str) -> jax.Array | None:
@@ -254,7 +262,7 @@ def attend(
         2023.
     """
     batch, length, heads, size = query.shape
-    grouped = query.reshape(batch, length, key.shape[2], -1, size)
+    grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
     wide = jnp.promote_types(query.dtype, jnp.float32)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=wide) / math.sqrt(size)
     if mask is not None:

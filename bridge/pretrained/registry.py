@@ -6,16 +6,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
 from recis_hybrid.bridge.pretrained.bert import bert, distilbert, roberta, xlm_roberta
-from recis_hybrid.bridge.pretrained.clip import clip_text, clip_vision
 from recis_hybrid.bridge.pretrained.decoder import llama, mistral, qwen2, qwen3
 from recis_hybrid.bridge.pretrained.encoder import Config, Encoder
-from recis_hybrid.bridge.pretrained.vision import vit
+from recis_hybrid.bridge.pretrained.text import clip_text
+from recis_hybrid.bridge.pretrained.vision import clip_vision, vit
 
 FAMILIES: Final[Mapping[str, Callable[[Config], Encoder]]] = {
     "bert": bert,
-    "distilbert": distilbert,
     "clip_text_model": clip_text,
     "clip_vision_model": clip_vision,
+    "distilbert": distilbert,
     "llama": llama,
     "mistral": mistral,
     "qwen2": qwen2,

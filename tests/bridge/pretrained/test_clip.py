@@ -87,8 +87,10 @@ def test_the_whole_model_is_refused() -> None:
 
 def test_long_texts_are_refused() -> None:
     model = model_of(transformers.CLIPTextConfig(**SMALL, vocab_size=11, max_position_embeddings=5))
+    own = encoder(model.config.to_dict())
+    assert own.max_length == 5
     with pytest.raises(ValueError, match="6 tokens are more than max_position_embeddings 5; truncate the inputs"):
-        encoder(model.config.to_dict()).forward(weights_of(model), IDS.numpy())
+        own.forward(weights_of(model), IDS.numpy())
 
 
 @pytest.mark.parametrize(

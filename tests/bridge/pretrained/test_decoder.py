@@ -86,9 +86,10 @@ def test_a_dynamic_rotary_embedding_is_that_of_transformers_up_to_its_length() -
     scaling = {"rope_type": "dynamic", "factor": 2.0}
     model = model_of(config_of("Llama", rope_parameters=scaling, max_position_embeddings=6))
     assert_agrees(model, text())
-    forward = encoder(model.config.to_dict()).forward
+    decoder = encoder(model.config.to_dict())
+    assert decoder.max_length == 6
     with pytest.raises(ValueError, match="7 tokens are more than max_position_embeddings 6, .* truncate the inputs"):
-        forward(weights_of(model), text(length=7)["input_ids"].numpy())
+        decoder.forward(weights_of(model), text(length=7)["input_ids"].numpy())
 
 
 SLIDING = {
@@ -103,6 +104,7 @@ def test_texts_longer_than_a_sliding_window_are_refused(family: str) -> None:
     model = model_of(config_of(family, **SLIDING[family]))
     decoder = encoder(model.config.to_dict())
     weights = weights_of(model)
+    assert decoder.max_length == 5
     with pytest.raises(ValueError, match="6 tokens are more than sliding_window 5, beyond .* truncate the inputs"):
         decoder.forward(weights, text(length=6)["input_ids"].numpy())
     assert jax.eval_shape(decoder.forward, weights, text(length=5)["input_ids"].numpy())

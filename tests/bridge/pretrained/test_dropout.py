@@ -15,7 +15,7 @@ from tests.support.pretrained import ALLOWED, compile_fast, model_of, weights_of
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 transformers = pytest.importorskip("transformers")
-from recis_hybrid.bridge.pretrained import bert, encoder, layers, vision  # noqa: E402
+from recis_hybrid.bridge.pretrained import bert, encoder, layers, pre_norm, vision  # noqa: E402
 
 SIZES = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 2, "intermediate_size": 5}
 RATES = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.5}
@@ -65,7 +65,7 @@ def test_dropout_agrees_with_transformers(name: str, monkeypatch: pytest.MonkeyP
     inputs = torch.randn(2, 3, 4, 4, generator=generator) if is_image else torch.tensor([[2, 3, 8], [7, 8, 4]])
     theirs, ours = Masks(), Masks()
     monkeypatch.setattr(torch.nn.functional, "dropout", theirs.in_torch)
-    for module in (layers, bert, vision):
+    for module in (layers, bert, pre_norm, vision):
         monkeypatch.setattr(module, "dropout", ours.in_jax)
     expected = model(inputs)[0]
     forward = encoder(model.config.to_dict()).forward

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 pytestmark = pytest.mark.jax
-pytest.importorskip("jax")
+jax = pytest.importorskip("jax")
 from recis_hybrid.bridge.pretrained import encoder  # noqa: E402
 
 VIT: dict[str, Any] = {
@@ -56,6 +56,15 @@ def test_fields_are_refused_by_name(fields: dict[str, Any], message: str) -> Non
 
 def test_fields_that_are_null_have_their_default() -> None:
     assert encoder(VIT | {"hidden_act": None, "image_size": None}).weights == encoder(VIT).weights
+
+
+@pytest.mark.parametrize("name", ["bert", "clip_text_model", "clip_vision_model", "qwen3", "vit"])
+def test_a_batch_may_be_empty(name: str) -> None:
+    own = encoder(VIT | {"model_type": name, "num_key_value_heads": 1})
+    weights = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in shapes_of(own).items()}
+    is_image = own.inputs == ("pixel_values",)
+    inputs = jax.ShapeDtypeStruct((0, 3, 224, 224), "float32") if is_image else jax.ShapeDtypeStruct((0, 4), "int32")
+    assert jax.eval_shape(own.forward, weights, inputs).last_hidden_state.shape[::2] == (0, 6)
 
 
 def test_heads_and_buffers_are_ignored() -> None:

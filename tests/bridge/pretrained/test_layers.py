@@ -76,6 +76,11 @@ def test_the_row_of_padding_has_no_gradient(padding_id: int) -> None:
     assert_near(got, table.grad)
 
 
+def test_padding_without_a_row_is_refused() -> None:
+    with pytest.raises(ValueError, match="e: pad_token_id must be from -3 to 2, because there are 3 rows, got 3"):
+        layers.embed({"e.weight": jax.numpy.ones((3, 2))}, "e", jax.numpy.zeros(1, int), 3)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_attention(dtype: torch.dtype) -> None:
     query, key, value = (random(2, heads, 5, 3, dtype=dtype, seed=seed) for seed, heads in enumerate((4, 2, 2)))

@@ -47,6 +47,8 @@ def configurations(draw: Any) -> dict[str, Any]:
         }
     scaling |= {name: draw(values) for name, values in optional.items() if draw(st.booleans())}
     fields: dict[str, Any] = {"max_position_embeddings": draw(lengths)}
+    if draw(st.booleans()):
+        fields["original_max_position_embeddings"] = draw(lengths)
     theta = draw(st.none() | st.sampled_from([100.0, 1e4, 1e6]))
     version = draw(st.sampled_from(["4", "4, early", "5"]))
     if version == "5":
