@@ -137,7 +137,7 @@ class EmbeddingBlocks:
             self.cache.empty()
 
     def cache_statistics(self) -> CacheStatistics | None:
-        """Return the use of the cache, None if there is none; waits for the device."""
+        """Return the statistics of the cache, or None without a cache; waits for the device."""
         return None if self.cache is None else self.cache.statistics()
 
     # Bulk access to records

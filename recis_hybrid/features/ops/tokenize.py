@@ -318,7 +318,7 @@ def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 
 
 def _json_beside(file: Path, name: str) -> dict[str, Any]:
-    """Return the content of a JSON file in the folder of another one; empty if there is none."""
+    """Return the content of a JSON file beside another one; empty if it does not exist."""
     path = file.parent / name
     if not path.is_file():
         return {}
