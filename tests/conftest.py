@@ -8,6 +8,7 @@ from pathlib import Path
 
 import hypothesis
 import pytest
+import torch
 
 from tests.support import emulated, gpu
 from tests.support.quick import cross_section
@@ -65,6 +66,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         (pytest.fail if os.environ.get("CI") and not emulated.LIBRARY.exists() else pytest.skip)(reason)
     if item.get_closest_marker("jax") and importlib.util.find_spec("jax") is None:
         pytest.skip("jax is not installed (pip install 'recis_hybrid[jax]')")
+
+
+@pytest.fixture(autouse=True)
+def _same_random_numbers() -> None:
+    """Seed torch, so that a test draws the same numbers alone, after other tests, and in any process of pytest-xdist.
+
+    Tests draw from generators of their own with numpy and ``random``.
+    """
+    torch.manual_seed(0)
 
 
 @pytest.fixture(scope="session")

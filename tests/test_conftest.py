@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.support.gpu import Machine, count_listed, verdict
 from tests.support.quick import SHARE, cross_section
@@ -48,6 +49,11 @@ def test_a_required_gpu_fails_the_run(tmp_path: Path, root: Path, required: str,
     assert closing in done.stdout, done.stdout + done.stderr
     assert done.returncode == int(required)
     assert ("RECIS_REQUIRE_GPU=1" in done.stdout) == (required == "1")
+
+
+@pytest.mark.parametrize("order", ["first", "second"])
+def test_each_test_draws_the_same_numbers(order: str) -> None:
+    assert torch.equal(torch.rand(3), torch.rand(3, generator=torch.Generator().manual_seed(0)))
 
 
 def marked(node: ast.AST) -> set[str]:
