@@ -53,6 +53,8 @@ class Encoder:
     """Names of the positional arguments of ``forward`` after the weights. Only the first one is required."""
     max_length: int | None = None
     """The largest number of tokens per row; None if there is no limit."""
+    threshold: int | None = None
+    """A number of tokens per row beyond which all hidden states change, so that padding must not exceed it."""
     prefixes: tuple[str, ...] = ()
     """Prefixes of the names in the files of larger models, such as "bert."."""
     renames: tuple[tuple[str, str], ...] = ()

@@ -205,13 +205,17 @@ def split_heads(x: jax.Array, heads: int) -> jax.Array:
     return x.reshape(*x.shape[:-1], heads, x.shape[-1] // heads)
 
 
-def attention_mask(mask: jax.Array | None, length: int, *, causal: bool, where: str) -> jax.Array | None:
+def attention_mask(
+    mask: jax.Array | None, length: int, *, causal: bool, window: int | None = None, where: str
+) -> jax.Array | None:
     """Return the mask for :func:`attend`.
 
     Args:
         mask: ``[B, S]``, nonzero for tokens and zero for padding, on either side; None without padding.
         length: ``T = S``.
         causal: Whether a token attends only to itself and earlier ones.
+        window: Limits causal attention to the last ``window`` tokens including the token itself, and full attention to
+            tokens at a distance of at most ``window``, as in transformers; None for no limit.
         where: The prefix of error messages.
 
     Returns:
@@ -223,10 +227,14 @@ def attention_mask(mask: jax.Array | None, length: int, *, causal: bool, where: 
     if mask is not None and (mask.ndim != 2 or mask.shape[1] != length):
         raise ValueError(f"{where}: attention_mask must have shape [batch, {length}], got {list(mask.shape)}")
     keys = None if mask is None else (mask != 0)[:, None, :]
-    if not causal:
+    if not causal and window is None:
         return keys
-    earlier = jnp.tril(jnp.ones((1, length, length), bool))
-    return earlier if keys is None else earlier & keys
+    positions = jnp.arange(length)
+    distance = positions[:, None] - positions
+    near = distance >= 0 if causal else jnp.ones_like(distance, bool)
+    if window is not None:
+        near &= distance < window if causal else jnp.abs(distance) <= window
+    return near[None] if keys is None else near[None] & keys
 
 
 def attend(

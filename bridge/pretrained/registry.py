@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Final, Literal
 
 from recis_hybrid.bridge.pretrained.bert import bert, distilbert, roberta, xlm_roberta
-from recis_hybrid.bridge.pretrained.decoder import llama, mistral, qwen2, qwen3
+from recis_hybrid.bridge.pretrained.decoder import llama, mistral, phi3, qwen2, qwen3
 from recis_hybrid.bridge.pretrained.encoder import Config, Encoder
 from recis_hybrid.bridge.pretrained.text import clip_text
 from recis_hybrid.bridge.pretrained.vision import clip_vision, vit
@@ -18,6 +18,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config], Encoder]]] = {
     "distilbert": distilbert,
     "llama": llama,
     "mistral": mistral,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "roberta": roberta,
@@ -25,7 +26,7 @@ FAMILIES: Final[Mapping[str, Callable[[Config], Encoder]]] = {
     "xlm-roberta": xlm_roberta,
 }
 """A function from a configuration to an encoder, by ``model_type``."""
-_DECODERS: Final = ("llama", "mistral", "qwen2", "qwen3")
+_DECODERS: Final = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 """The families with either kind of attention."""
 
 

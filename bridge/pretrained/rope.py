@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,10 @@ _FIELDS: Final[Mapping[str, tuple[set[str], set[str]]]] = {
     "dynamic": ({"factor"}, {"original_max_position_embeddings"}),
     "linear": ({"factor"}, set()),
     "llama3": ({"factor", "low_freq_factor", "high_freq_factor"}, {"original_max_position_embeddings"}),
+    "longrope": (
+        {"long_factor", "short_factor"},
+        {"attention_factor", "factor", "original_max_position_embeddings"},
+    ),
     "yarn": (
         {"factor"},
         {
@@ -38,39 +42,50 @@ _FIELDS: Final[Mapping[str, tuple[set[str], set[str]]]] = {
 """Required and optional fields of each type, besides the type and the base."""
 
 
+Frequencies = np.ndarray[Any, np.dtype[np.float32]]
+
+
 @dataclass(frozen=True)
 class Rope:
     """Rotations of pairs of elements by an angle proportional to the position, as transformers computes them."""
 
-    frequencies: np.ndarray[Any, np.dtype[np.float32]]
-    """``[D / 2]``, float32: the angle per position."""
+    frequencies: Frequencies
+    """``[P]``, float32: the angle per position of each of P pairs."""
     scale: float
     """Factor of the rotated vectors."""
-    limit: int | None
+    limit: int | None = None
     """The largest length of inputs; None for any."""
+    long_frequencies: Frequencies | None = None
+    """``[P]``, float32: the frequencies of inputs longer than ``threshold``, if they differ."""
+    threshold: int | None = None
+    """The largest length of inputs with ``frequencies``; None for any."""
 
     def rotations(self, length: int, dtype: Any) -> tuple[jax.Array, jax.Array]:
-        """Return the cosines and sines of the angles at positions 0 to ``length - 1``, ``[length, 1, D / 2]``."""
-        angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * self.frequencies
+        """Return the cosines and sines of the angles at positions 0 to ``length - 1``, ``[length, 1, P]``."""
+        frequencies = self.frequencies
+        if self.long_frequencies is not None and self.threshold is not None and length > self.threshold:
+            frequencies = self.long_frequencies
+        angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * frequencies
         return (jnp.cos(angles) * self.scale).astype(dtype), (jnp.sin(angles) * self.scale).astype(dtype)
 
 
 def rotate(x: jax.Array, rotations: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the pairs of elements ``i`` and ``i + D / 2``.
+    """Rotate the pairs of elements ``i`` and ``i + P``, and leave elements from ``2 P`` on as they are.
 
     Args:
         x: ``[B, T, H, D]``.
-        rotations: Cosines and sines, ``[T, 1, D / 2]``.
+        rotations: Cosines and sines, ``[T, 1, P]``.
 
     Returns:
         ``[B, T, H, D]``.
     """
     cos, sin = rotations
-    first, second = jnp.split(x, 2, -1)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], -1)
+    pairs = cos.shape[-1]
+    first, second, rest = jnp.split(x, [pairs, 2 * pairs], -1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin, rest], -1)
 
 
-def rope(config: Config, size: int, length: int) -> Rope:
+def rope(config: Config, size: int, length: int, *, original: int | None = None, is_partial: bool = False) -> Rope:
     """Read the rotary embedding of a configuration.
 
     Transformers 5 has ``rope_parameters``, 4 has ``rope_theta`` and ``rope_scaling``.
@@ -79,22 +94,24 @@ def rope(config: Config, size: int, length: int) -> Rope:
         config: The configuration.
         size: D, the size of a head.
         length: The configuration's ``max_position_embeddings``.
+        original: The family's default of ``original_max_position_embeddings``; None for ``length``.
+        is_partial: Whether ``partial_rotary_factor`` may exclude the last elements of a head from rotation.
 
     Raises:
-        ValueError: if the head size is odd; if the type or a field of it is unknown, missing or no number.
+        ValueError: if the number of elements to rotate is odd; if the type or a field of it is unknown, missing or no
+            number.
     """
-    if size % 2:
-        raise ValueError(f"{config.where}: rotary embeddings need an even head size, got {size}")
     fields = _parameters(config)
     kind = fields.pop("rope_type")
+    size = _rotated(config, fields, size, is_partial)
     base = _number(config, fields, "rope_theta", 10_000.0)
     if kind != "dynamic":
         # An entry of the configuration itself has priority, as in transformers.
-        original = config.fields.get("original_max_position_embeddings") or fields.get(
-            "original_max_position_embeddings"
-        )
-        fields["original_max_position_embeddings"] = original or length
+        own = config.fields.get("original_max_position_embeddings") or original
+        fields["original_max_position_embeddings"] = own or fields.get("original_max_position_embeddings", length)
     frequencies = base ** -(np.arange(0, size, 2) / size)
+    if kind == "longrope":
+        return _longrope(config, fields, frequencies, length)
     scale = 1.0
     if kind == "linear":
         frequencies = frequencies / _number(config, fields, "factor")
@@ -119,15 +136,13 @@ def _parameters(config: Config) -> dict[str, Any]:
             f"{config.where}: rope_type {kind!r} is not implemented, only {', '.join(_FIELDS)}; use transformers' own "
             "module, in torch"
         )
-    if config.fields.get("rope_theta") is not None:
-        fields.setdefault("rope_theta", config.fields["rope_theta"])
-    partial = fields.pop("partial_rotary_factor", config.fields.get("partial_rotary_factor"))
-    if partial not in (None, 1):
-        raise ValueError(f"{config.where}: partial_rotary_factor={partial!r} is not implemented, only 1")
+    for name in ("rope_theta", "partial_rotary_factor"):
+        if config.fields.get(name) is not None:
+            fields.setdefault(name, config.fields[name])
     required, optional = _FIELDS[kind]
     if missing := required - fields.keys():
         raise ValueError(f"{config.where}: rope_type {kind!r} requires {', '.join(sorted(missing))} in rope_parameters")
-    if unknown := fields.keys() - required - optional - {"rope_type", "rope_theta"}:
+    if unknown := fields.keys() - required - optional - {"rope_type", "rope_theta", "partial_rotary_factor"}:
         raise ValueError(
             f"{config.where}: rope_parameters of type {kind!r} may not have {', '.join(map(repr, sorted(unknown)))}; "
             "use transformers' own module, in torch"
@@ -135,12 +150,51 @@ def _parameters(config: Config) -> dict[str, Any]:
     return fields
 
 
+def _rotated(config: Config, fields: Mapping[str, Any], size: int, is_partial: bool) -> int:
+    """Return the number of elements of a head that are rotated."""
+    share = _number(config, fields, "partial_rotary_factor", 1.0)
+    if share != 1 and not is_partial:
+        # Transformers ignores the field or fails, depending on the type.
+        raise ValueError(f"{config.where}: partial_rotary_factor={share!r} is not implemented, only 1")
+    rotated = int(size * share)
+    if share > 1 or rotated == 0 or rotated % 2:
+        part = "" if share == 1 else f" after partial_rotary_factor {share} of {size}"
+        raise ValueError(f"{config.where}: rotary embeddings need an even head size, got {rotated}{part}")
+    return rotated
+
+
 def _number(config: Config, fields: Mapping[str, Any], name: str, default: float | None = None) -> float:
     """Return a positive number of the rotary embedding's fields."""
     value = fields.get(name, default)
-    if not isinstance(value, int | float) or isinstance(value, bool) or value <= 0:
+    if not _is_positive(value):
         raise ValueError(f"{config.where}: {name} in rope_parameters must be a positive number, got {value!r}")
     return float(value)
+
+
+def _is_positive(value: Any) -> TypeGuard[int | float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and value > 0
+
+
+def _longrope(config: Config, fields: Mapping[str, Any], frequencies: Any, length: int) -> Rope:
+    """Divide each frequency by a factor of its own, which differs for inputs longer than those of pretraining.
+
+    References:
+        Y. Ding et al.: LongRoPE: Extending LLM context window beyond 2 million tokens. ICML 2024.
+    """
+    original = int(_number(config, fields, "original_max_position_embeddings"))
+    scaled = []
+    for name in ("short_factor", "long_factor"):
+        factors = fields[name]
+        if not isinstance(factors, list) or len(factors) != len(frequencies) or not all(map(_is_positive, factors)):
+            raise ValueError(
+                f"{config.where}: {name} in rope_parameters must be {len(frequencies)} positive numbers, got "
+                f"{factors!r}"
+            )
+        scaled.append((frequencies / np.asarray(factors, np.float64)).astype(np.float32))
+    factor = _number(config, fields, "factor", length / original)
+    default = 1.0 if factor <= 1 else math.sqrt(1 + math.log(factor) / math.log(original))
+    scale = _number(config, fields, "attention_factor", default)
+    return Rope(scaled[0], scale, max(length, original), scaled[1], original)
 
 
 def _llama3(config: Config, fields: Mapping[str, Any], frequencies: Any) -> Any:

@@ -146,7 +146,7 @@ class _Function:
         self._config, self._pooled, self._forward = config, pooled, found.forward
         self._scaling, self._dropout = dict(scaling or {}), dropout
         self.__name__ = found.name
-        self.inputs, self.longest = found.inputs, found.max_length
+        self.inputs, self.longest, self.threshold = found.inputs, found.max_length, found.threshold
 
     def adapted(self, scaling: Mapping[str, float], dropout: float) -> _Function:
         """Return the function with adapters of some layers."""
@@ -182,9 +182,14 @@ def _build(
 
     sizes: dict[str, Sequence[int] | None] = {"batch": None}
     if function.inputs[0] == "input_ids":
-        sizes["length"] = _lengths(function.longest)
+        sizes["length"] = None
     dims, remat = [tuple(sizes)], ONLY_LAYERS if recomputes else None
     sizes |= dict(classes or {})
+    if sizes.get("length", ()) is None:
+        sizes["length"] = _lengths(function.longest)
+    lengths, threshold = sizes.get("length"), function.threshold
+    if lengths and threshold is not None and threshold < max(lengths):
+        sizes["length"] = sorted({*lengths, threshold})  # texts must not be padded across the threshold
     tower: Any = JaxTower(function, dict(params), copy=False, dims=dims, classes=sizes, remat=remat)
     tower.function, tower.classes, tower.recomputes = function, classes, recomputes
     return tower  # type: ignore[no-any-return]

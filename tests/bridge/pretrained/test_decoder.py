@@ -16,7 +16,7 @@ transformers = pytest.importorskip("transformers")
 from recis_hybrid.bridge.pretrained import encoder  # noqa: E402
 
 VOCABULARY = 11
-FAMILIES = ["Llama", "Mistral", "Qwen2", "Qwen3"]
+FAMILIES = ["Llama", "Mistral", "Phi3", "Qwen2", "Qwen3"]
 PADDINGS = {
     "none": None,
     "right": [[1, 1, 1, 1, 0, 0], [1, 1, 1, 1, 1, 1], [1, 0, 0, 0, 0, 0]],
@@ -36,6 +36,8 @@ def config_of(family: str, **fields: Any) -> Any:
     }
     if family == "Qwen3":
         defaults["head_dim"] = 6
+    if family == "Phi3":
+        defaults["pad_token_id"] = 0
     return getattr(transformers, f"{family}Config")(**(defaults | fields))
 
 
@@ -88,30 +90,43 @@ def test_a_dynamic_rotary_embedding_is_that_of_transformers_up_to_its_length() -
     assert_agrees(model, text())
     decoder = encoder(model.config.to_dict())
     assert decoder.max_length == 6
-    with pytest.raises(ValueError, match="7 tokens are more than max_position_embeddings 6, .* truncate the inputs"):
+    with pytest.raises(ValueError, match="7 tokens are more than 6, beyond which .* truncate the inputs"):
         decoder.forward(weights_of(model), text(length=7)["input_ids"].numpy())
 
 
-SLIDING = {
-    "Mistral": {"sliding_window": 5},
-    "Qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1, "num_hidden_layers": 2},
-    "Qwen3": {"use_sliding_window": True, "sliding_window": 5, "layer_types": ["sliding_attention"]},
+WINDOWS: dict[str, dict[str, Any]] = {
+    "Mistral": {"sliding_window": 3},
+    "Phi3": {"sliding_window": 3},
+    "Qwen2": {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 1, "num_hidden_layers": 2},
+    "Qwen3": {
+        "use_sliding_window": True,
+        "sliding_window": 3,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_hidden_layers": 2,
+    },
 }
 
 
-@pytest.mark.parametrize("family", SLIDING)
-def test_texts_longer_than_a_sliding_window_are_refused(family: str) -> None:
-    model = model_of(config_of(family, **SLIDING[family]))
-    decoder = encoder(model.config.to_dict())
-    weights = weights_of(model)
-    assert decoder.max_length == 5
-    with pytest.raises(ValueError, match="6 tokens are more than sliding_window 5, beyond .* truncate the inputs"):
-        decoder.forward(weights, text(length=6)["input_ids"].numpy())
-    assert jax.eval_shape(decoder.forward, weights, text(length=5)["input_ids"].numpy())
+@pytest.mark.parametrize("is_causal", [True, False])
+@pytest.mark.parametrize("family", WINDOWS)
+def test_sliding_windows_agree_with_transformers(family: str, is_causal: bool) -> None:
+    config = config_of(family, **WINDOWS[family])
+    config.is_causal = is_causal
+    assert_agrees(model_of(config), text("left"))
 
 
-def test_short_texts_in_a_sliding_window_agree_with_transformers() -> None:
-    assert_agrees(model_of(config_of("Mistral", sliding_window=6)), text("left"))
+def test_a_window_limits_attention() -> None:
+    def last(window: int | None) -> Any:
+        config = config_of("Mistral", sliding_window=window)
+        ids = text()["input_ids"]
+        changed = torch.cat([(ids[:, :1] + 1) % VOCABULARY, ids[:, 1:]], 1)
+        model = model_of(config)
+        forward = jax.jit(encoder(config.to_dict()).forward)
+        return [forward(weights_of(model), each.int().numpy()).last_hidden_state[:, -1] for each in (ids, changed)]
+
+    assert (last(5)[0] == last(5)[1]).all()
+    assert (last(6)[0] != last(6)[1]).any()
+    assert (last(None)[0] != last(None)[1]).any()
 
 
 @pytest.mark.parametrize(
@@ -122,10 +137,24 @@ def test_short_texts_in_a_sliding_window_agree_with_transformers() -> None:
         ("Qwen2", {"use_sliding_window": True, "sliding_window": 2, "max_window_layers": 1}),
     ],
 )
-def test_windows_without_layers_allow_any_length(family: str, fields: dict[str, Any]) -> None:
-    model = model_of(config_of(family, **fields))
-    decoder = encoder(model.config.to_dict())
-    assert jax.eval_shape(decoder.forward, weights_of(model), text(length=9)["input_ids"].numpy())
+def test_layers_without_windows_agree_with_transformers(family: str, fields: dict[str, Any]) -> None:
+    assert_agrees(model_of(config_of(family, **fields)), text())
+
+
+@pytest.mark.parametrize("length", [5, 6])
+def test_phi3_with_long_and_partial_rotary_embeddings_agrees_with_transformers(length: int) -> None:
+    config = config_of(
+        "Phi3",
+        hidden_size=16,
+        original_max_position_embeddings=5,
+        partial_rotary_factor=0.5,
+        rope_scaling={"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 9.0]},
+    )
+    assert_agrees(model_of(config), text(length=length))
+    decoder = encoder(config.to_dict())
+    assert (decoder.threshold, decoder.max_length) == (5, 64)
+    with pytest.raises(ValueError, match="'phi3': 65 tokens are more than 64, beyond which this rope_type is not"):
+        jax.eval_shape(decoder.forward, decoder.weights, text(length=65)["input_ids"].numpy())
 
 
 def test_defaults_are_those_of_transformers() -> None:
@@ -154,6 +183,7 @@ SMALL = {
         ({"layer_types": ["full_attention"] * 2}, "layer_types must be 1 of full_attention and sliding_attention, got"),
         ({"layer_types": ["sliding_attention"]}, "layer_types has sliding_attention without use_sliding_window"),
         ({"sliding_window": "5", "use_sliding_window": True}, "sliding_window must be an integer or null, got '5'"),
+        ({"sliding_window": 0, "use_sliding_window": True}, "sliding_window must be positive or null, got 0"),
         ({"is_causal": "no"}, "is_causal must be true or false, got 'no'"),
         ({"rope_scaling": {"rope_type": "proportional"}}, "'qwen2': rope_type 'proportional' is not implemented"),
     ],

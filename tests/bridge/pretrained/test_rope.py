@@ -25,13 +25,21 @@ def read(fields: dict[str, Any], size: int = 8) -> Rope:
 
 
 @st.composite
-def configurations(draw: Any) -> dict[str, Any]:
-    """Draw fields of a config.json in the form of transformers 4 or 5."""
+def configurations(draw: Any, size: int) -> dict[str, Any]:
+    """Draw fields of a config.json in the form of transformers 4 or 5, for heads of a size."""
     positive = st.floats(1.0, 100.0)
     lengths = st.integers(8, 10_000)
-    kind = draw(st.sampled_from(["default", "linear", "dynamic", "llama3", "yarn"]))
-    scaling: dict[str, Any] = {} if kind == "default" else {"factor": draw(positive)}
+    kind = draw(st.sampled_from(["default", "linear", "dynamic", "llama3", "longrope", "yarn"]))
+    scaling: dict[str, Any] = {} if kind in ("default", "longrope") else {"factor": draw(positive)}
     optional: dict[str, Any] = {}
+    if kind == "longrope":
+        factors = st.lists(positive, min_size=size // 2, max_size=size // 2)
+        scaling = {"short_factor": draw(factors), "long_factor": draw(factors)}
+        optional = {
+            "original_max_position_embeddings": lengths,
+            "attention_factor": st.floats(0.1, 2.0),
+            "factor": st.floats(0.5, 100.0),
+        }
     if kind == "llama3":
         scaling |= {"low_freq_factor": draw(st.floats(0.1, 2.0)), "high_freq_factor": draw(st.floats(2.5, 9.0))}
         optional = {"original_max_position_embeddings": lengths}
@@ -59,10 +67,12 @@ def configurations(draw: Any) -> dict[str, Any]:
     return fields | {"rope_scaling": None if kind == "default" else {name: kind} | scaling}
 
 
-@given(configurations(), st.sampled_from([4, 6, 32]))
-def test_frequencies_agree_with_transformers(fields: dict[str, Any], size: int) -> None:
+@pytest.mark.parametrize("size", [4, 6, 32])
+@given(data=st.data())
+def test_frequencies_agree_with_transformers(size: int, data: Any) -> None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
+    fields = data.draw(configurations(size))
     # A copy, because transformers changes the nested dictionary.
     copied = {name: dict(value) if isinstance(value, dict) else value for name, value in fields.items()}
     config = transformers.LlamaConfig(hidden_size=2 * size, num_attention_heads=2, **copied)
@@ -72,7 +82,35 @@ def test_frequencies_agree_with_transformers(fields: dict[str, Any], size: int) 
     original = config.rope_parameters["rope_theta"] ** -(torch.arange(0, size, 2) / size)
     assert_near(ours.frequencies, theirs.inv_freq, terms=original)
     assert ours.scale == pytest.approx(theirs.attention_scaling, rel=1e-12)
-    assert (ours.limit is None) == ("dynamic" not in str(fields))
+    assert (ours.limit is None) == (theirs.rope_type not in ("dynamic", "longrope"))
+    if theirs.rope_type == "longrope":
+        assert ours.threshold == config.rope_parameters["original_max_position_embeddings"]
+        theirs(torch.zeros(1), torch.tensor([[ours.threshold]]))
+        assert_near(ours.long_frequencies, theirs.inv_freq, terms=original)
+
+
+@pytest.mark.parametrize("length", [12, 13])
+@pytest.mark.parametrize("share", [0.5, 0.75, 1.0])
+def test_partial_rotations_of_short_and_long_texts_agree_with_transformers(share: float, length: int) -> None:
+    from transformers.models.phi3.modeling_phi3 import Phi3RotaryEmbedding, apply_rotary_pos_emb
+
+    size = 16
+    factors = [1.0 + number for number in range(int(size * share) // 2)]
+    fields = {
+        "rope_scaling": {"type": "longrope", "short_factor": factors, "long_factor": factors[::-1]},
+        "partial_rotary_factor": share,
+        "max_position_embeddings": LENGTH,
+        "original_max_position_embeddings": 12,
+    }
+    config = transformers.Phi3Config(
+        hidden_size=size, num_attention_heads=1, num_key_value_heads=1, pad_token_id=0, **fields
+    )
+    x = torch.randn(2, 3, length, size, generator=torch.Generator().manual_seed(0))
+    cos, sin = Phi3RotaryEmbedding(config)(x, torch.arange(length)[None])
+    expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
+    ours = rope(Config({"model_type": "phi3"} | fields), size, LENGTH, is_partial=True)
+    got = rotate(x.transpose(1, 2).numpy(), ours.rotations(length, np.float32))
+    assert_near(torch.from_numpy(np.array(got)).transpose(1, 2), expected)
 
 
 def test_rotations_agree_with_transformers() -> None:
@@ -91,7 +129,16 @@ def test_rotations_agree_with_transformers() -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"rope_type": "longrope"}, "rope_type 'longrope' is not implemented, only default, .*yarn; use transformers'"),
+        ({"rope_type": "ntk"}, "rope_type 'ntk' is not implemented, only default, .*yarn; use transformers'"),
+        ({"rope_type": "longrope"}, "rope_type 'longrope' requires long_factor, short_factor in rope_parameters"),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [1.0] * 4},
+            r"short_factor in rope_parameters must be 4 positive numbers, got \[1.0, 1.0, 1.0\]",
+        ),
+        (
+            {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [1.0, 1.0, 1.0, 0]},
+            "long_factor in rope_parameters must be 4 positive numbers, got .*0]",
+        ),
         ({"type": "mrope", "mrope_section": [1]}, "rope_type 'mrope' is not implemented"),
         ({"rope_type": ["linear"]}, r"rope_type \['linear'\] is not implemented"),
         ({"rope_type": "linear"}, "rope_type 'linear' requires factor in rope_parameters"),
@@ -121,3 +168,7 @@ def test_fields_of_the_configuration_are_refused_by_name() -> None:
         read({"rope_parameters": "linear"})
     with pytest.raises(ValueError, match="partial_rotary_factor=0.25 is not implemented"):
         read({"partial_rotary_factor": 0.25})
+    for share, rotated in ((0.1, 0), (0.4, 3), (1.5, 12)):
+        config = Config({"model_type": "phi3", "partial_rotary_factor": share})
+        with pytest.raises(ValueError, match=f"even head size, got {rotated} after partial_rotary_factor {share} of 8"):
+            rope(config, 8, LENGTH, is_partial=True)
