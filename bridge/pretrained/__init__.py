@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from recis_hybrid.bridge.pretrained.adapters import with_adapters as with_adapters
 from recis_hybrid.bridge.pretrained.encoder import Encoder as Encoder, Output as Output
-from recis_hybrid.bridge.pretrained.layers import ONLY_LAYERS as ONLY_LAYERS
+from recis_hybrid.bridge.pretrained.layers import COMPUTE as COMPUTE, ONLY_LAYERS as ONLY_LAYERS
 from recis_hybrid.bridge.pretrained.registry import encoder as encoder
 
-__all__ = ["ONLY_LAYERS", "Encoder", "Output", "encoder", "with_adapters"]
+__all__ = ["COMPUTE", "ONLY_LAYERS", "Encoder", "Output", "encoder", "with_adapters"]

@@ -63,8 +63,9 @@ class Encoder:
     """``forward(weights, *inputs, key=None) -> Output``, which jit and grad can trace.
 
     The inputs are those in ``inputs``, by position or name. The computation is in the dtype of the weights, with
-    normalization and softmax in at least float32. Token ids outside the vocabulary give NaN. ``key`` is a PRNG key for
-    dropout at the rates of the configuration; None disables dropout.
+    normalization and softmax in at least float32. An entry ``layers.COMPUTE`` of the weights is another dtype for
+    linear layers and attention; hidden states between layers then remain in the dtype of the weights. Token ids outside
+    the vocabulary give NaN. ``key`` is a PRNG key for dropout at the rates of the configuration; None disables dropout.
 
     Products of float32 have the precision of ``jax_default_matmul_precision``, whose default is below float32 on some
     accelerators.

@@ -34,6 +34,9 @@ def _quick_gelu(x: jax.Array) -> jax.Array:
 
 ADAPTER: Final = "adapter"
 """The name of a layer's adapter among its parameters: a function of the layer's input that is added to its output."""
+COMPUTE: Final = "compute_dtype"
+"""The name among parameters of the dtype that linear layers and attention compute in, whatever that of the parameters,
+as in ``torch.autocast``."""
 _LAYER: Final = "layer"
 ONLY_LAYERS: Final = jax.checkpoint_policies.save_only_these_names(_LAYER)
 """A policy of ``jax.checkpoint`` that saves the hidden states after each layer, and recomputes all others."""
@@ -67,9 +70,10 @@ def linear(weights: Weights, name: str, x: jax.Array) -> jax.Array:
     Returns:
         ``[..., out]``.
     """
-    y = jax.lax.dot_general(x, weights[f"{name}.weight"], (((x.ndim - 1,), (1,)), ((), ())))
-    bias = weights.get(f"{name}.bias")
-    y = y if bias is None else y + bias
+    weight, bias = weights[f"{name}.weight"], weights.get(f"{name}.bias")
+    dtype: Any = weights.get(COMPUTE, weight.dtype)
+    y = jax.lax.dot_general(x.astype(dtype), weight.astype(dtype), (((x.ndim - 1,), (1,)), ((), ())))
+    y = y if bias is None else y + bias.astype(dtype)
     adapter: Any = weights.get(f"{name}.{ADAPTER}")
     return y if adapter is None else (y + adapter(x)).astype(y.dtype)
 
@@ -170,6 +174,8 @@ def patches(weights: Weights, name: str, pixels: jax.Array, image: tuple[int, in
     flattened = {f"{name}.weight": kernel.reshape(kernel.shape[0], -1)}
     if f"{name}.bias" in weights:
         flattened[f"{name}.bias"] = weights[f"{name}.bias"]
+    if COMPUTE in weights:
+        flattened[COMPUTE] = weights[COMPUTE]
     return linear(flattened, name, flat)
 
 
@@ -255,7 +261,7 @@ def attend(
     Args:
         query: ``[B, T, H, D]``.
         key: ``[B, S, K, D]``.
-        value: ``[B, S, K, D]``.
+        value: ``[B, S, K, D]``. Its dtype is that of the products.
         mask: Bool, broadcastable to ``[B, T, S]``, True where a query attends to a key; a query that attends to none
             gets the mean of all values.
         rate: Dropout rate of the attention probabilities.
@@ -271,7 +277,8 @@ def attend(
     """
     batch, length, heads, size = query.shape
     grouped = query.reshape(batch, length, key.shape[2], heads // key.shape[2], size)
-    wide = jnp.promote_types(query.dtype, jnp.float32)
+    grouped, key = grouped.astype(value.dtype), key.astype(value.dtype)
+    wide = jnp.promote_types(value.dtype, jnp.float32)
     scores = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=wide) / math.sqrt(size)
     if mask is not None:
         # Added as in transformers, so that queries without keys have its gradients too; -inf would give them NaN.

@@ -72,7 +72,8 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
         pooled: Ignored; the tower was built for one output.
 
     Returns:
-        The hidden states after the last layer, ``[B, T, D]``, or the pooled output, ``[B, P]``.
+        The hidden states after the last layer, ``[B, T, D]``, or the pooled output, ``[B, P]``. Under torch's autocast,
+        products are in its dtype, and the hidden states in that of the parameters.
     """
     given = {name: _narrowed(tensor) for name, tensor in inputs.items()}
     if "input_ids" in given and "attention_mask" not in given:
@@ -83,7 +84,11 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
         raise TypeError(
             f"hf_tower: the model takes {', '.join(function.inputs)}, but not {', '.join(unknown)}; omit it"
         )
-    return model(given)  # type: ignore[no-any-return]
+    # JAX does not see torch's autocast. A keyword is static, so each dtype has a program of its own.
+    device = next(iter(given.values())).device.type
+    if not torch.is_autocast_enabled(device):
+        return model(given)  # type: ignore[no-any-return]
+    return model(given, dtype=str(torch.get_autocast_dtype(device)).removeprefix("torch."))  # type: ignore[no-any-return]
 
 
 def recompute(model: nn.Module) -> nn.Module:
@@ -152,11 +157,15 @@ class _Function:
         """Return the function with adapters of some layers."""
         return _Function(self._config, self._pooled, scaling, dropout)
 
-    def __call__(self, weights: Any, inputs: Any, *, key: Any = None) -> Any:
+    def __call__(self, weights: Any, inputs: Any, *, key: Any = None, dtype: str | None = None) -> Any:
         if self._scaling:
             from recis_hybrid.bridge.pretrained import with_adapters
 
             weights = with_adapters(weights, self._scaling, self._dropout, key)
+        if dtype is not None:
+            from recis_hybrid.bridge.pretrained import COMPUTE
+
+            weights = {**weights, COMPUTE: dtype}
         output = self._forward(weights, **inputs, key=key)
         if self._pooled and output.pooler_output is None:
             raise no_output(self.__name__, pooled=True)

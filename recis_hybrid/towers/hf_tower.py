@@ -22,7 +22,7 @@ from recis_hybrid.towers.pooling import Pool, pool as pool_hidden
 from recis_hybrid.towers.unique import on_distinct_rows
 from recis_hybrid.validation import check_choice, check_flag, describe_value
 
-_EITHER_ATTENTION = ("llama", "mistral", "qwen2", "qwen3")
+_EITHER_ATTENTION = ("llama", "mistral", "phi3", "qwen2", "qwen3")
 """Model types in which attention may be causal or full."""
 _INTEGERS = (torch.int32, torch.int64)
 
@@ -82,7 +82,7 @@ class HfTower(nn.Module):
 
         Returns:
             ``[B, D]``, or ``[B, T, D]`` if ``pool`` is None, or ``[B, P]`` if it is "pooler"; in the dtype of the
-            parameters. Vectors are not normalized to a length.
+            parameters, except for "pooler" under autocast. Vectors are not normalized to a length.
 
         Raises:
             TypeError: If the inputs are not tensors of these dtypes, or the model does not take an input.
@@ -168,8 +168,9 @@ def hf_tower(
     """Build a tower of a pretrained model, from safetensors files or over the parameters of a module.
 
     In torch, the model is that of ``transformers.AutoModel``. In JAX, it is a ``JaxTower`` of an own encoder, and
-    transformers is not used. Both take the same inputs, have the same ``state_dict`` keys, and apply dropout in train
-    mode at the rates of the configuration. Parameters from files that do not affect the output (a pooler) are frozen.
+    transformers is not used. Both take the same inputs, have the same ``state_dict`` keys, apply dropout in train mode
+    at the rates of the configuration, and follow ``torch.autocast``. Parameters from files that do not affect the
+    output (a pooler) are frozen.
 
     Args:
         source: A folder with ``config.json`` and safetensors; the name of an installed package that contains such a
@@ -180,10 +181,11 @@ def hf_tower(
             the model's own pooled output, or None for all hidden states.
         freeze: The parameters to exclude from training: True for all; a number n for the embeddings and the first n
             layers; or patterns of names. A tower without trainable parameters stays in evaluation mode.
-        dtype: Dtype to which parameters from files are converted.
+        dtype: Dtype to which parameters from files are converted. To train all of them in mixed precision, leave it at
+            float32 and use autocast: bfloat16 parameters lose updates of less than about 0.2 % of their size.
         part: The encoder of a model of text and images, such as CLIP; None for other models.
-        attention: In decoders (Llama, Mistral, Qwen2, Qwen3), whether each token attends only to itself and earlier
-            ones ("causal") or to all ("full"), as in some embedding models made from decoders; None for what
+        attention: In decoders (Llama, Mistral, Phi-3, Qwen2, Qwen3), whether each token attends only to itself and
+            earlier ones ("causal") or to all ("full"), as in some embedding models made from decoders; None for what
             ``config.json`` says, or causal if it says nothing.
         classes: Sizes to which "batch" and "length" are padded in JAX, which compiles a program for each; by default
             powers of two of at least 8. Torch ignores them.

@@ -7,7 +7,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from recis_hybrid.towers import HfTower, hf_tower
 from tests.support.near import assert_near
 from tests.support.pretrained import model_of
 
-pytestmark = pytest.mark.jax
+pytestmark = [pytest.mark.jax, pytest.mark.usefixtures("compiled_once")]
 jax = pytest.importorskip("jax")
 transformers = pytest.importorskip("transformers")
 
@@ -41,25 +40,6 @@ ALLOWED = 1024
 
 def bert(**fields: Any) -> Any:
     return model_of(transformers.BertConfig(**(FIELDS | fields)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Share compiled programs between the towers of these tests, because compiling takes nearly all of the time."""
-    from jax.experimental.compilation_cache import compilation_cache
-
-    options = {
-        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": -1,
-    }
-    before = {name: getattr(jax.config, name) for name in options}
-    for values in (options, before):
-        for name, value in values.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-        if values is options:
-            yield
 
 
 @pytest.fixture(scope="module")
@@ -461,6 +441,31 @@ def test_decoders_pool_the_last_token_and_attend_either_way(tmp_path: Path) -> N
     assert not torch.allclose(causal[:, 0], full[:, 0])
     assert torch.equal(causal, hf_tower(tmp_path)(ids))
     assert hf_tower(tmp_path)._longest is None
+
+
+def test_texts_are_not_padded_across_the_length_at_which_rotations_change(tmp_path: Path) -> None:
+    scaling = {"type": "longrope", "short_factor": [1.0, 2.0], "long_factor": [3.0, 9.0]}
+    config = small(
+        "Phi3",
+        num_key_value_heads=1,
+        vocab_size=13,
+        pad_token_id=0,
+        original_max_position_embeddings=6,
+        max_position_embeddings=12,
+        partial_rotary_factor=0.5,
+        rope_scaling=scaling,
+        sliding_window=4,
+    )
+    model_of(config).save_pretrained(tmp_path)
+    ids, mask = batch(length=6)
+    for attention in ("causal", "full"):
+        assert_frameworks_agree(tmp_path, ids, mask, pool="last", attention=attention)
+    assert_frameworks_agree(tmp_path, batch(length=7)[0])
+    expected = hf_tower(tmp_path)(ids)
+    assert_near(hf_tower(tmp_path, "jax", classes={"length": [8]})(ids), expected, ALLOWED)
+    assert_near(hf_tower(tmp_path, "jax", classes={"length": None})(ids), expected, ALLOWED)
+    with pytest.raises(ValueError, match="input_ids have 13 tokens per row, but the model has positions for 12"):
+        hf_tower(tmp_path, "jax")(batch(length=13)[0])
 
 
 def test_images(tmp_path: Path) -> None:

@@ -78,7 +78,8 @@ class TorchStep:
         label: Column of labels, if ``loss`` is a function or None. None: there are no labels, ``loss`` takes only the
             outputs, and evaluation is impossible.
         groups: Column of groups for metrics by group, int64 ``[B]``, if ``loss`` is a function or None.
-        precision: Precision of the towers (autocast). With float16, losses are scaled and an update is skipped if
+        precision: Precision of the towers (autocast). JAX towers of ``hf_tower`` follow it, whereas the function of any
+            other JaxTower determines its own dtypes. With float16, losses are scaled and an update is skipped if
             gradients, including row gradients, overflow, which synchronizes the device in each step.
         clip_grad_norm: Maximum global norm of all gradients, including those of tables; None: no clipping.
         schedules: Learning-rate schedules, stepped after each update.
