@@ -54,11 +54,7 @@ def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool) -> nn.Module:
     _check_loaded(model, found, str(files.folder))
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = False  # of decoders, for generating text
-    # Prefixes of larger models. Other names, which transformers converts, count as absent.
-    prefixes = ("", f"{model.base_model_prefix}.", *(f"{part}_model." for part in PARTS if model_type.count(part)))
-    named = [name for name, _ in model.named_parameters()]
-    names = {name: prefix + name for prefix in prefixes for name in named if prefix + name in files.shapes}
-    model.weight_files = ReadWeights(files, names, dtype)
+    model.weight_files = ReadWeights(files, _names_in_files(model, files, dtype), dtype)
     if not pooled:
         freeze_pooler(model)
     return share(model)
@@ -180,6 +176,26 @@ def freeze_pooler(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         if name.startswith(("pooler.", "post_layernorm.")):
             parameter.requires_grad_(False)
+
+
+def _names_in_files(model: Any, files: PretrainedFiles, dtype: torch.dtype) -> dict[str, str]:
+    """Return the names that the parameters have in the files, except for those that transformers computes from several.
+
+    Args:
+        model: The module.
+        files: The files that it was read from.
+        dtype: Dtype of the parameters.
+    """
+    named = dict(model.named_parameters())
+    parts = (f"{part}_model." for part in PARTS if files.config["model_type"].count(part))
+    names = {
+        name: prefix + name
+        for prefix in ("", f"{model.base_model_prefix}.", *parts)  # of larger models
+        for name in named
+        if prefix + name in files.shapes
+    }
+    # Of some models, transformers changes the names, by rules that differ between its versions.
+    return names | files.find_equal({name: each for name, each in named.items() if name not in names}, dtype)
 
 
 def _check_loaded(model: Any, found: Mapping[str, Any], where: str) -> None:

@@ -92,6 +92,24 @@ class PretrainedFiles:
                         found[key] = tensor.to(tensor.dtype if dtype is None else dtype, copy=True)
         return {key: found[key] for key in names}
 
+    def find_equal(self, tensors: Mapping[str, Tensor], dtype: torch.dtype | None = None) -> dict[str, str]:
+        """Return the names of tensors in the files that are equal to given ones, by the keys of those.
+
+        Args:
+            tensors: Tensors on the CPU. Those without an equal are left out of the result.
+            dtype: Dtype to which the tensors of the files are converted first; None for their own.
+
+        Raises:
+            ValueError: If a file is damaged.
+        """
+        shapes = {tuple(tensor.shape) for tensor in tensors.values()}
+        found: dict[bytes, str] = {}
+        for name, shape in self.shapes.items():
+            if shape in shapes:
+                found.setdefault(_content(self.read({name: name}, dtype)[name]), name)
+        contents = {key: _content(tensor) for key, tensor in tensors.items()}
+        return {key: found[content] for key, content in contents.items() if content in found}
+
     def check_tokenizer(self, tokenizer: str | Path | None = None) -> None:
         """Check that a tokenizer belongs to the model: all its ids have a row, and its vocabulary is the model's own.
 
@@ -285,6 +303,13 @@ def _digest(path: Path, size: int, modified: int) -> bytes:
     """Return the SHA-256 of a file of a size and time of modification."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").digest()
+
+
+def _content(tensor: Tensor) -> bytes:
+    """Return a hash of dtype, shape and bits."""
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.digest()
 
 
 def _check_same(path: Path, vocabulary: Mapping[str, int], own: Path, expected: Mapping[str, int]) -> None:

@@ -75,6 +75,16 @@ def test_reading_copies_out_of_the_file(tmp_path: Path) -> None:
     assert read["b"].tolist() == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("make", [write, write_sharded])
+def test_tensors_are_found_by_their_contents(tmp_path: Path, make: Any) -> None:
+    files = find_pretrained(make(tmp_path))
+    matrix, numbers = TENSORS["a.weight"], TENSORS["b"]
+    given = {"x": matrix.clone(), "y": numbers, "z": numbers.float(), "turned": matrix.T, "other": matrix + 1}
+    assert files.find_equal(given) == {"x": "a.weight", "y": "b"}
+    assert files.find_equal(given, torch.float32) == {"x": "a.weight", "z": "b"}
+    assert files.find_equal({}) == {}
+
+
 def test_a_package_is_found_without_importing_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(tmp_path))
     folder = write(tmp_path / "model_in_package" / "data")
