@@ -40,6 +40,8 @@ def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool) -> nn.Module:
         raise ValueError(
             f"{files.folder}: transformers does not know the model_type {model_type!r}; upgrade transformers"
         )
+    if not files.shapes:  # reading them names a damaged file, which transformers would not
+        raise ValueError(f"{files.folder}: the weights have no tensors; download them again")
     with _quiet():
         model, found = AutoModel.from_pretrained(
             files.folder,
@@ -85,6 +87,10 @@ def run(model: nn.Module, inputs: Mapping[str, Tensor], pooled: bool) -> Tensor:
     Raises:
         ValueError: If the model has no such output.
     """
+    first = next(iter(inputs.values()))
+    if not len(first):
+        # A rank that has no rows left. The modules of transformers cannot reshape tensors without elements.
+        return run(model, {next(iter(inputs)): first.new_zeros(1, *first.shape[1:])}, pooled)[:0]
     output: Any = model(**inputs)
     found = output.get("pooler_output" if pooled else "last_hidden_state")
     if found is None:

@@ -130,6 +130,8 @@ class HfTower(nn.Module):
                 raise ValueError("HfTower: pass no attention_mask with a RaggedTensor; its rows imply the mask")
             lengths = ids.lengths()
             ids = ids.to_padded(padding=self.config.get("pad_token_id") or 0)
+            if not ids.shape[1]:  # only empty rows, or none
+                ids = ids.new_zeros(len(ids), 1)
             mask = (torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]).to(ids.dtype)
         if not isinstance(ids, Tensor) or ids.dtype not in _INTEGERS or ids.dim() != 2:
             raise TypeError(f"HfTower: input_ids must be an int32 or int64 tensor [B, T], got {_describe(ids)}")
@@ -138,6 +140,8 @@ class HfTower(nn.Module):
                 f"HfTower: input_ids have {ids.shape[1]} tokens per row, but the model has positions for "
                 f"{self._longest}; truncate the texts"
             )
+        if len(ids) and not ids.shape[1]:
+            raise ValueError("HfTower: row 0 has no tokens; leave it out")
         # Reading values of tensors in other memory would wait for a device, and break graphs in torch.compile.
         if ids.is_cpu and ids.numel() and not torch.compiler.is_compiling():
             low, high = map(int, ids.aminmax())
