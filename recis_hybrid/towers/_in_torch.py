@@ -19,13 +19,14 @@ _POSITIONS = ("position_embeddings", "position_embedding")
 _LISTED = 5
 
 
-def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool) -> nn.Module:
+def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool, classes: object = None) -> nn.Module:
     """Build the module of transformers, and read its weights into memory that JAX can share.
 
     Args:
         files: The files.
         dtype: Dtype of the parameters.
         pooled: Whether the output is the model's own pooled one.
+        classes: Ignored; torch needs no padding.
 
     Raises:
         ImportError: If transformers is not installed.
@@ -62,11 +63,14 @@ def load(files: PretrainedFiles, dtype: torch.dtype, pooled: bool) -> nn.Module:
     return share(model)
 
 
-def share(model: nn.Module) -> nn.Module:
+def share(model: nn.Module, config: object = None, pooled: bool = False, classes: object = None) -> nn.Module:
     """Return a module of transformers, after moving its parameters to memory that JAX can share.
 
     Args:
         model: The module, or a larger one that contains it.
+        config: Ignored; the module has its own.
+        pooled: Ignored; the module has both outputs.
+        classes: Ignored; torch needs no padding.
     """
     model = getattr(model, "base_model", model)
     align(model.parameters())

@@ -93,32 +93,8 @@ def embed_corpus(
     check_integer("embed_corpus", "chunk_rows", chunk_rows, 1)
     if group is None:
         distributed.join("embed_corpus")
-    rank, ranks = distributed.rank(group), distributed.world_size(group)
-    run = _Run(tower, tokenize, Path(folder), batch_size, progress and rank == 0)
-    failure: Exception | None = None
-    try:
-        run.compute(_chunks(corpus, chunk_rows), rank, ranks)
-    except Exception as error:
-        failure = error
-    try:
-        # Hosts may mount the folder at different paths.
-        names = [f"{path.parent.name}/{path.name}" for path in run.files]
-        digest = hashlib.sha256("".join(names).encode()).hexdigest()
-        digests = distributed.all_succeed_or_raise(failure, [digest, len(run.files)], group)
-    finally:
-        failure = None  # otherwise the exception and this frame would form a reference cycle
-    if any(each != digests[0] for each in digests):
-        raise RuntimeError(
-            f"embed_corpus: all ranks must pass the same tower, tokenizer and texts, but their files differ; they have "
-            f"{[count for _, count in digests]} chunks. Read the whole corpus on every rank, e.g. with "
-            f"ShardOptions(rank=0, world_size=1)"
-        )
-    missing = [str(path) for path in run.files if not path.is_file()]
-    if missing:
-        raise RuntimeError(
-            f"embed_corpus: {missing[0]} is missing, although another rank has written it; use a folder that all ranks "
-            f"share"
-        )
+    run = _Run(tower, tokenize, Path(folder), batch_size, progress and distributed.rank(group) == 0)
+    _compute_together(run, _chunks(corpus, chunk_rows), group)
     return list(dict.fromkeys(run.files))
 
 
@@ -221,26 +197,63 @@ class _Run:
         distinct = torch.tensor(sorted(first.values()))
         # Batches of texts of similar length have little padding.
         order = distinct[tokens.lengths()[distinct].argsort(descending=True, stable=True)]
-        device = next((tensor.device for tensor in self.tower.parameters()), torch.device("cpu"))
         parts = []
         for rows in order.split(self.batch_size):
-            output = self.tower(tokens[rows].to(device))
-            if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(rows):
-                got = list(output.shape) if isinstance(output, Tensor) else describe_value(output)
-                raise ValueError(f"embed_corpus: the tower must return [B, D] = [{len(rows)}, D], got {got}; pool it")
-            parts.append(output.float().cpu())
+            parts.append(self._run_tower(tokens[rows]))
             advance(len(rows))
         found = torch.cat(parts)
         embeddings = found.new_empty(len(chunk.texts), found.shape[1]).index_copy_(0, order, found)
         embeddings = embeddings[torch.tensor([first[text] for text in chunk.texts])]
         advance(len(chunk.texts) - len(distinct))
-        is_finite = embeddings.isfinite().all(1)
-        if not bool(is_finite.all()):
-            raise ValueError(
-                f"embed_corpus: embeddings must be finite, got NaN or infinity for id "
-                f"{int(chunk.ids[int(is_finite.int().argmin())])}; check the tower's weights, or compute it in float32"
-            )
+        _check_finite(embeddings, chunk.ids)
         return embeddings
+
+    def _run_tower(self, tokens: RaggedTensor) -> Tensor:
+        """Return the tower's output for some texts, float32 ``[B, D]`` on the CPU."""
+        device = next((tensor.device for tensor in self.tower.parameters()), torch.device("cpu"))
+        output = self.tower(tokens.to(device))
+        if not isinstance(output, Tensor) or output.dim() != 2 or len(output) != len(tokens):
+            got = list(output.shape) if isinstance(output, Tensor) else describe_value(output)
+            raise ValueError(f"embed_corpus: the tower must return [B, D] = [{len(tokens)}, D], got {got}; pool it")
+        return output.float().cpu()
+
+
+def _compute_together(run: _Run, chunks: Iterable[_Chunk], group: dist.ProcessGroup | None) -> None:
+    """Compute a share of the chunks on each rank, and raise on all ranks if one fails or their files differ."""
+    failure: Exception | None = None
+    try:
+        run.compute(chunks, distributed.rank(group), distributed.world_size(group))
+    except Exception as error:
+        failure = error
+    try:
+        # Hosts may mount the folder at different paths.
+        names = [f"{path.parent.name}/{path.name}" for path in run.files]
+        digest = hashlib.sha256("".join(names).encode()).hexdigest()
+        digests = distributed.all_succeed_or_raise(failure, [digest, len(run.files)], group)
+    finally:
+        failure = None  # otherwise the exception and this frame would form a reference cycle
+    if any(each != digests[0] for each in digests):
+        raise RuntimeError(
+            f"embed_corpus: all ranks must pass the same tower, tokenizer and texts, but their files differ; they have "
+            f"{[count for _, count in digests]} chunks. Read the whole corpus on every rank, e.g. with "
+            f"ShardOptions(rank=0, world_size=1)"
+        )
+    missing = [str(path) for path in run.files if not path.is_file()]
+    if missing:
+        raise RuntimeError(
+            f"embed_corpus: {missing[0]} is missing, although another rank has written it; use a folder that all ranks "
+            f"share"
+        )
+
+
+def _check_finite(embeddings: Tensor, ids: Tensor) -> None:
+    """Raise ValueError with the first id whose embedding has a NaN or an infinity."""
+    is_finite = embeddings.isfinite().all(1)
+    if not bool(is_finite.all()):
+        raise ValueError(
+            f"embed_corpus: embeddings must be finite, got NaN or infinity for id "
+            f"{int(ids[int(is_finite.int().argmin())])}; check the tower's weights, or compute it in float32"
+        )
 
 
 def _key(tower: nn.Module, tokenize: TextTokenizer) -> str:

@@ -213,32 +213,45 @@ def hf_tower(
         >>> tower(torch.tensor([[101, 7592, 102]])).shape
         torch.Size([1, 384])
     """
+    _check_options(framework, pool, part, attention, dtype, unique=unique, recompute=recompute, download=download)
+    adapter, pooled = _ADAPTERS[framework], pool == "pooler"
+    if isinstance(source, nn.Module):
+        files, config = None, _config_of(source, part, attention)
+        model = adapter.share(source, config, pooled, classes)
+    else:
+        files = _files_of(source, part, attention, download)
+        config = files.config
+        model = adapter.load(files, dtype, pooled, classes)
+    if recompute:
+        model = adapter.recompute(model)
+    freeze_parameters(model, freeze)
+    return HfTower(model, config, framework, pool, files, unique)
+
+
+_ADAPTERS: Mapping[str, Any] = {"torch": _in_torch, "jax": _in_jax}
+
+
+def _check_options(framework: Any, pool: Any, part: Any, attention: Any, dtype: Any, **flags: Any) -> None:
+    """Raise TypeError or ValueError if an argument of :func:`hf_tower` has an impossible value."""
     check_choice("hf_tower", "framework", framework, tuple(_ADAPTERS))
     check_choice("hf_tower", "pool", pool, ("cls", "mean", "last", "pooler", None))
     check_choice("hf_tower", "part", part, (*PARTS, None))
     check_choice("hf_tower", "attention", attention, ("causal", "full", None))
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise ValueError(f"hf_tower: dtype must be a floating-point dtype, such as torch.bfloat16, got {dtype!r}")
-    check_flag("hf_tower", "unique", unique)
-    check_flag("hf_tower", "recompute", recompute)
-    check_flag("hf_tower", "download", download)
-    pooled, is_torch = pool == "pooler", framework == "torch"
-    if isinstance(source, nn.Module):
-        files, config = None, _config_of(source, part, attention)
-        model = _in_torch.share(source) if is_torch else _in_jax.share(source, config, pooled, classes)
-    else:
-        files = find_pretrained(source, download=download)
-        files.check_tokenizer()
-        files = _with_attention(_with_part(files, part), attention)
-        config = _checked(files.config)
-        model = _in_torch.load(files, dtype, pooled) if is_torch else _in_jax.load(files, dtype, pooled, classes)
-    if recompute:
-        model = _ADAPTERS[framework].recompute(model)
-    freeze_parameters(model, freeze)
-    return HfTower(model, config, framework, pool, files, unique)
+    for name, value in flags.items():
+        check_flag("hf_tower", name, value)
 
 
-_ADAPTERS: Mapping[str, Any] = {"torch": _in_torch, "jax": _in_jax}
+def _files_of(
+    source: str | os.PathLike[str], part: str | None, attention: str | None, download: bool
+) -> PretrainedFiles:
+    """Return the files of a model that are known to fit together, with the configuration of the chosen part."""
+    files = find_pretrained(source, download=download)
+    files.check_tokenizer()
+    files = _with_attention(_with_part(files, part), attention)
+    _checked(files.config)
+    return files
 
 
 def _config_of(module: nn.Module, part: str | None, attention: str | None) -> Mapping[str, Any]:
