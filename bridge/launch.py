@@ -54,7 +54,11 @@ def init(
         )
     rank = int(local_rank)
     if backend_has_started():
-        raise RuntimeError("init: JAX's backend has started already; call init before anything computes with JAX")
+        raise RuntimeError(
+            "init: JAX's backend has started already, and has read its settings of memory, devices and threads; call "
+            "init before anything computes with JAX, or set them before the program starts "
+            "(XLA_PYTHON_CLIENT_PREALLOCATE=false leaves GPU memory to torch)"
+        )
     if threads is not None:
         os.environ["NPROC"] = str(threads)
     if memory_fraction is None:

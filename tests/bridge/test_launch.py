@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.jax
 pytest.importorskip("jax")
-from recis_hybrid.bridge import init  # noqa: E402
+from recis_hybrid.bridge import init, launch  # noqa: E402
 
 
 def test_init_configures_jax_once_and_warns_about_a_cpu_fallback(root: Path, tmp_path: Path) -> None:
@@ -41,6 +42,37 @@ except RuntimeError as error:
         [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False
     )
     assert "has started already" in done.stdout, done.stderr
+
+
+def test_gpu_memory_is_not_preallocated_unless_the_user_says_so(root: Path) -> None:
+    code = """
+import os, warnings
+import jax, torch
+from recis_hybrid.bridge import init
+torch.cuda.is_available, torch.cuda.set_device = lambda: True, lambda rank: None
+seen = []
+default_backend = jax.default_backend
+jax.default_backend = lambda: seen.append(os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"]) or default_backend()
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    init()
+print(seen)
+"""
+    for given, expected in ((None, "false"), ("true", "true")):
+        name = "XLA_PYTHON_CLIENT_PREALLOCATE"
+        environment = {key: value for key, value in os.environ.items() if key != name}
+        environment |= {} if given is None else {name: given}
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=environment)
+        assert done.stdout.strip() == f"['{expected}']", done.stderr
+
+
+def test_a_late_init_says_how_to_leave_memory_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch, "backend_has_started", lambda: True)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    with pytest.raises(RuntimeError, match="has started already.*XLA_PYTHON_CLIENT_PREALLOCATE=false"):
+        init()
 
 
 @pytest.mark.parametrize("rank", ["abc", "-1", "", "1.5"])
