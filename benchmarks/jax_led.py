@@ -3,11 +3,12 @@
     python -m benchmarks.jax_led [--quick] [--cases keras_rs]
 
 - ``torch_led/65k``, ``torch_led/4k``: lookup, an MLP in JAX with its gradients, Adam for the MLP and Adagrad for the
-  tables of 26 features of dim 16; ours is a ``JaxStep``, the peer a ``TorchStep`` with the same tower as a ``JaxTower``
-  and an ``OptaxOptimizer``.
+  tables of 26 features of dim 16; ours is a ``JaxStep``, the peers are a ``TorchStep`` with the same tower as a
+  ``JaxTower`` and an ``OptaxOptimizer``, and one with the tower in torch and torch's Adam.
 - ``keras_rs/65k``, ``keras_rs/4k``: lookups with given gradients and Adagrad, d16, with JAX arrays in and out; the peer
   is keras-rs's DistributedEmbedding on JAX's CPU backend, if ``make bench-peers`` has installed it. Its tables have
-  100,000 rows a feature and take row indices; it updates all rows.
+  100,000 rows a feature and take row indices; it updates all rows. ``keras_rs/65k/2M`` and ``keras_rs/4k/2M`` have 4
+  features of 2,000,000 rows (not with ``--quick``).
 """
 
 from __future__ import annotations
@@ -34,11 +35,12 @@ CPU = torch.device("cpu")
 DIM = 16
 LR = 0.05
 WIDTH = 64
+KERAS_RS = "keras-rs DistributedEmbedding"
 
 
 def engine_of(work: workload.Workload) -> EmbeddingEngine:
     """Return an engine whose tables have all ids of the workload."""
-    configs = {workload.name(f): EmbeddingConfig(dim=DIM) for f in range(workload.FEATURES)}
+    configs = {workload.name(f): EmbeddingConfig(dim=DIM) for f in range(len(work.ids))}
     engine = EmbeddingEngine(configs, optimizer=optim.Adagrad)
     engine.lookup({workload.name(f): ids for f, ids in enumerate(work.ids)})
     return engine
@@ -58,13 +60,26 @@ def tower(params: Any, vectors: Any) -> Any:
     return (jax.nn.relu(x @ params["w0"]) @ params["w1"])[:, 0]
 
 
+class TorchTower(torch.nn.Module):
+    """The tower in torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, value in parameters().items():
+            self.register_parameter(name, torch.nn.Parameter(torch.from_numpy(value).clone()))
+
+    def forward(self, vectors: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = torch.cat([vectors[workload.name(f)] for f in range(workload.FEATURES)], 1)
+        return (torch.relu(x @ self.w0) @ self.w1)[:, 0]
+
+
 class TorchLed(torch.nn.Module):
     """The engine, and the tower as a module."""
 
-    def __init__(self, engine: EmbeddingEngine) -> None:
+    def __init__(self, engine: EmbeddingEngine, tower: torch.nn.Module) -> None:
         super().__init__()
         self.engine = engine
-        self.tower = JaxTower(tower, parameters())
+        self.tower = tower
 
     def forward(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
         features = {name: column for name, column in batch.items() if name != "label"}
@@ -73,18 +88,24 @@ class TorchLed(torch.nn.Module):
 
 
 def steps_of(work: workload.Workload) -> dict[str, Callable[[], None]]:
-    """Return the JAX-led and the torch-led step; each has its own tables and cycles through the batches."""
+    """Return the JAX-led and the torch-led steps; each has its own tables and cycles through the batches."""
     labels = torch.arange(work.gradients[0].size(0)).remainder(2).float()
     batches = [{**work.batch(number), "label": labels} for number in range(workload.BATCHES)]
     engine = engine_of(work)
     tables = JaxTables(engine, engine.make_optimizer(lr=LR))
     params = {name: jnp.asarray(value) for name, value in parameters().items()}
     ours = JaxStep(tower, params, optax.sigmoid_binary_cross_entropy, optax.adam(1e-3), tables)
-    model = TorchLed(engine_of(work))
-    dense = OptaxOptimizer(model.tower.named_parameters(), optax.adam(1e-3))
-    sparse = model.engine.make_optimizer(lr=LR)
-    theirs = TorchStep(model, torch.nn.functional.binary_cross_entropy_with_logits, {"dense": dense, "sparse": sparse})
-    return {"ours": over(batches, ours), "peer": over(batches, theirs)}
+    in_jax, in_torch = JaxTower(tower, parameters()), TorchTower()
+    peers = {
+        "TorchStep with JaxTower": (in_jax, OptaxOptimizer(in_jax.named_parameters(), optax.adam(1e-3))),
+        "TorchStep with a torch tower": (in_torch, torch.optim.Adam(in_torch.parameters(), 1e-3)),
+    }
+    steps = {"ours": over(batches, ours)}
+    for name, (module, dense) in peers.items():
+        model = TorchLed(engine_of(work), module)
+        optimizers = {"dense": dense, "sparse": model.engine.make_optimizer(lr=LR)}
+        steps[name] = over(batches, TorchStep(model, torch.nn.functional.binary_cross_entropy_with_logits, optimizers))
+    return steps
 
 
 def over(batches: list[Any], call: Callable[[Any], object]) -> Callable[[], None]:
@@ -123,12 +144,12 @@ def keras_rs(work: workload.Workload, threads: int) -> Iterator[dict[str, Callab
         return
     with Worker("keras_rs", work, "adagrad", lr=LR, device=CPU, threads=threads, clock="wall") as worker:
         worker.wait()
-        yield {"peer": worker.step}
+        yield {KERAS_RS: worker.step}
 
 
 def report(case: str, rate: dict[str, float], peer_name: str) -> None:
     """Print the milliseconds of a step."""
-    ours, peer = 1e3 / rate["ours"], 1e3 / rate["peer"] if "peer" in rate else None
+    ours, peer = 1e3 / rate["ours"], 1e3 / rate[peer_name] if peer_name in rate else None
     ratio = None if peer is None else round(peer / ours, 3)
     peer = None if peer is None else round(peer, 3)
     harness.Result("jax_led", case, "step", "ms", round(ours, 3), peer, peer_name, ratio).print()
@@ -139,15 +160,21 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     init(threads=args.threads)
     for size, rounds in (("65k", 8 if args.quick else 30), ("4k", 30 if args.quick else 100)):
-        work = workload.make(size, DIM, CPU)
         if args.cases in (case := f"torch_led/{size}"):
             harness.progress(f"{case}, {args.threads} thread(s)")
-            report(case, harness.rates(steps_of(work), 1, rounds, CPU, burst=3), "TorchStep with JaxTower")
-        if args.cases in (case := f"keras_rs/{size}"):
-            harness.progress(f"{case}, {args.threads} thread(s)")
-            with keras_rs(work, args.threads) as peer:
-                rate = harness.rates({"ours": lookups_of(work), **peer}, 1, rounds, CPU)
-            report(case, rate, "keras-rs DistributedEmbedding")
+            rate = harness.rates(steps_of(workload.make(size, DIM, CPU)), 1, rounds, CPU, burst=3)
+            for peer_name in list(rate)[1:]:
+                report(case, rate, peer_name)
+        tables: dict[str, dict[str, int]] = (
+            {"": {}} if args.quick else {"": {}, "/2M": {"features": 4, "ids": 2_000_000}}
+        )
+        for suffix, shape in tables.items():
+            if args.cases in (case := f"keras_rs/{size}{suffix}"):
+                harness.progress(f"{case}, {args.threads} thread(s)")
+                work = workload.make(size, DIM, CPU, **shape)
+                with keras_rs(work, args.threads) as peer:
+                    rate = harness.rates({"ours": lookups_of(work), **peer}, 1, rounds, CPU)
+                report(case, rate, KERAS_RS)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ class Workload:
     """Batches, as ids and as row indices."""
 
     ids: list[Tensor]
-    """All ids of each feature, int64 ``[IDS]``; the position of an id is its row index."""
+    """All ids of each feature, int64; the position of an id is its row index."""
     rows: list[list[Tensor]]
     """Row indices by batch and feature, int64 ``[samples]``."""
     gradients: list[Tensor]
@@ -33,12 +33,12 @@ class Workload:
     @property
     def step_ids(self) -> int:
         """Number of ids in one step."""
-        return FEATURES * self.gradients[0].size(0)
+        return len(self.ids) * self.gradients[0].size(0)
 
     def batch(self, number: int) -> dict[str, Tensor]:
         """Return a batch of 64-bit ids by feature."""
         rows = self.rows[number % BATCHES]
-        return {name(f): self.ids[f][rows[f]] for f in range(FEATURES)}
+        return {name(f): ids[rows[f]] for f, ids in enumerate(self.ids)}
 
 
 def name(feature: int) -> str:
@@ -46,20 +46,22 @@ def name(feature: int) -> str:
     return f"feature{feature:02d}"
 
 
-def make(size: str, dim: int, device: torch.device, seed: int = 0) -> Workload:
-    """Sample the workload, deterministically for given arguments."""
+def make(
+    size: str, dim: int, device: torch.device, seed: int = 0, *, features: int = FEATURES, ids: int = IDS
+) -> Workload:
+    """Sample the workload, deterministically for given arguments; with fewer features, it has more samples."""
     random = np.random.default_rng(seed)
-    weights = 1 / np.arange(1, IDS + 1) ** EXPONENT
+    weights = 1 / np.arange(1, ids + 1) ** EXPONENT
     weights /= weights.sum()
-    samples = SIZES[size]
+    samples = SIZES[size] * FEATURES // features
 
     def draw() -> Tensor:
         # Frequent ids have random rows, so that they are not adjacent in a static table.
-        return torch.from_numpy(random.choice(IDS, size=samples, p=weights)).to(device)
+        return torch.from_numpy(random.choice(ids, size=samples, p=weights)).to(device)
 
-    ids = [torch.from_numpy(random.integers(-(2**63), 2**63 - 1, IDS)).to(device) for _ in range(FEATURES)]
-    permutations = [torch.from_numpy(random.permutation(IDS)).to(device) for _ in range(FEATURES)]
-    rows = [[permutations[f][draw()] for f in range(FEATURES)] for _ in range(BATCHES)]
+    of_features = [torch.from_numpy(random.integers(-(2**63), 2**63 - 1, ids)).to(device) for _ in range(features)]
+    permutations = [torch.from_numpy(random.permutation(ids)).to(device) for _ in range(features)]
+    rows = [[permutation[draw()] for permutation in permutations] for _ in range(BATCHES)]
     generator = torch.Generator().manual_seed(seed)
-    gradients = [torch.randn(samples, dim, generator=generator).to(device) for _ in range(FEATURES)]
-    return Workload(ids, rows, gradients)
+    gradients = [torch.randn(samples, dim, generator=generator).to(device) for _ in range(features)]
+    return Workload(of_features, rows, gradients)
