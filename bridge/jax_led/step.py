@@ -1,17 +1,16 @@
 """JaxStep: a jitted training step with an optax transformation, for ``pipelines.Trainer``.
 
-Legend: B rows of a batch, D dim, K outputs per row.
+Legend: B rows of a batch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -19,6 +18,7 @@ import torch.distributed as dist
 from recis_hybrid.bridge.all_reduce import GradientAllReduce
 from recis_hybrid.bridge.exchange.dlpack import to_torch
 from recis_hybrid.bridge.jax_led.columns import as_array, dense_column, row_mask
+from recis_hybrid.bridge.jax_led.objectives import metrics_of, objectives_of
 from recis_hybrid.bridge.jax_led.tables import JaxTables
 from recis_hybrid.bridge.optimizer import GradientTransformation
 from recis_hybrid.bridge.state import JaxState
@@ -47,26 +47,31 @@ class JaxStep:
 
     Args:
         tower: (params, vectors) → outputs ``[B]``, where ``vectors`` is a dict by feature; or, with ``inputs`` or
-            features in ``tables.rows``, (params, vectors, inputs).
+            features in ``tables.rows``, (params, vectors, inputs). With several objectives, a dict of outputs by
+            objective.
         params: The parameters of the tower, a pytree of arrays.
         loss: (outputs, labels) → a loss for each row, ``[B]``, of which the mean is taken, or a scalar. Labels of as
-            many elements as the outputs have their shape and dtype.
+            many elements as the outputs have their shape and dtype. Or a ``pipelines.Objective``
+            with such a function, columns, a constant weight, and optionally a link of JAX; or several by name, of which
+            the weighted sum is taken.
         optimizer: An optax transformation for ``params``.
         tables: The tables, with their optimizer.
-        label: Column of labels; None: ``loss`` takes only the outputs, and evaluation is impossible.
-        groups: Column of groups for metrics by group, int64 ``[B]``.
+        label: Column of labels, if ``loss`` is a function; None: ``loss`` takes only the outputs, and evaluation is
+            impossible.
+        groups: Column of groups for metrics by group, int64 ``[B]``, if ``loss`` is a function.
         inputs: Dense columns that the tower receives as arrays in ``inputs``, by name. For features in ``tables.rows``,
             ``inputs`` also has the row of each id, under the feature's name.
         link: Outputs → scores ``[B]`` for metrics and predictions; the default suits losses of logits. For regression
             use ``lambda outputs: outputs``.
-        metrics: Training metrics by name. They are updated with each training batch, and Trainer computes and resets
-            them for each record of the log.
+        metrics: Training metrics: by name, for every objective; or by objective and name. They are updated with each
+            training batch, and Trainer computes and resets them for each record of the log.
 
     Attributes:
         state: A :class:`JaxState` of ``(params, state of the optimizer)``.
 
     Raises:
         TypeError: if an argument has the wrong type.
+        ValueError: if an objective has no loss or a variable weight, or metrics belong to no objective.
 
     Example:
         ::
@@ -80,7 +85,7 @@ class JaxStep:
         self,
         tower: Callable[..., Any],
         params: Any,
-        loss: Callable[..., Any],
+        loss: Any,
         optimizer: GradientTransformation,
         tables: JaxTables,
         *,
@@ -90,7 +95,7 @@ class JaxStep:
         link: Callable[[Any], Any] = jax.nn.sigmoid,
         metrics: Mapping[str, Any] | None = None,
     ) -> None:
-        for name, function in (("tower", tower), ("loss", loss), ("link", link)):
+        for name, function in (("tower", tower), ("link", link)):
             if isinstance(function, type) or not callable(function):
                 raise TypeError(f"JaxStep: {name} must be a function, got {describe_value(function)}")
         if not hasattr(optimizer, "init") or not hasattr(optimizer, "update"):
@@ -100,17 +105,19 @@ class JaxStep:
             )
         check_type("JaxStep", "tables", tables, JaxTables, "JaxTables(engine, optimizer)")
         self.tables = tables
-        self.label, self.groups, self.inputs = label, groups, tuple(inputs)
-        self.metrics = dict(metrics or {})
-        """Training metrics by name."""
+        self.inputs = tuple(inputs)
+        self.objectives = objectives_of(loss, label, groups, link)
+        """Objectives by name; ``""`` for a single loss."""
+        self.metrics = metrics_of(metrics, list(self.objectives))
+        """Training metrics, by objective and name."""
         self.state = JaxState((params, jax.jit(optimizer.init)(params)))
         self.observer: Any = None
         """Times phases, if Trainer sets it."""
-        self._tower, self._loss, self._optimizer, self._link = tower, loss, optimizer, link
+        self._tower, self._optimizer = tower, optimizer
         self._all_reduce: GradientAllReduce | None = None
         self._train = jax.jit(self._train_alone)
         self._differentiate, self._apply = jax.jit(self._gradients), jax.jit(self._update)
-        self._score = jax.jit(lambda *arguments: self._scores_of(self._outputs(*arguments)))
+        self._score = jax.jit(lambda *arguments: self._scores_of(self._outputs(*arguments), self.objectives))
 
     def __repr__(self) -> str:
         leaves = len(jax.tree.leaves(self.state.tree[0]))
@@ -142,17 +149,17 @@ class JaxStep:
             *batches: One batch.
 
         Returns:
-            ``loss``, a scalar tensor, and the training metrics.
+            ``loss``, a scalar tensor; with several objectives, ``loss/NAME`` of each; and the training metrics.
 
         Raises:
-            KeyError: if the batch lacks a column.
+            KeyError: if the batch lacks a column, or the tower returns no outputs for an objective.
             TypeError: if a column is not dense.
-            ValueError: if there are several batches, or the loss is neither a scalar nor ``[B]``.
+            ValueError: if there are several batches, or a loss is neither a scalar nor ``[B]``.
         """
         if len(batches) != 1:
             raise ValueError(
-                f"JaxStep: an update must have one batch, got {len(batches)}; set Trainer(accumulate=1) and a larger "
-                f"batch size"
+                f"JaxStep: gradients are not accumulated, so an update must have one batch, got {len(batches)}; set "
+                "Trainer(accumulate=1) and a larger batch size"
             )
         (batch,) = batches
         if dist.is_initialized() and dist.get_world_size() > 1 and self._all_reduce is None:
@@ -164,11 +171,12 @@ class JaxStep:
             arguments = vectors, inputs, labels, None if mask is None else as_array("mask", mask)
             params, opt_state = self.state.tree
             if self._all_reduce is None:
-                self.state.tree, loss, gradients, scores = self._train(params, opt_state, *arguments)
+                self.state.tree, losses, gradients, scores = self._train(params, opt_state, *arguments)
             else:
                 weight = np.float32(self.tables.engine.share)
-                buckets, loss, gradients, scores = self._differentiate(params, *arguments, weight)
-            figures = {"loss": to_torch(loss)}  # waits for the call on the CPU, so that the batch may be overwritten
+                buckets, losses, gradients, scores = self._differentiate(params, *arguments, weight)
+            # Waits for the call on the CPU, so that the batch may be overwritten.
+            figures = {name: to_torch(loss) for name, loss in losses.items()}
         if self._all_reduce is not None:
             with self._phase("exchange"):
                 buckets = self._all_reduce.sum(buckets)
@@ -176,28 +184,26 @@ class JaxStep:
             if self._all_reduce is not None:
                 self.state.tree = self._apply(params, opt_state, buckets)
             self.tables.apply_gradients(ctx, gradients)
-        if self.metrics and scores.size:
-            predictions = self._predictions(batch, scores, mask)
-            for metric in self.metrics.values():
-                _update(metric, predictions)
-        return {**figures, **self.metrics}
+        return {**figures, **self._updated_metrics(batch, scores, mask)}
 
     def score(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-        """Return the scores of a batch, ``[B]`` without padding rows, under the name ``""``; it needs no labels.
+        """Return the scores of a batch by objective, ``[B]`` without padding rows; it needs no labels.
 
         Tables insert nothing.
         """
-        return {"": _without_padding(to_torch(self._scored(batch)), row_mask(batch))}
+        mask = row_mask(batch)
+        return {name: _without_padding(to_torch(scores), mask) for name, scores in self._scored(batch).items()}
 
     def predict(self, batch: Mapping[str, Any]) -> dict[str, Predictions]:
-        """Return the scores, labels and groups of a batch, without padding rows, under the name ``""``.
+        """Return the scores, labels and groups of a batch by objective, without padding rows.
 
         Tables insert nothing.
 
         Raises:
             KeyError: if the batch lacks a column of labels or groups.
         """
-        return {"": self._predictions(batch, self._scored(batch), row_mask(batch))}
+        mask = row_mask(batch)
+        return {name: self._predictions(name, batch, scores, mask) for name, scores in self._scored(batch).items()}
 
     def parts(self) -> dict[str, object]:
         """Return engine, sparse optimizer and state by name, for ``Saver.save``."""
@@ -212,15 +218,30 @@ class JaxStep:
         """Return the third argument of the tower; an empty dict if it takes none."""
         return {name: as_array(f"input {name!r}", dense_column(batch, name)) for name in self.inputs} | dict(index)
 
-    def _labels(self, batch: Mapping[str, Any]) -> Any:
-        if self.label is None:
-            return None
-        return as_array(f"label {self.label!r}", dense_column(batch, self.label, "label"))
+    def _labels(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the labels by objective; None for objectives without labels."""
+        columns = dict.fromkeys(each.label for each in self.objectives.values() if each.label is not None)
+        arrays = {name: as_array(f"label {name!r}", dense_column(batch, name, "label")) for name in columns}
+        return {name: None if each.label is None else arrays[each.label] for name, each in self.objectives.items()}
 
-    def _predictions(self, batch: Mapping[str, Any], scores: Any, mask: torch.Tensor | None) -> Predictions:
-        labels = None if self.label is None else dense_column(batch, self.label, "label")
-        groups = None if self.groups is None else dense_column(batch, self.groups, "group")
+    def _predictions(self, name: str, batch: Mapping[str, Any], scores: Any, mask: torch.Tensor | None) -> Predictions:
+        objective = self.objectives[name]
+        labels = None if objective.label is None else dense_column(batch, objective.label, "label")
+        groups = None if objective.groups is None else dense_column(batch, objective.groups, "group")
         return Predictions(*(_without_padding(each, mask) for each in (to_torch(scores), labels, groups)))
+
+    def _updated_metrics(
+        self, batch: Mapping[str, Any], scores: Mapping[str, Any], mask: torch.Tensor | None
+    ) -> dict[str, Any]:
+        """Update the training metrics, unless the batch has no rows, and return them by their names in the log."""
+        named = {}
+        for objective, metrics in self.metrics.items():
+            if scores[objective].size:
+                predictions = self._predictions(objective, batch, scores[objective], mask)
+                for metric in metrics.values():
+                    _update(metric, predictions)
+            named.update({f"{objective}.{name}".removeprefix("."): metric for name, metric in metrics.items()})
+        return named
 
     def _phase(self, name: str) -> AbstractContextManager[None]:
         phase: AbstractContextManager[None] = nullcontext() if self.observer is None else self.observer.phase(name)
@@ -231,38 +252,35 @@ class JaxStep:
     def _outputs(self, params: Any, vectors: Any, inputs: Any) -> Any:
         return self._tower(params, vectors, inputs) if inputs else self._tower(params, vectors)
 
-    def _scores_of(self, outputs: Any) -> Any:
-        scores = self._link(outputs)
-        return scores[:, 0] if scores.ndim == 2 and scores.shape[1] == 1 else scores
+    def _by_objective(self, outputs: Any) -> Mapping[str, Any]:
+        if list(self.objectives) == [""]:
+            return {"": outputs}
+        if not isinstance(outputs, Mapping) or not self.objectives.keys() <= outputs.keys():
+            got = sorted(outputs) if isinstance(outputs, Mapping) else describe_value(outputs)
+            raise KeyError(
+                f"JaxStep: with the objectives {list(self.objectives)} the tower must return a dict with outputs for "
+                f"each, got {got}"
+            )
+        return outputs
+
+    def _scores_of(self, outputs: Any, objectives: Iterable[str]) -> dict[str, Any]:
+        by_objective = self._by_objective(outputs)
+        return {name: self.objectives[name].scores(by_objective[name]) for name in objectives}
 
     def _objective(
-        self, params: Any, vectors: Any, inputs: Any, labels: Any, mask: Any
-    ) -> tuple[jax.Array, jax.Array | None]:
-        """Return the mean loss of a batch; and its scores, if there are metrics."""
+        self, params: Any, vectors: Any, inputs: Any, labels: Mapping[str, Any], mask: Any
+    ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, Any]]]:
+        """Return the loss of a batch; and its figures, and the scores for metrics, by objective."""
         outputs = self._outputs(params, vectors, inputs)
-        if labels is not None and labels.size == outputs.size:
-            labels = labels.reshape(outputs.shape).astype(outputs.dtype)
-        if mask is not None:  # a NaN in a padding row would reach all gradients, even where its loss is dropped
-            outputs, labels = _zeroed(outputs, mask), labels if labels is None else _zeroed(labels, mask)
-        losses = self._loss(outputs) if labels is None else self._loss(outputs, labels)
-        rows = outputs.shape[0]
-        if losses.ndim == 0:
-            if mask is not None:
-                raise ValueError(
-                    "JaxStep: loss must return a loss for each row, [B], to omit padding rows, got a scalar; remove "
-                    "the mean from it"
-                )
-            loss = losses if rows else jnp.zeros_like(losses)  # a mean over no rows is NaN
-        elif losses.shape == (rows,) or losses.shape == (rows, 1):
-            losses = losses.reshape(rows)
-            counted = rows if mask is None else mask.sum()
-            loss = (losses if mask is None else jnp.where(mask, losses, 0)).sum() / jnp.maximum(counted, 1)
-        else:
-            raise ValueError(
-                f"JaxStep: loss must return a scalar or a loss for each row, [{rows}], got {list(losses.shape)} for "
-                f"outputs {list(outputs.shape)}"
-            )
-        return loss, self._scores_of(outputs) if self.metrics else None
+        of = self._by_objective(outputs)
+        losses = {name: each.mean_loss(of[name], labels[name], mask) for name, each in self.objectives.items()}
+        weighted = [
+            losses[name] if each.weight == 1 else each.weight * losses[name] for name, each in self.objectives.items()
+        ]
+        figures = {"loss": sum(weighted[1:], weighted[0])}
+        if list(losses) != [""]:
+            figures |= {f"loss/{name}": loss for name, loss in losses.items()}
+        return figures["loss"], (figures, self._scores_of(outputs, self.metrics))
 
     def _update(self, params: Any, opt_state: Any, gradients: Any) -> tuple[Any, Any]:
         """Apply gradients, or the summed buckets of all ranks."""
@@ -272,22 +290,17 @@ class JaxStep:
         return jax.tree.map(lambda p, change: (p + change).astype(p.dtype), params, changes), opt_state
 
     def _train_alone(self, params: Any, opt_state: Any, *arguments: Any) -> tuple[Any, Any, Any, Any]:
-        """Return the new state, the loss, the gradients of the vectors, and scores for metrics."""
-        differentiated = jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True)
-        (loss, scores), (ours, of_vectors) = differentiated(params, *arguments)
-        return self._update(params, opt_state, ours), loss, of_vectors, scores
+        """Return the new state, the losses, the gradients of the vectors, and scores for metrics."""
+        differentiated = jax.grad(self._objective, argnums=(0, 1), has_aux=True)
+        (ours, of_vectors), (losses, scores) = differentiated(params, *arguments)
+        return self._update(params, opt_state, ours), losses, of_vectors, scores
 
     def _gradients(self, params: Any, vectors: Any, inputs: Any, labels: Any, mask: Any, weight: Any) -> Any:
-        """Return the weighted gradients in buckets, the loss, the gradients of the vectors, and scores for metrics."""
+        """Return weighted gradients in buckets, the losses, the gradients of the vectors, and scores for metrics."""
         assert self._all_reduce is not None
-        differentiated = jax.value_and_grad(self._objective, argnums=(0, 1), has_aux=True)
-        (loss, scores), (ours, of_vectors) = differentiated(params, vectors, inputs, labels, mask)
-        return self._all_reduce.pack(ours, weight), loss, of_vectors, scores
-
-
-def _zeroed(values: Any, mask: Any) -> Any:
-    """Return values with zeros in padding rows; for use inside jit."""
-    return jnp.where(mask.reshape(-1, *[1] * (values.ndim - 1)), values, 0)
+        differentiated = jax.grad(self._objective, argnums=(0, 1), has_aux=True)
+        (ours, of_vectors), (losses, scores) = differentiated(params, vectors, inputs, labels, mask)
+        return self._all_reduce.pack(ours, weight), losses, of_vectors, scores
 
 
 def _without_padding(column: torch.Tensor | None, mask: torch.Tensor | None) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,10 @@ import torch
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
 from recis_hybrid.metrics import AUC, GAUC
-from recis_hybrid.pipelines import Evaluate, Train, Trainer, evaluate
+from recis_hybrid.pipelines import Evaluate, Objective, Train, Trainer, evaluate
 from recis_hybrid.pipelines.predict import predict
 from recis_hybrid.ragged import Batch, RaggedTensor
-from tests.support.near import assert_near
+from tests.support.near import OF_ADAM, assert_near
 from tests.support.torchrun import on_two_ranks
 
 pytestmark = pytest.mark.jax
@@ -110,7 +111,7 @@ def test_padding_rows_count_nowhere() -> None:
     assert_near(losses[1], losses[0])
     assert_near(steps[1].state.tree[0], steps[0].state.tree[0], 8 * 64)
     assert_near(rows_of(steps[1]), rows_of(steps[0]), 8 * 64)
-    assert steps[0].metrics["auc"].compute() == steps[1].metrics["auc"].compute()
+    assert steps[0].metrics[""]["auc"].compute() == steps[1].metrics[""]["auc"].compute()
     (found,) = steps[1].predict(padded).values()
     assert found.scores.shape == found.labels.shape == (24,)  # type: ignore[union-attr]
     with pytest.raises(ValueError, match="loss must return a loss for each row"):
@@ -161,15 +162,98 @@ def test_rows_and_dense_inputs() -> None:
     assert_near(scores, pooled.score(batch)[""], 8 * 64)
 
 
+def heads(params: Any, vectors: Any) -> Any:
+    hidden = jnp.tanh(vectors["item"] @ params["w"])
+    return {"click": (hidden @ params["v"])[:, 0], "rating": hidden.sum(1)}
+
+
+def squares(outputs: Any, labels: Any) -> Any:
+    return (outputs - labels) ** 2
+
+
+def two_objectives(**more: Any) -> dict[str, Objective]:
+    rating = Objective(loss=squares, label="stars", weight=0.25, link=lambda outputs: outputs, groups="user")
+    return {"click": Objective(loss=BCE), "rating": rating} | more
+
+
+def with_stars(seed: int) -> Batch:
+    batch = some_batch(seed)
+    assert isinstance(batch["item"], torch.Tensor)
+    return {**batch, "stars": (batch["item"] % 2).float()}
+
+
+def test_several_objectives_are_summed_by_weight() -> None:
+    # One loss over both columns of outputs and labels does the same.
+    def stacked(params: Any, vectors: Any) -> Any:
+        outputs = heads(params, vectors)
+        return jnp.stack([outputs["click"], outputs["rating"]], 1)
+
+    def sum_of_both(outputs: Any, labels: Any) -> Any:
+        return BCE(outputs[:, 0], labels[:, 0]) + 0.25 * squares(outputs[:, 1], labels[:, 1])
+
+    step, twin = make(heads, two_objectives(), metrics={"auc": AUC()}), make(stacked, sum_of_both, label="both")
+    for seed in range(4):
+        batch = with_stars(seed)
+        labels = [batch[name] for name in ("label", "stars")]
+        figures, expected = step(batch), twin({**batch, "both": torch.stack(labels, 1)})  # type: ignore[arg-type]
+        assert_near(figures["loss"], expected["loss"])
+        assert_near(figures["loss/click"] + 0.25 * figures["loss/rating"], figures["loss"])
+        assert {"click.auc", "rating.auc"} <= figures.keys()
+    assert_near(step.state.tree[0], twin.state.tree[0], OF_ADAM)
+    assert_near(rows_of(step), rows_of(twin), OF_ADAM)
+    found = step.predict(with_stars(9))
+    vectors, _ = step.tables.lookup({"item": with_stars(9)["item"]}, train=False)
+    outputs = heads(step.state.tree[0], vectors)
+    assert_near(found["rating"].scores, outputs["rating"])
+    assert_near(found["click"].scores, jax.nn.sigmoid(outputs["click"]))
+    assert found["click"].groups is None
+    assert torch.equal(found["rating"].groups, with_stars(9)["user"])  # type: ignore[arg-type]
+    assert torch.equal(found["rating"].labels, with_stars(9)["stars"])  # type: ignore[arg-type]
+
+
+def test_one_objective_names_its_columns() -> None:
+    step = make(loss=Objective(loss=BCE, label="clicked", groups="user"))
+    batch = some_batch(0)
+    figures = step({"item": batch["item"], "clicked": batch["label"]})
+    assert set(figures) == {"loss"}
+    assert torch.equal(figures["loss"], make()(batch)["loss"])
+
+
+def test_several_objectives_in_a_trainer() -> None:
+    batches = [with_stars(seed) for seed in range(12)]
+    metrics = {"click": {"auc": AUC()}, "rating": {"gauc": GAUC()}}
+    step = make(heads, two_objectives(), metrics=metrics)
+    figures = Trainer(step, batches, batches, metrics={"auc": AUC()}).fit([Train(epochs=6), Evaluate()])["eval"]
+    assert figures["click.auc"] > 0.95
+    assert figures["rating.auc"] > 0.95
+
+
+def test_bad_objectives() -> None:
+    with pytest.raises(ValueError, match="at least one objective"):
+        make(heads, {})
+    with pytest.raises(TypeError, match="objective 'click': must be a pipelines.Objective, got a function"):
+        make(heads, {"click": BCE})
+    with pytest.raises(ValueError, match="objective 'own': must have a loss, got None"):
+        make(heads, {"own": SimpleNamespace(loss=None, weight=1.0)})
+    with pytest.raises(ValueError, match="objective 'late': the weight must be a number.*TorchStep"):
+        make(heads, two_objectives(late=Objective(loss=BCE, weight=lambda step: step / 10)))
+    with pytest.raises(ValueError, match=r"metrics of \['buy'\], but the objectives are \['click', 'rating'\]"):
+        make(heads, two_objectives(), metrics={"buy": {"auc": AUC()}})
+    with pytest.raises(KeyError, match=r"must return a dict with outputs for each, got \['click', 'rating'\]"):
+        make(heads, two_objectives(buy=Objective(loss=BCE)))(with_stars(0))
+    with pytest.raises(KeyError, match="the label column 'stars' must be a column of the batch"):
+        make(heads, two_objectives())(some_batch(0))
+
+
 def test_bad_arguments_and_columns() -> None:
     with pytest.raises(TypeError, match="tables must be JaxTables"):
         JaxStep(mlp, params(), BCE, optax.adam(0.1), tables_of().engine)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="optimizer must be an optax transformation.*belongs to JaxTables"):
         JaxStep(mlp, params(), BCE, None, tables_of())  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="loss must be a function, got None"):
+    with pytest.raises(TypeError, match="loss must be a function .* got None"):
         make(loss=None)
     batch = some_batch(0)
-    with pytest.raises(ValueError, match=r"an update must have one batch, got 2; set Trainer\(accumulate=1\)"):
+    with pytest.raises(ValueError, match=r"not accumulated.* one batch, got 2; set Trainer\(accumulate=1\)"):
         make()(batch, batch)
     with pytest.raises(KeyError, match="the label column 'label' must be a column of the batch"):
         make()({"item": batch["item"]})
@@ -188,7 +272,7 @@ import jax, jax.numpy as jnp, numpy as np, optax, torch, torch.distributed as di
 from recis_hybrid import optim
 from recis_hybrid.bridge.jax_led import JaxStep, JaxTables
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
-from tests.support.near import assert_near
+from tests.support.near import OF_ADAM, assert_near
 
 generator = torch.Generator().manual_seed(0)
 ids = torch.randint(0, 200, (7, 48, 3), generator=generator)
