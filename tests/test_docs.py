@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from tests.support.imports import read_package
+from tests.support.near import assert_near
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
@@ -48,10 +49,11 @@ def test_links_and_file_names_exist(path: Path) -> None:
 def test_the_code_blocks_of_the_jax_page_run() -> None:
     pytest.importorskip("jax", reason="jax is not installed")
     blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / "jax_led.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 4
+    assert len(blocks) == 5
     names: dict[str, Any] = {"__name__": "guide"}
     for block in blocks:
         exec(compile(block, "docs/jax_led.md", "exec"), names)
     assert sum(names["losses"][-10:]) < 0.5 * sum(names["losses"][:10])
     assert names["figures"]["eval"]["auc"] > 0.9
     assert len(names["ranker"].tables[0]) == 9
+    assert_near(names["scores"], names["trained"].score(names["asked"])[""])
