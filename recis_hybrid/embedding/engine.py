@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from recis_hybrid import distributed
 from recis_hybrid.checkpointing import are_tables_apart
-from recis_hybrid.embedding.checkpoint.mixin import CheckpointedTables
+from recis_hybrid.embedding.checkpoint.load import LoadedTables
+from recis_hybrid.embedding.checkpoint.save import SavedTables
 from recis_hybrid.embedding.checkpoint.state_dict import (
     RowsInStateDict,
     belongs_to_tables,
@@ -63,7 +64,7 @@ class EngineLookup:
     "memory",
     "describe",
 )
-class EmbeddingEngine(CheckpointedTables, nn.Module):
+class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
     """Growing hash tables behind named features.
 
     Member tables with the same width, dtypes, record layout, placement and rules are coalesced into one logical table:

@@ -1,4 +1,4 @@
-"""Loads rows of tables from checkpoints, in pieces, straight into the records.
+"""Loads rows of tables: from checkpoints, in pieces, straight into the records, or from vectors.
 
 Letters: n rows of a piece.
 """
@@ -6,13 +6,15 @@ Letters: n rows of a piece.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from recis_hybrid.checkpointing import PartState, TableState
-from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, within
+from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, OwnedTables, within
 from recis_hybrid.embedding.checkpoint.state import tables_layout
+from recis_hybrid.embedding.checkpoint.vectors import VectorLoader, load_vectors
 from recis_hybrid.embedding.distributed.column_split import own_columns
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.hash_table import HashTable
@@ -20,6 +22,83 @@ from recis_hybrid.embedding.table.record_layout import META
 from recis_hybrid.embedding.table.row_validation import refuse_meta
 
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+
+class LoadedTables(OwnedTables):
+    """The methods of an engine that load rows: those that ``Saver`` calls, and ``load_rows``."""
+
+    def checkpoint_loader(self, saved: PartState) -> TablesLoader:
+        """Return a loader that takes the rows of a checkpoint in pieces; ``saved`` describes it, without rows."""
+        return TablesLoader(self.tables, saved)
+
+    def checkpoint_buckets(self, table: str) -> Buckets | None:
+        """Return the buckets of a member table whose rows this rank loads from a checkpoint.
+
+        Args:
+            table: Name in the checkpoint.
+
+        Returns:
+            The first bucket, and the one after the last; None if ranks do not share the tables.
+        """
+        if self._shares is None:
+            return None
+        place = self._places.get(table.removesuffix(COUNTS))
+        return (0, 0) if place is None else self._shares.loaded(*place)
+
+    def load_checkpoint_state(self, state: PartState) -> None:
+        """Replace the rows of every member table; with several ranks, each loads its own from all rows."""
+        load_tables_state(self.tables, state, self.checkpoint_buckets)
+
+    def load_checkpoint_tables(self, tables: dict[str, TableState]) -> None:
+        """Replace the rows of some member tables; see :func:`load_some_tables`."""
+        load_some_tables(self.tables, tables)
+
+    def load_rows(self, table: str, ids: Any, vectors: Any = None) -> int:
+        """Write vectors that were computed elsewhere into a table, also into one with ``trainable=False``.
+
+        Ids without a row get one, regardless of admission. Other rows stay, and the optimizer state of rows that exist
+        already is kept. The vectors are converted to the table's dtype.
+
+        If ranks share the tables, the call is collective. Every rank must pass the rows of all ranks, e.g. read from
+        one file; each keeps its own.
+
+        Args:
+            table: Name of the table: ``EmbeddingConfig.table``, or else the feature's name.
+            ids: Integers ``[n]``, distinct: a tensor, or an array of numpy or another library, as for
+                :meth:`EmbeddingEngine.forward`. Without ``vectors``, an iterable of pairs (ids, vectors), such as
+                ``columnio.read_vectors(path, ids="id", vectors="embedding")``; one pair at a time is in memory.
+            vectors: Floats ``[n, dim]``, finite.
+
+        Returns:
+            Number of rows written on this process.
+
+        Raises:
+            ExchangeError: If ranks passed different rows.
+            OtherRankError: If another rank failed.
+            TypeError: If ids or vectors are no arrays, or there are no pairs.
+            ValueError: If there is no such table, shapes do not fit, an id occurs twice, or a value is not finite in
+                the table's dtype. The rows of earlier pairs stay; those of the pair in question are not written.
+
+        Example:
+            >>> from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+            >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2, trainable=False, unknown="zeros")})
+            >>> engine.load_rows("item", [7, 8], torch.tensor([[0.5, 1.0], [2.0, 3.0]]))
+            2
+            >>> engine({"item": torch.tensor([8, 9])})["item"].tolist()
+            [[2.0, 3.0], [0.0, 0.0]]
+        """
+        if table not in self._places:
+            raise ValueError(f"load_rows: there is no table {table!r}; the tables are {sorted(self._places)}")
+        number, member = self._places[table]
+        shares = self._shares
+        loader = VectorLoader(self.tables[number], member, ALL if shares is None else shares.loaded(number, member))
+        load_vectors(loader, ids, vectors, None if self._sharded is None else self._sharded.exchange.group)
+        return loader.rows
+
+    @property
+    def _places(self) -> dict[str, tuple[int, int]]:
+        """Numbers of the logical table and of the member table in it, by the member table's name."""
+        return {member.name: (t, m) for t, table in enumerate(self.tables) for m, member in enumerate(table.members)}
 
 
 class TablesLoader:

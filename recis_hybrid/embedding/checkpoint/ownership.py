@@ -18,6 +18,8 @@ from recis_hybrid.checkpointing import BUCKETS, owned_buckets
 from recis_hybrid.embedding.distributed.column_split import whole_rows
 from recis_hybrid.embedding.distributed.exchange import Exchange
 from recis_hybrid.embedding.distributed.id_exchange import TableRouting
+from recis_hybrid.embedding.distributed.sharded_table import ShardedTables
+from recis_hybrid.embedding.table.hash_table import HashTable
 
 Buckets: TypeAlias = tuple[int, int]
 """The first bucket of a range, and the one after its last."""
@@ -64,6 +66,21 @@ class BucketShares:
             return ALL
         owner = next((kind.owner for kind in routing.kinds if kind.member == member), None)
         return self._own if owner is None else ALL if owner == self._exchange.rank else (0, 0)
+
+
+class OwnedTables:
+    """Logical tables of this rank, and the buckets of them that it saves and loads."""
+
+    tables: list[HashTable]
+    _sharded: ShardedTables | None
+    """The tables as ranks share them; None if this process has them alone."""
+
+    @property
+    def _shares(self) -> BucketShares | None:
+        """The buckets that this rank saves and loads; None if it does not share the tables."""
+        if self._sharded is None:
+            return None
+        return BucketShares(self._sharded.exchange, [table.routing for table in self._sharded.tables])
 
 
 def within(buckets: Tensor, wanted: Buckets, columns: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -1,13 +1,14 @@
-"""Rows of tables in the order of checkpoints, read from the records while they are written to files.
+"""Saves rows of tables in the order of checkpoints, read from the records while they are written to files.
 
 Letters: n rows of a member table.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -15,8 +16,16 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.accelerator import is_accelerator
 from recis_hybrid.checkpointing import JSON, HostMemory, PartState, TableState
-from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, BucketShares, within
-from recis_hybrid.embedding.checkpoint.state import table_meta, table_state, tables_meta
+from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, BucketShares, OwnedTables, within
+from recis_hybrid.embedding.checkpoint.state import (
+    table_meta,
+    table_state,
+    tables_changes,
+    tables_layout,
+    tables_meta,
+    tables_state,
+    watch_tables,
+)
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.id_map import list_entries
@@ -25,6 +34,37 @@ from recis_hybrid.embedding.table.record_layout import META, RecordLayout
 _CPU = torch.device("cpu")
 _COPIERS = 2
 _MANY_BYTES = 64 << 20
+
+
+class SavedTables(OwnedTables):
+    """The methods of an engine that ``Saver`` calls to save rows."""
+
+    def checkpoint_state(self) -> PartState:
+        """Return every member table's rows, as Saver writes them; together the ranks return each row once."""
+        return tables_state(self.tables, self._shares)
+
+    def checkpoint_layout(self) -> PartState:
+        """Return :meth:`checkpoint_state` without its rows."""
+        return tables_layout(self.tables)
+
+    def checkpoint_snapshot(self, memory: HostMemory | None) -> Callable[[], PartState]:
+        """Return a function that returns :meth:`checkpoint_state` with rows that are read while they are written.
+
+        Args:
+            memory: Holds a copy of every row, so that the function can be called in any thread. None copies nothing,
+                and no row may change before the call.
+        """
+        if memory is None:
+            return partial(_live_state, self.tables, self._shares)
+        return _snapshot(self.tables, memory, self._shares)
+
+    def watch_checkpoint_changes(self) -> object:
+        """Return logs of changes from now on, filled as long as they live; see :meth:`HashTable.watch`."""
+        return watch_tables(self.tables)
+
+    def checkpoint_changes(self, since: object, whole: Collection[str] = ()) -> PartState | None:
+        """Return :meth:`checkpoint_state` of the rows that changed; see :func:`tables_changes`."""
+        return tables_changes(self.tables, since, whole, self._shares)
 
 
 @dataclass(frozen=True)
@@ -45,7 +85,7 @@ class _Source:
     """For each member table, the buckets whose rows are saved."""
 
 
-def rows_state(tables: Sequence[HashTable], shares: BucketShares | None = None) -> PartState:
+def _live_state(tables: Sequence[HashTable], shares: BucketShares | None) -> PartState:
     """Return the rows of every member table, read later from the live records, which must not change meanwhile.
 
     Args:
@@ -70,9 +110,7 @@ def rows_state(tables: Sequence[HashTable], shares: BucketShares | None = None) 
     return _state(sources, _split(tables, shares), tables_meta(tables))
 
 
-def snapshot(
-    tables: Sequence[HashTable], memory: HostMemory, shares: BucketShares | None = None
-) -> Callable[[], PartState]:
+def _snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: BucketShares | None) -> Callable[[], PartState]:
     """Copy records and slots into host memory, unsorted.
 
     Args:
@@ -81,7 +119,7 @@ def snapshot(
         shares: Buckets that this rank saves, if there are several ranks.
 
     Returns:
-        A function that sorts the copied rows, which may take long, and returns them as :func:`rows_state` does.
+        A function that sorts the copied rows, which may take long, and returns them as :func:`_live_state` does.
     """
     sources = [
         _copied(table, memory, _saved_buckets(table, shares, place)) for place, table in _unsplit(tables, shares)
