@@ -20,7 +20,7 @@ PROGRAM = textwrap.dedent(
     import torch
     from recis_hybrid.saver import Saver, compact
     from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
-    from recis_hybrid.saver.format import row_file, tensor_file
+    from recis_hybrid.saver.format import tensor_file
     from recis_hybrid.saver.storage import local
     from tests.support.kills import kill_at_every_moment
     from tests.support.toy import Toy
@@ -38,7 +38,7 @@ PROGRAM = textwrap.dedent(
     shutil.copytree(base, root)
     saver.load({'engine': toy.engine}, 4)
     toy.train_steps(1)
-    calls = [(tensor_file, "write_file"), (row_file, "write_file"), (local, "_exchange")]
+    calls = [(tensor_file, "write_file"), (local, "_exchange")]
     kill_at_every_moment(work, root, base, calls)
     """
 )

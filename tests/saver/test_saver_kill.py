@@ -20,7 +20,7 @@ PROGRAM = textwrap.dedent(
     import torch
     from torch import nn
     from recis_hybrid.saver import Saver, saver as saver_module
-    from recis_hybrid.saver.format import row_file, tensor_file
+    from recis_hybrid.saver.format import tensor_file
     from tests.saver.fakes import example_shelf
     from tests.support.kills import kill_at_every_moment
 
@@ -31,7 +31,7 @@ PROGRAM = textwrap.dedent(
         saver.save(30, {'engine': example_shelf(), 'model': nn.Linear(2, 2), 'note': 30})
         saver.wait()
 
-    calls = [(tensor_file, "write_file"), (row_file, "write_file"), (saver_module, "obsolete_steps")]
+    calls = [(tensor_file, "write_file"), (saver_module, "obsolete_steps")]
     kill_at_every_moment(work, *sys.argv[1:], calls)
     """
 )

@@ -164,11 +164,12 @@ def _write_part(root: Location, ranks: Ranks, name: str, part: CapturedPart) -> 
 
 
 def _write_dense_file(root: Location, name: str, tensors: dict[str, Tensor]) -> list[JSON]:
-    """Write the dense tensors of a part, and return the path, size and checksums of the file."""
+    """Write and sync the dense tensors of a part, and return the path, size and checksums of the file."""
     relative = f"dense/{encode_name(name)}.safetensors"
     (root / "dense").mkdir(exist_ok=True)
-    size, sums = write_tensors(root / relative, tensors, part_tag(name))
-    return [relative, size, [*sums]]
+    written = write_tensors(root / relative, tensors, part_tag(name))
+    written.sync()
+    return [relative, written.size, [*written.crc32]]
 
 
 def _refuse_existing(place: Location) -> None:

@@ -24,7 +24,8 @@ from recis_hybrid.saver.format.file_io import encode_name
 from recis_hybrid.saver.format.header import Place, places, views
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import FileEntry, RangeEntry, TableEntry
-from recis_hybrid.saver.format.row_file import Reads, Rows, file_specs, read_rows, row_tag, write_rows
+from recis_hybrid.saver.format.row_file import Reads, Rows, file_specs, read_rows, row_tag
+from recis_hybrid.saver.format.tensor_file import write_assembled
 from recis_hybrid.saver.runtime.ranks import Ranks
 from recis_hybrid.saver.runtime.workers import Workers
 
@@ -224,7 +225,7 @@ class _Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         specs = file_specs(table.specs, sum(file.rows), sum(file.present))
         tag = row_tag(self._part, table.name, file.first_bucket, file.last_bucket)
-        written = write_rows(path, specs, tag, partial(self._assemble, file, received))
+        written = write_assembled(path, specs, tag, partial(self._assemble, file, received))
         self._syncing.append(disk.submit(written.sync))
         if len(self._syncing) > 4 * WRITERS:
             self._syncing[-4 * WRITERS].exception()  # limits the number of open files

@@ -1,4 +1,4 @@
-"""Writes one sparse file, the rows of a contiguous range of buckets, and reads all or some of its rows.
+"""The contents of a sparse file, which are the rows of a contiguous range of buckets; reads all or some of its rows.
 
 Legend: m rows of the file, K buckets with rows.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,16 +24,13 @@ from recis_hybrid.saver.format.header import (
     LONGEST_HEADER,
     Place,
     buffer,
-    data_bytes,
-    header,
     parse_header,
-    places,
     typed,
     views,
 )
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import FileEntry, RangeEntry, TableEntry, TensorSpec
-from recis_hybrid.saver.format.tensor_file import check_contents, write_file
+from recis_hybrid.saver.format.tensor_file import check_contents
 
 INDEX = ("buckets", "bucket_offsets")
 _CPU = torch.device("cpu")
@@ -62,18 +59,6 @@ class Rows:
     """int64 ``[m]``."""
 
 
-@dataclass(frozen=True)
-class RowFile:
-    """A sparse file that has been written, but perhaps not synced."""
-
-    size: int
-    """Bytes."""
-    crc32: tuple[str, ...]
-    """CRC-32 of each chunk of 4 MiB, 8 hexadecimal digits each."""
-    sync: Callable[[], None]
-    """Syncs the file to disk. Call once, in any thread."""
-
-
 def row_tag(part: str, table: str, first: int, last: int) -> dict[str, JSON]:
     """Return the header entry that identifies a sparse file."""
     return {"part": part, "table": table, "buckets": [first, last]}
@@ -85,33 +70,6 @@ def file_specs(columns: Mapping[str, TensorSpec], rows: int, present: int) -> di
     specs["buckets"] = TensorSpec("int32", (present,))
     specs["bucket_offsets"] = TensorSpec("int64", (present + 1,))
     return specs
-
-
-def write_rows(
-    path: Location, specs: Mapping[str, TensorSpec], tag: Mapping[str, JSON], write: Callable[[dict[str, Tensor]], None]
-) -> RowFile:
-    """Write a file of rows.
-
-    The file is first assembled in memory, which is reused for the next file, so that checksums need only one pass over
-    its bytes.
-
-    Args:
-        path: Path of the file.
-        specs: Result of :func:`file_specs`.
-        tag: Result of :func:`row_tag`.
-        write: Called once to write the tensors.
-
-    Returns:
-        The file, which may not be on the disk yet.
-    """
-    found = places(specs)
-    data = ops.memory.empty_bytes(data_bytes(found), _CPU)
-    write(views(data, found))
-    pages = page_sums(data)
-    head = header(found, tag, pages)
-    size = len(head) + data.numel()
-    sync = write_file(path, [memoryview(head), buffer(data)])
-    return RowFile(size, chunk_sums(head, pages, size), sync)
 
 
 def read_rows(

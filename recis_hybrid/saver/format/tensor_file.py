@@ -1,11 +1,12 @@
-"""Writes and reads one safetensors file of complete tensors, with a tag in its header that identifies it."""
+"""Writes safetensors files, with a tag in the header that identifies them, and reads those of complete tensors."""
 
 from __future__ import annotations
 
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from recis_hybrid import ops
 from recis_hybrid.checkpointing import JSON
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CorruptCheckpoint
-from recis_hybrid.saver.format.checksums import CHUNK_BYTES
+from recis_hybrid.saver.format.checksums import CHUNK_BYTES, chunk_sums, page_sums
 from recis_hybrid.saver.format.file_io import check_size, open_file, read_chunk
 from recis_hybrid.saver.format.header import (
     DTYPES as DTYPES,
     LONGEST_HEADER,
     Place,
     buffer,
+    data_bytes,
     header,
     parse_header,
     places,
+    views,
 )
 from recis_hybrid.saver.format.location import Location, RemotePath
 from recis_hybrid.saver.format.manifest import FORMAT_VERSION, TensorSpec
@@ -72,8 +76,20 @@ def tensor_bytes(tensor: Tensor) -> memoryview:
     return buffer(plain.view(-1).view(torch.uint8))
 
 
-def write_tensors(path: Location, tensors: dict[str, Tensor], tag: dict[str, JSON]) -> tuple[int, tuple[str, ...]]:
-    """Write tensors to a new file and sync it to disk.
+@dataclass(frozen=True)
+class WrittenFile:
+    """A file that has been written, but perhaps not synced."""
+
+    size: int
+    """Bytes."""
+    crc32: tuple[str, ...]
+    """CRC-32 of each chunk of 4 MiB, 8 hexadecimal digits each."""
+    sync: Callable[[], None]
+    """Syncs the file to disk. Call once, in any thread."""
+
+
+def write_tensors(path: Location, tensors: Mapping[str, Tensor], tag: Mapping[str, JSON]) -> WrittenFile:
+    """Write tensors to a new file, one after the other.
 
     Args:
         path: Path of the file.
@@ -81,13 +97,43 @@ def write_tensors(path: Location, tensors: dict[str, Tensor], tag: dict[str, JSO
         tag: Identifies the file; the format version is prepended.
 
     Returns:
-        Its size in bytes, and the CRC-32 of each chunk of 4 MiB.
+        The file, which may not be on the disk yet.
     """
     found = places({name: TensorSpec.of(tensor) for name, tensor in tensors.items()})
     sums = ChunkSums()
     head = memoryview(header(found, tag))
-    write_file(path, sums.add(chain([head], (tensor_bytes(tensors[name]) for name in found))))()
-    return sums.size, sums.sums
+    sync = write_file(path, sums.add(chain([head], (tensor_bytes(tensors[name]) for name in found))))
+    return WrittenFile(sums.size, sums.sums, sync)
+
+
+def write_assembled(
+    path: Location,
+    specs: Mapping[str, TensorSpec],
+    tag: Mapping[str, JSON],
+    assemble: Callable[[dict[str, Tensor]], None],
+) -> WrittenFile:
+    """Assemble tensors in memory and write them to a new file, which can be read in parts.
+
+    The memory is reused for the next file, and checksums need only one pass over its bytes. The header contains those
+    of the pages.
+
+    Args:
+        path: Path of the file.
+        specs: Dtype and shape of each tensor, by name.
+        tag: Identifies the file; the format version is prepended.
+        assemble: Called once to write the tensors.
+
+    Returns:
+        The file, which may not be on the disk yet.
+    """
+    found = places(specs)
+    data = ops.memory.empty_bytes(data_bytes(found), torch.device("cpu"))
+    assemble(views(data, found))
+    pages = page_sums(data)
+    head = header(found, tag, pages)
+    size = len(head) + data.numel()
+    sync = write_file(path, [memoryview(head), buffer(data)])
+    return WrittenFile(size, chunk_sums(head, pages, size), sync)
 
 
 def write_file(path: Location, pieces: Iterable[memoryview]) -> Callable[[], None]:

@@ -20,7 +20,7 @@ from recis_hybrid.checkpointing import rank_of_bucket
 from recis_hybrid.ops.id_map import bucket_of
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, PartState, PerRank, Saver, TableState
 from recis_hybrid.saver.checkpoint import table_files, table_plan
-from recis_hybrid.saver.format import row_file
+from recis_hybrid.saver.format import tensor_file
 from recis_hybrid.saver.storage import shared_check
 from tests.saver.fakes import Shelf, entries
 from tests.support.ranks import all_of, in_ranks
@@ -64,7 +64,7 @@ def test_a_state_that_raises(tmp_path: Path, async_save: bool) -> None:
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_full_disk(tmp_path: Path, async_save: bool, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 1024)
-    write_file, plan, owners = row_file.write_file, table_files.plan_files, {}
+    write_file, plan, owners = tensor_file.write_file, table_files.plan_files, {}
 
     def planned(ranks: Any, *args: Any) -> Any:
         files = plan(ranks, *args)
@@ -72,12 +72,12 @@ def test_a_full_disk(tmp_path: Path, async_save: bool, failing: int, monkeypatch
         return files
 
     def full(path: Path, pieces: Any) -> Any:
-        if owners[path.name] == failing:
+        if owners.get(path.name) == failing:
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_file(path, pieces)
 
     monkeypatch.setattr(table_files, "plan_files", planned)
-    monkeypatch.setattr(row_file, "write_file", full)
+    monkeypatch.setattr(tensor_file, "write_file", full)
 
     def save(rank: int, group: dist.ProcessGroup) -> None:
         saver = Saver(tmp_path, group=group, async_save=async_save)
@@ -87,7 +87,7 @@ def test_a_full_disk(tmp_path: Path, async_save: bool, failing: int, monkeypatch
     results = in_ranks(3, save)
     refused(tmp_path, results, "No space left on device", failing)
     assert "could not be written" in str(results[failing])
-    monkeypatch.setattr(row_file, "write_file", write_file)
+    monkeypatch.setattr(tensor_file, "write_file", write_file)
     all_of(3, save)
     assert entries(tmp_path) == ["step_000001"]
 
