@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recis_hybrid.checkpointing import BUCKETS, PartState, TableState
 from recis_hybrid.saver.checkpoint.delta import apply_changes, between, merge_changes
-from recis_hybrid.saver.checkpoint.table_files import concatenate, read_pieces, read_table
+from recis_hybrid.saver.checkpoint.table_reader import concatenate, read_pieces, read_table
 from recis_hybrid.saver.errors import OTHER_STEP, CheckpointError, CheckpointMismatch, CorruptCheckpoint
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import MANIFEST, Link, Manifest, PartEntry, TableEntry

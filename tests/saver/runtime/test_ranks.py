@@ -19,7 +19,8 @@ from torch import Tensor
 from recis_hybrid.checkpointing import rank_of_bucket
 from recis_hybrid.ops.id_map import bucket_of
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, PartState, PerRank, Saver, TableState
-from recis_hybrid.saver.checkpoint import table_files, table_plan
+from recis_hybrid.saver.actions import write
+from recis_hybrid.saver.checkpoint import table_plan
 from recis_hybrid.saver.format import tensor_file
 from recis_hybrid.saver.storage import shared_check
 from tests.saver.fakes import Shelf, entries
@@ -64,7 +65,7 @@ def test_a_state_that_raises(tmp_path: Path, async_save: bool) -> None:
 @pytest.mark.parametrize("failing", [0, 2])
 def test_a_full_disk(tmp_path: Path, async_save: bool, failing: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 1024)
-    write_file, plan, owners = tensor_file.write_file, table_files.plan_files, {}
+    write_file, plan, owners = tensor_file.write_file, write.plan_files, {}
 
     def planned(ranks: Any, *args: Any) -> Any:
         files = plan(ranks, *args)
@@ -76,7 +77,7 @@ def test_a_full_disk(tmp_path: Path, async_save: bool, failing: int, monkeypatch
             raise OSError(errno.ENOSPC, "No space left on device")
         return write_file(path, pieces)
 
-    monkeypatch.setattr(table_files, "plan_files", planned)
+    monkeypatch.setattr(write, "plan_files", planned)
     monkeypatch.setattr(tensor_file, "write_file", full)
 
     def save(rank: int, group: dist.ProcessGroup) -> None:

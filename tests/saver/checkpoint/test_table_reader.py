@@ -13,10 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, TableState
+from recis_hybrid.saver.actions.write import write_tables
 from recis_hybrid.saver.checkpoint import table_plan
 from recis_hybrid.saver.checkpoint.local_table import local_table
-from recis_hybrid.saver.checkpoint.table_files import read_table, write_tables
 from recis_hybrid.saver.checkpoint.table_plan import range_count
+from recis_hybrid.saver.checkpoint.table_reader import read_table
 from recis_hybrid.saver.format.manifest import FileEntry, TableEntry
 from recis_hybrid.saver.format.tensor_file import DTYPES
 from recis_hybrid.saver.runtime.ranks import Ranks
