@@ -23,7 +23,7 @@ from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import Link
 from recis_hybrid.saver.format.row_file import Reads
 from recis_hybrid.saver.parts.adapters import part_of
-from recis_hybrid.saver.parts.part import Part
+from recis_hybrid.saver.parts.part import Part, captured
 from recis_hybrid.saver.parts.per_rank import PerRank, name_of_rank
 from recis_hybrid.saver.runtime.background import Background
 from recis_hybrid.saver.runtime.ranks import Ranks
@@ -172,19 +172,24 @@ class Saver:
             self._is_shared = True
         self._tracking.enabled |= delta
         link, changes = self._tracking.changes(ranks, adapters) if delta else (None, {})
-        captured: dict[str, CapturedPart] = {}
+        states: dict[str, CapturedPart] = {}
         watches: dict[str, object] = {}
 
         def capture() -> None:
             if self._memory is not None:
                 self._memory.reuse()
             for name, part in adapters.items():
-                state = part.capture(self._memory, changes.get(name))
-                captured[name] = CapturedPart(part.kind, state, _is_per_rank(parts[name]))
+                if name in changes:
+                    state = captured(changes[name], self._memory)
+                elif part.tables is not None:
+                    state = part.tables.checkpoint_snapshot(self._memory)
+                else:
+                    state = part.capture(self._memory)
+                states[name] = CapturedPart(part.kind, state, _is_per_rank(parts[name]))
             watches.update(self._tracking.watch(adapters))
 
         ranks.together(capture)
-        write = partial(self._write, int(step), captured, link, watches)
+        write = partial(self._write, int(step), states, link, watches)
         if self._memory is None:
             write()
         else:

@@ -101,12 +101,12 @@ def _live_names(name: str, part: Part) -> Iterable[str]:
 
 
 def _owner(name: str, part: SaveablePart) -> SaveableTables:
-    if not isinstance(part.value, SaveableTables):
+    if part.tables is None:
         raise CheckpointError(
             f"Saver.load_some: part {name!r} ({type(part.value).__name__}) has no load_checkpoint_tables, which "
             "loading some tables requires. Load all of it with Saver.load."
         )
-    return part.value
+    return part.tables
 
 
 def live_tensors(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from recis_hybrid.checkpointing import JSON, PartState, SaveableTables
+from recis_hybrid.checkpointing import JSON, PartState
 from recis_hybrid.saver.checkpoint.chain import link_to
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import Link
-from recis_hybrid.saver.parts.part import Part, SaveablePart
+from recis_hybrid.saver.parts.part import Part
 from recis_hybrid.saver.runtime.ranks import Ranks
 
 
@@ -45,7 +45,7 @@ class Tracking:
 
         def take() -> dict[str, JSON]:
             for name in sorted(whole):
-                source = _tables_of(parts[name])
+                source = parts[name].tables
                 state = None if source is None else source.checkpoint_changes(self._watches[name], whole[name])
                 if state is not None:
                     found[name] = state
@@ -67,7 +67,7 @@ class Tracking:
 
     def watch(self, parts: Mapping[str, Part]) -> dict[str, object]:
         """Start to record changes of parts, and return the records by part; empty unless enabled."""
-        sources = {name: _tables_of(part) for name, part in parts.items()} if self.enabled else {}
+        sources = {name: part.tables for name, part in parts.items()} if self.enabled else {}
         return {name: source.watch_checkpoint_changes() for name, source in sources.items() if source is not None}
 
     def start_from(self, ranks: Ranks, step: int, watches: dict[str, object]) -> None:
@@ -89,7 +89,3 @@ class Tracking:
             return self._link is not None and link_to(self._root, self._link.step) == self._link
         except OSError:
             return False
-
-
-def _tables_of(part: Part) -> SaveableTables | None:
-    return part.value if isinstance(part, SaveablePart) and isinstance(part.value, SaveableTables) else None

@@ -29,6 +29,8 @@ class Part(ABC):
 
     kind: str
     """One of ``manifest.KINDS``."""
+    tables: SaveableTables | None = None
+    """The object if it has large tables, which it copies itself and whose changes it records; otherwise None."""
 
     @abstractmethod
     def state(self) -> PartState:
@@ -46,18 +48,20 @@ class Part(ABC):
     def load(self, saved: PartState) -> None:
         """Replace the state with a saved one that fits."""
 
-    def capture(self, memory: HostMemory | None, changes: PartState | None = None) -> Callable[[], PartState]:
-        """Return a function that returns the current state, or changes of it.
+    def capture(self, memory: HostMemory | None) -> Callable[[], PartState]:
+        """Return a function that returns the current state.
 
         Args:
             memory: Holds a copy, so that the function can be called in another thread while the object changes. None
                 copies nothing, and the object must not change before the call.
-            changes: Changes to capture instead of the whole state.
         """
-        if memory is None:
-            return self.state if changes is None else lambda: changes
-        copy = _copy_state(self.state() if changes is None else changes, memory)
-        return lambda: copy
+        return self.state if memory is None else captured(self.state(), memory)
+
+
+def captured(state: PartState, memory: HostMemory | None) -> Callable[[], PartState]:
+    """Return a function that returns a state, copied as in :meth:`Part.capture`."""
+    copy = state if memory is None else _copy_state(state, memory)
+    return lambda: copy
 
 
 class SaveablePart(Part):
@@ -66,16 +70,11 @@ class SaveablePart(Part):
     def __init__(self, value: Saveable) -> None:
         self.value = value
         self.kind: str = getattr(value, "checkpoint_kind", "saveable")
+        self.tables = value if isinstance(value, SaveableTables) else None
 
     def state(self) -> PartState:
         """Return the object's state."""
         return self.value.checkpoint_state()
-
-    def capture(self, memory: HostMemory | None, changes: PartState | None = None) -> Callable[[], PartState]:
-        """Return a function that returns the state; objects with large tables make their own copies."""
-        if changes is None and isinstance(self.value, SaveableTables):
-            return self.value.checkpoint_snapshot(memory)
-        return super().capture(memory, changes)
 
     @property
     def streams(self) -> bool:
@@ -89,13 +88,12 @@ class SaveablePart(Part):
 
     def buckets(self, table: str, ranks: Ranks) -> tuple[int, int]:
         """Return the buckets whose rows of a table this rank loads: the first, and the one after the last."""
-        own = self.value.checkpoint_buckets(table) if isinstance(self.value, SaveableTables) else None
+        own = None if self.tables is None else self.tables.checkpoint_buckets(table)
         return ranks.buckets if own is None else own
 
     def check(self, where: str, saved: PartState) -> None:
         """Compare names, dtypes, widths, shapes and table metadata with the current state."""
-        value = self.value
-        live = value.checkpoint_layout() if isinstance(value, SaveableTables) else value.checkpoint_state()
+        live = self.state() if self.tables is None else self.tables.checkpoint_layout()
         refuse_differences(where, state_differences(saved, live))
 
     def load(self, saved: PartState) -> None:
