@@ -12,8 +12,8 @@
 // loads; the CPU launcher calls prefetch() some items ahead.
 //
 // The executor provides the CPU threads: it is callable as executor(n, grain, body) and calls body(begin, end) on
-// disjoint ranges that cover [0, n). TorchPool (ops/device.h) uses torch's threads; Serial and Threads are defined
-// here.
+// disjoint ranges that cover [0, n). CpuThreads (ops/device.h) uses torch's threads or a Pool; Pool, Serial and Threads
+// are defined here.
 #pragma once
 
 #include <algorithm>
@@ -57,6 +57,23 @@ struct Threads {
       threads.emplace_back([&body, begin, end = std::min(n, begin + chunk)] { body(begin, end); });
     }
     for (auto& thread : threads) thread.join();
+  }
+};
+
+// The threads of another program, behind a plain function: run(self, n, grain, body, argument) calls body(argument,
+// begin, end) on disjoint ranges that cover [0, n), and returns when all are done.
+struct Pool {
+  using Range = void (*)(void* argument, int64_t begin, int64_t end);
+  void (*run)(void* self, int64_t n, int64_t grain, Range body, void* argument);
+  void* self;
+
+  template <class Body>
+  void operator()(int64_t n, int64_t grain, Body&& body) const {
+    using Plain = std::remove_reference_t<Body>;
+    const Range range = [](void* argument, int64_t begin, int64_t end) {
+      (*static_cast<Plain*>(argument))(begin, end);
+    };
+    run(self, n, grain, range, const_cast<std::remove_const_t<Plain>*>(&body));
   }
 };
 

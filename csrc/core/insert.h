@@ -24,9 +24,17 @@ struct PlainOutputs {
   bool streams;  // as in GatherBags
 };
 
+// Commits the rows of InsertKeys at the end of its scope, even if an exception ends it, because every allocated row has
+// its initial values.
+struct InsertCommit {
+  int64_t* counters;
+
+  ~InsertCommit() { CommitInserts{counters}(0, OneLane{}); }
+};
+
 inline constexpr int64_t kGathered = 256 << 10;  // bytes of embeddings to prefetch at once
 
-// Ids as keys of group_cpu: an id without a row gets one, with its initial values. CommitInserts must follow.
+// Ids as keys of group_cpu: an id without a row gets one, with its initial values. An InsertCommit must be in scope.
 template <class E>
 struct InsertKeys {
   IdMapRef map;

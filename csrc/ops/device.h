@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <optional>
 
 #include "core/for_each.h"
 #include "core/ragged.h"
@@ -12,11 +13,16 @@
 
 namespace recis {
 
-// The executor of torch's thread pool; see core/for_each.h.
-struct TorchPool {
+// The executor of operators (see core/for_each.h): torch's threads, or those of a Pool. It is one type, so that torch
+// and other callers share the compiled kernels.
+struct CpuThreads {
+  const Pool* pool = nullptr;  // null: torch's
+
   template <class Body>
   void operator()(int64_t n, int64_t grain, Body&& body) const {
-    if (n > 0) torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), body);
+    if (n <= 0) return;
+    if (pool != nullptr) return (*pool)(n, std::max<int64_t>(grain, 1), body);
+    torch::stable::parallel_for(0, n, std::max<int64_t>(grain, 1), body);
   }
 };
 
@@ -24,12 +30,19 @@ class CpuDevice {
  public:
   static constexpr bool kSumsChunks = false;  // see core/reduce.h
 
-  explicit CpuDevice(const Tensor& where) : scope_(where) { RECIS_CHECK(where.is_cpu(), "expected a CPU tensor"); }
+  explicit CpuDevice(const Tensor& where) : scope_(std::in_place, where) {
+    RECIS_CHECK(where.is_cpu(), "expected a CPU tensor");
+  }
+
+  // For a call without tensors, on the threads of `pool`, which must outlive the device.
+  explicit CpuDevice(const Pool& pool) : threads_{&pool} {}
+
+  const CpuThreads& threads() const { return threads_; }
 
   // Runs a kernel over n items of about `width` elements each; small items share a task.
   template <class Kernel>
   void for_each(int64_t n, int64_t width, const Kernel& kernel) const {
-    for_each_cpu(TorchPool{}, n, std::max<int64_t>(64, 32768 / std::max<int64_t>(width, 16)), kernel);
+    for_each_cpu(threads_, n, std::max<int64_t>(64, 32768 / std::max<int64_t>(width, 16)), kernel);
   }
 
   // Runs a kernel over *count items, at most `bound`. On CUDA only the kernel can read the counter.
@@ -42,7 +55,7 @@ class CpuDevice {
   template <class Kernel>
   void for_each_task(int64_t n, bool parallel, const Kernel& kernel) const {
     if (parallel) {
-      for_each_cpu(TorchPool{}, n, 8, kernel);
+      for_each_cpu(threads_, n, 8, kernel);
     } else {
       for_each_cpu(Serial{}, n, n, kernel);
     }
@@ -64,7 +77,7 @@ class CpuDevice {
     const SumRows<Rule> kernel{parts.data(), faults};
     const auto columns = static_cast<int64_t>(parts.size());
     if (parallel) {
-      for_each_cpu(TorchPool{}, columns, 1, kernel);
+      for_each_cpu(threads_, columns, 1, kernel);
     } else {
       for_each_cpu(Serial{}, columns, columns, kernel);
     }
@@ -104,7 +117,8 @@ class CpuDevice {
   }
 
  private:
-  OnDevice scope_;
+  CpuThreads threads_;
+  std::optional<OnDevice> scope_;
 };
 
 }  // namespace recis

@@ -1,9 +1,12 @@
 #include "ops/gather.h"
 
+#include <unordered_set>
+
 #include "core/distinct.h"
 #include "core/insert.h"
 #include "ops/group.h"
 #include "ops/id_map.h"
+#include "ops/table_kernels.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("gather_bags(" RECIS_BLOCKS ", int type, int dim, Tensor rows, " RECIS_FEATURES
@@ -54,11 +57,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
     for (const int64_t start : out_starts) parts.push_back(data<float>(*out, "out") + start);
     streams = can_stream(*out, out_starts, rows.numel(), dim);
   }
-  // Rows are committed even if an exception ends this call, because every allocated row has its initial values.
-  struct Commit {
-    int64_t* counters;
-    ~Commit() { CommitInserts{counters}(0, OneLane{}); }
-  } commit{counter_data(counters)};
+  const InsertCommit commit{counter_data(counters)};
   with_element(type, [&](auto element) {
     const InsertKeys<decltype(element)> keys{
         id_map_ref(slots),
@@ -75,6 +74,93 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
   RECIS_CHECK(commit.counters[kOverflow] == 0, "insert_grouped: the IDMap is full; its caller must reserve slots");
 }
 
+namespace {
+
+// Whether a table has room for the new ids of a lookup. Counting them exactly takes a pass over all ids, which is
+// needed only if there might not be room for all ids of the lookup.
+bool has_room(const TableRef& table, const CallSpans& spans) {
+  const int64_t* counters = table.counters;
+  const int64_t rows = table.max_rows - counters[kRows] + counters[kFree];
+  const int64_t room = std::min(rows, table.max_slots - counters[kUsedSlots]);
+  if (spans.positions <= room) return true;
+  std::vector<std::unordered_set<int64_t>> unknown;
+  int64_t count = 0;
+  for (size_t f = 0; f < spans.ids.size(); ++f) {
+    const IdSpan& span = spans.ids[f];
+    const int64_t end = f + 1 < spans.ids.size() ? spans.ids[f + 1].first : spans.positions;
+    if (unknown.size() <= static_cast<size_t>(span.member)) unknown.resize(span.member + 1);
+    for (int64_t i = span.first; i < end; ++i) {
+      const int64_t id = span.id(i);
+      if (find_slot(table.map, id, span.member) == nullptr && unknown[span.member].insert(id).second) ++count;
+    }
+  }
+  return count <= room;
+}
+
+void insert_call(CpuDevice& device, const TableRef& table, const LookupCall& call, const CallSpans& spans) {
+  GroupInputs in{};
+  std::vector<float*> outputs;
+  for (int64_t f = 0; f < call.feature_count; ++f) {
+    const FeatureCall& feature = call.features[f];
+    in.features.push_back({feature.ids, feature.length, feature.member});
+    outputs.push_back(feature.out);
+  }
+  const int64_t n = spans.positions;
+  std::unique_ptr<int64_t[]> sources;
+  std::unique_ptr<float[]> scales;
+  std::unique_ptr<int64_t[]> rows;
+  if (!spans.plain) {
+    sources = detail::room<int64_t>(n);
+    rows = detail::room<int64_t>(n);
+    if (call.groups.scales != nullptr) scales = detail::room<float>(n);
+    fill_sources(device, spans.sources, spans.vectors, sources.get(), scales.get());
+    in.sources = sources.get();
+    in.scales = scales.get();
+  }
+  {
+    const InsertCommit commit{table.counters};
+    with_element(table.type, [&](auto element) {
+      const InsertKeys<decltype(element)> keys{
+          table.map,
+          table.counters,
+          table.free_rows,
+          table.blocks,
+          table.initializers,
+          table.start,
+          PlainOutputs{spans.plain ? outputs.data() : nullptr, table.dim, spans.streams},
+      };
+      group_cpu(device.threads(), in, keys,
+                GroupOutputs{rows.get(), call.groups.unique, call.groups.starts, call.groups.sources,
+                             call.groups.scales, call.groups.count});
+    });
+  }
+  if (!spans.plain) gather_call(device, table, spans, rows.get());
+}
+
+}  // namespace
+
+Outcome lookup_cpu(const Site& site, const TableRef& table, const LookupCall& call, char* reason) {
+  return without_exceptions(reason, [&] {
+    CpuDevice device(*site.pool);
+    for (int64_t f = 0; f < call.feature_count; ++f) {
+      const FeatureCall& feature = call.features[f];
+      const int64_t* at = feature.offsets;
+      RECIS_CHECK(at == nullptr || (at[0] >= 0 && at[feature.vectors] <= feature.length && ascend(at, feature.vectors)),
+                  "offsets must not decrease and must be within the ", feature.length, " ids of their feature");
+    }
+    const CallSpans spans(table, call);
+    if (!call.train) {
+      const auto rows = detail::room<int64_t>(spans.positions);
+      find_call(device, table, spans, rows.get());
+      return Outcome::kDone;
+    }
+    if (!has_room(table, spans)) return Outcome::kNoRoom;
+    insert_call(device, table, call, spans);
+    see_call(device, table, call, spans.positions);
+    return Outcome::kDone;
+  });
+}
+
 void distinct_ids(Tensors ids, Ints kinds, Tensors used, Ints owners, int64_t ranks, Ints lengths, Ints vectors,
                   Tensors offsets, Tensors weights, Ints combiners, Ints tiles, const Tensor& distinct,
                   const Tensor& starts, const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count,
@@ -86,7 +172,7 @@ void distinct_ids(Tensors ids, Ints kinds, Tensors used, Ints owners, int64_t ra
   Positions positions(device, key_spans(ids, lengths, kinds), lengths, vectors, offsets, weights, combiners, tiles,
                       factors != nullptr);
   distinct_cpu(
-      TorchPool{}, DistinctInputs{std::move(positions.in), std::move(owners), ranks},
+      device.threads(), DistinctInputs{std::move(positions.in), std::move(owners), ranks},
       DistinctOutputs{data<int64_t>(distinct, "distinct"), data<int64_t>(counts, "counts"),
                       data<int64_t>(places, "places"), data<int64_t>(sizes, "sizes"), data<int64_t>(starts, "starts"),
                       data<int64_t>(sources, "sources"), factors, data<int64_t>(count, "count")});

@@ -4,6 +4,7 @@
 #include <type_traits>
 
 #include "core/gather.h"
+#include "core/table_kernels.h"
 #include "ops/blocks.h"
 #include "ops/common.h"
 
@@ -55,6 +56,30 @@ inline void check_plain(const Tensor& out, const Ints& starts, const Ints& lengt
   }
 }
 
+// Gathers `total` vectors. `aligned`: whether all of them and their winners start at multiples of 16 bytes; `streams`:
+// as in GatherBags.
+template <class Device>
+void gather_spans(Device& device, const std::vector<BagSpan>& spans, const BlocksRef& blocks, int64_t type, int64_t dim,
+                  const int64_t* rows, int64_t total, bool aligned, bool streams) {
+  with_element(type, [&](auto element) {
+    const auto gather = [&](auto width) {
+      GatherBags<decltype(element), decltype(width)::value> kernel{};
+      device.place(kernel.segments, spans);
+      kernel.segments.total = total;
+      kernel.blocks = blocks;
+      kernel.rows = rows;
+      kernel.dim = dim;
+      kernel.streams = streams;
+      device.for_each(total, dim, kernel);
+    };
+    if constexpr (std::is_same_v<decltype(element), float>) {
+      device.with_width(dim, aligned, gather);
+    } else {
+      device.with_narrow_width(aligned, gather);
+    }
+  });
+}
+
 template <class Device>
 void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,
                  int64_t dim, const Tensor& rows, Ints lengths, Ints vectors, Tensors offsets, Tensors weights,
@@ -82,23 +107,8 @@ void gather_bags(const Tensor& blocks, int64_t block_shift, int64_t meta_offset,
     positions += lengths[f];
   }
   RECIS_CHECK(rows.numel() == positions, "rows must hold one element for each id");
-  with_element(type, [&](auto element) {
-    const auto gather = [&](auto width) {
-      GatherBags<decltype(element), decltype(width)::value> kernel{};
-      device.place(kernel.segments, spans);
-      kernel.segments.total = total;
-      kernel.blocks = blocks_ref(blocks, block_shift, meta_offset, record_bytes);
-      kernel.rows = data<int64_t>(rows, "rows");
-      kernel.dim = dim;
-      kernel.streams = can_stream(out, starts, total, dim);
-      device.for_each(total, dim, kernel);
-    };
-    if constexpr (std::is_same_v<decltype(element), float>) {
-      device.with_width(dim, aligned, gather);
-    } else {
-      device.with_narrow_width(aligned, gather);
-    }
-  });
+  gather_spans(device, spans, blocks_ref(blocks, block_shift, meta_offset, record_bytes), type, dim,
+               data<int64_t>(rows, "rows"), total, aligned, can_stream(out, starts, total, dim));
 }
 
 template <class Device>
@@ -155,6 +165,18 @@ inline void check_distinct(const Ints& kinds, const Ints& owners, int64_t ranks,
   for (const int64_t kind : kinds) RECIS_CHECK(kind >= 0 && kind < all, "a kind must have an owner, got ", kind);
 }
 
+// Writes the source of each position of a lookup and, unless `scales` is null, its factor.
+template <class Device>
+void fill_sources(Device& device, const std::vector<SourceSpan>& spans, int64_t vectors, int64_t* sources,
+                  float* scales) {
+  FillSources kernel{};
+  device.place(kernel.segments, spans);
+  kernel.segments.total = vectors;
+  kernel.sources = sources;
+  kernel.scales = scales;
+  device.for_each(vectors, 1, kernel);
+}
+
 template <class Device>
 void fill_sources(Device& device, const Ints& lengths, const Ints& vectors, const Tensors& offsets,
                   const Tensors& weights, const Ints& combiners, const Ints& tiles, int64_t* sources, float* scales) {
@@ -167,12 +189,65 @@ void fill_sources(Device& device, const Ints& lengths, const Ints& vectors, cons
     first += vectors[f];
     positions += lengths[f];
   }
-  FillSources kernel{};
-  device.place(kernel.segments, spans);
-  kernel.segments.total = first;
-  kernel.sources = sources;
-  kernel.scales = scales;
-  device.for_each(first, 1, kernel);
+  fill_sources(device, spans, first, sources, scales);
+}
+
+// The features of a lookup without tensors.
+struct CallSpans {
+  std::vector<IdSpan> ids;
+  std::vector<BagSpan> bags;
+  std::vector<SourceSpan> sources;
+  int64_t positions = 0;
+  int64_t vectors = 0;
+  bool plain = true;     // whether each id yields one vector
+  bool aligned = true;   // whether vectors start at multiples of 16 bytes
+  bool streams = false;  // as in GatherBags
+
+  CallSpans(const TableRef& table, const LookupCall& call) {
+    bool aligned64 = table.dim % 16 == 0;
+    aligned = table.dim % 4 == 0;
+    for (int64_t f = 0; f < call.feature_count; ++f) {
+      const FeatureCall& feature = call.features[f];
+      const Bags of_feature{feature.offsets, nullptr, static_cast<Combiner>(feature.combiner), 0};
+      ids.push_back({positions, feature.ids, feature.member, nullptr});
+      bags.push_back({vectors, positions, of_feature, feature.ids, feature.out, nullptr,
+                      feature.unknown_zeros ? nullptr : table.initializers + feature.member});
+      sources.push_back({vectors, positions, of_feature});
+      plain = plain && feature.offsets == nullptr;
+      aligned = aligned && reinterpret_cast<uintptr_t>(feature.out) % 16 == 0;
+      aligned64 = aligned64 && reinterpret_cast<uintptr_t>(feature.out) % 64 == 0;
+      positions += feature.length;
+      vectors += feature.vectors;
+    }
+    streams = aligned64 && vectors * table.dim * 4 > kStreamFrom;
+  }
+};
+
+// Writes the vectors of a lookup whose rows are known.
+template <class Device>
+void gather_call(Device& device, const TableRef& table, const CallSpans& spans, const int64_t* rows) {
+  gather_spans(device, spans.bags, table.blocks, table.type, table.dim, rows, spans.vectors, spans.aligned,
+               spans.streams);
+}
+
+// Finds the rows of a lookup, and writes its vectors; changes nothing in the table.
+template <class Device>
+void find_call(Device& device, const TableRef& table, const CallSpans& spans, int64_t* rows) {
+  FindIds<false> find{};
+  device.place(find.segments, spans.ids);
+  find.segments.total = spans.positions;
+  find.map = table.map;
+  find.rows = rows;
+  device.for_each(spans.positions, 1, find);
+  gather_call(device, table, spans, rows);
+}
+
+// Marks the rows of a lookup that no update follows as seen.
+template <class Device>
+void see_call(Device& device, const TableRef& table, const LookupCall& call, int64_t positions) {
+  if (!call.sees) return;
+  device.for_each_counted(call.groups.count, positions, 1,
+                          SeeRows{table.blocks, call.groups.unique, call.groups.starts, call.step});
 }
 
 template <class Device, class Library>

@@ -49,7 +49,7 @@ void group_positions(CpuDevice& device, const Keys& keys, std::vector<KeySpan> f
   const Positions positions(device, std::move(features), lengths, vectors, offsets, weights, combiners, tiles,
                             factors != nullptr);
   check_groups(positions.in.positions(), unique, starts, sources);
-  group_cpu(TorchPool{}, positions.in, keys,
+  group_cpu(device.threads(), positions.in, keys,
             GroupOutputs{rows, data<int64_t>(unique, "unique"), data<int64_t>(starts, "starts"),
                          data<int64_t>(sources, "sources"), factors, data<int64_t>(count, "count")});
 }

@@ -16,7 +16,7 @@ void file_order_cpu(const Tensor& ids, const Tensor& members, const Tensor& rows
     RECIS_CHECK(numbers[i] >= 0 && numbers[i] < members_count, "there is no member table ", numbers[i]);
   }
   int64_t* target = data<int64_t>(out, "out");
-  file_order(TorchPool{}, n, data<int64_t>(ids, "ids"), numbers, data<int64_t>(rows, "rows"), members_count,
+  file_order(CpuThreads{}, n, data<int64_t>(ids, "ids"), numbers, data<int64_t>(rows, "rows"), members_count,
              FileRows{target, target + n, target + 2 * n});
 }
 

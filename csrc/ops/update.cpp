@@ -1,6 +1,7 @@
 #include "ops/update.h"
 
 #include "ops/device.h"
+#include "ops/table_kernels.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("reduce_rows(" RECIS_GROUPED ", Tensor(a!) out) -> ()");
@@ -13,6 +14,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("adam_update(" RECIS_TABLE ", " RECIS_GROUPED
         ", int exp_avg_offset, int exp_avg_sq_offset, float lr, float beta1, float beta2, float eps, float decay, int "
         "t) -> ()");
+}
+
+recis::Outcome recis::update_cpu(const Site& site, const TableRef& table, const UpdateCall& call, char* reason) {
+  return without_exceptions(reason, [&] { return update_call(CpuDevice(*site.pool), table, call); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_update<recis::CpuDevice>(m); }

@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "core/clip.h"
+#include "core/table_kernels.h"
 #include "core/update.h"
 #include "ops/common.h"
 
@@ -134,33 +135,30 @@ void clip_rows(const Tensor& values, const Tensor& count, const std::optional<Te
 // which they were seen. `seed` is the seed of the stochastic rounding.
 #define RECIS_TABLE RECIS_BLOCKS_MUT ", int type, int state_type, int dim, int step, bool mark_seen, int seed"
 
-struct Table {
-  const Tensor& blocks;
-  int64_t block_shift;
-  int64_t meta_offset;
-  int64_t record_bytes;
+struct Records {
+  BlocksRef blocks;
   int64_t type;
   int64_t state_type;
   int64_t dim;
   int64_t step;
   bool mark_seen;
-  int64_t seed;
+  uint32_t seed;
 };
 
 // Calls f with values of the types of embedding and state, and the tile width. The state is float32 or of the type of
 // the embedding; float32 for a rule without state. Types narrower than float32 use one tile width, because each
 // combination adds a compiled kernel.
 template <class Rule, class Device, class F>
-void with_types(Device& device, const Table& table, bool aligned, F&& f) {
-  RECIS_CHECK(table.state_type == 0 || table.state_type == table.type,
+void with_types(Device& device, const Records& records, bool aligned, F&& f) {
+  RECIS_CHECK(records.state_type == 0 || records.state_type == records.type,
               "the state must be float32 or of the type of the embedding");
-  with_element(table.type, [&](auto element) {
+  with_element(records.type, [&](auto element) {
     using E = decltype(element);
     if constexpr (std::is_same_v<E, float>) {
-      device.with_width(table.dim, aligned, [&](auto width) { f(element, float{}, width); });
+      device.with_width(records.dim, aligned, [&](auto width) { f(element, float{}, width); });
     } else {
       device.with_narrow_width(aligned, [&](auto width) {
-        if (table.state_type == 0 || !Rule::kHasState) {
+        if (records.state_type == 0 || !Rule::kHasState) {
           f(element, float{}, width);
         } else if constexpr (Rule::kHasState) {
           f(element, element, width);
@@ -170,33 +168,40 @@ void with_types(Device& device, const Table& table, bool aligned, F&& f) {
   });
 }
 
+// Updates the rows of `grouped`, of which `bound` is an upper bound, by the gradients of so many positions.
 template <class Device, class Rule>
-void update_rows(const Table& table, const Grouped& gradients, const Rule& rule) {
+void update_records(Device& device, const Records& records, const GroupedGradients& grouped, int64_t positions,
+                    int64_t bound, bool aligned, const Rule& rule) {
+  with_types<Rule>(device, records, aligned, [&](auto element, auto state, auto width) {
+    constexpr int W = decltype(width)::value;
+    const GroupedGradients summed = with_chunks<W>(device, grouped, positions, records.dim);
+    device.for_each_counted(
+        grouped.count, bound, 4 * records.dim,
+        UpdateRows<Rule, decltype(element), decltype(state), W>{summed, records.blocks, records.dim, records.step,
+                                                                records.mark_seen, Rounding{records.seed}, rule});
+  });
+}
+
+template <class Device, class Rule>
+void update_rows(const Records& records, const Grouped& gradients, const Rule& rule) {
   Device device(gradients.unique);
   std::vector<GradientSpan> spans;
-  const auto grouped = gradients.ref(device, spans, table.dim);
-  const BlocksRef blocks = blocks_ref(table.blocks, table.block_shift, table.meta_offset, table.record_bytes);
-  with_types<Rule>(device, table, aligned16(spans, table.dim), [&](auto element, auto state, auto width) {
-    constexpr int W = decltype(width)::value;
-    const GroupedGradients summed = with_chunks<W>(device, grouped, gradients.sources.numel(), table.dim);
-    device.for_each_counted(
-        grouped.count, gradients.unique.numel(), 4 * table.dim,
-        UpdateRows<Rule, decltype(element), decltype(state), W>{summed, blocks, table.dim, table.step, table.mark_seen,
-                                                                Rounding{static_cast<uint32_t>(table.seed)}, rule});
-  });
+  const auto grouped = gradients.ref(device, spans, records.dim);
+  update_records(device, records, grouped, gradients.sources.numel(), gradients.unique.numel(),
+                 aligned16(spans, records.dim), rule);
 }
 
 // Defines the operator of a rule: RECIS_UPDATE(name, (parameters of the rule), rule).
 #define RECIS_UNPACK(...) __VA_ARGS__
-#define RECIS_UPDATE(NAME, PARAMETERS, RULE)                                                                     \
-  template <class Device>                                                                                        \
-  void NAME(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,  \
-            int64_t state_type, int64_t dim, int64_t step, bool mark_seen, int64_t seed, Tensors gradients,      \
-            const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,             \
-            const std::optional<Tensor>& scales, const std::optional<Tensor>& factor, RECIS_UNPACK PARAMETERS) { \
-    update_rows<Device>(                                                                                         \
-        Table{blocks, block_shift, meta_offset, record_bytes, type, state_type, dim, step, mark_seen, seed},     \
-        Grouped{gradients, count, unique, offsets, sources, scales, factor}, RULE);                              \
+#define RECIS_UPDATE(NAME, PARAMETERS, RULE)                                                                       \
+  template <class Device>                                                                                          \
+  void NAME(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,    \
+            int64_t state_type, int64_t dim, int64_t step, bool mark_seen, int64_t seed, Tensors gradients,        \
+            const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,               \
+            const std::optional<Tensor>& scales, const std::optional<Tensor>& factor, RECIS_UNPACK PARAMETERS) {   \
+    update_rows<Device>(Records{blocks_ref(blocks, block_shift, meta_offset, record_bytes), type, state_type, dim, \
+                                step, mark_seen, static_cast<uint32_t>(seed)},                                     \
+                        Grouped{gradients, count, unique, offsets, sources, scales, factor}, RULE);                \
   }
 
 inline AdamRule adam_rule(int64_t exp_avg_offset, int64_t exp_avg_sq_offset, double lr, double beta1, double beta2,
@@ -223,6 +228,49 @@ RECIS_UPDATE(adam_update,
              (int64_t exp_avg_offset, int64_t exp_avg_sq_offset, double lr, double beta1, double beta2, double eps,
               double decay, int64_t t),
              (adam_rule(exp_avg_offset, exp_avg_sq_offset, lr, beta1, beta2, eps, decay, t)))
+
+// An update without tensors.
+template <class Device>
+Outcome update_call(Device&& device, const TableRef& table, const UpdateCall& call) {
+  std::vector<GradientSpan> spans;
+  spans.reserve(call.feature_count);
+  for (int64_t f = 0; f < call.feature_count; ++f) spans.push_back({0, call.gradients[f].values, table.dim});
+  GroupedGradients grouped{};
+  device.place(grouped.features, spans);
+  grouped.count = call.groups.count;
+  grouped.unique = call.groups.unique;
+  grouped.offsets = call.groups.starts;
+  grouped.sources = call.groups.sources;
+  grouped.scales = call.groups.scales;
+  const Records records{table.blocks, table.type,          table.state_type, table.dim,
+                        call.step,    call.mark_seen != 0, call.seed};
+  const auto update = [&](const auto& rule) {
+    update_records(device, records, grouped, call.positions, call.positions, aligned16(spans, table.dim), rule);
+    return Outcome::kDone;
+  };
+  const RuleCall& rule = call.rule;
+  const auto lr = static_cast<float>(rule.lr);
+  const auto eps = static_cast<float>(rule.eps);
+  switch (rule.kind) {
+    case RuleKind::kSgd:
+      return update(SgdRule{lr});
+    case RuleKind::kMomentum:
+      return update(MomentumRule{rule.offsets[0], lr, static_cast<float>(rule.beta1)});
+    case RuleKind::kAdagrad:
+      return update(AdagradRule{rule.offsets[0], lr, eps});
+    case RuleKind::kRowwiseAdagrad:
+      return update(RowwiseAdagradRule{rule.offsets[0], lr, eps});
+    case RuleKind::kAdam:
+      return update(
+          adam_rule(rule.offsets[0], rule.offsets[1], rule.lr, rule.beta1, rule.beta2, rule.eps, 1.0, call.t));
+    case RuleKind::kAdamW: {
+      const double scaled = rule.eps * std::sqrt(1.0 - std::pow(rule.beta2, static_cast<double>(call.t)));
+      return update(adam_rule(rule.offsets[0], rule.offsets[1], rule.lr, rule.beta1, rule.beta2, scaled,
+                              1.0 - rule.lr * rule.weight_decay, call.t));
+    }
+  }
+  RECIS_CHECK(false, "unknown rule: ", static_cast<int>(rule.kind));
+}
 
 template <class Device, class Library>
 void register_update(Library& m) {

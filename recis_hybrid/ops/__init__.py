@@ -19,3 +19,4 @@ from recis_hybrid.ops import (
     transform as transform,
     update as update,
 )
+from recis_hybrid.ops._library import table_kernels as table_kernels

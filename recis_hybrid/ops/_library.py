@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import platform
 from pathlib import Path
 
@@ -17,6 +18,13 @@ def _cpu_library() -> Path:
         return _FOLDER / "librecis_cpu_generic.so"
     level = _LEVELS.get(torch.backends.cpu.get_cpu_capability(), "v2")
     return _FOLDER / f"librecis_cpu_{level}.so"
+
+
+def table_kernels() -> int:
+    """Return the address of ``recis_table_kernels`` in the CPU library (``csrc/core/table_kernels.h``)."""
+    address = ctypes.cast(ctypes.CDLL(str(_cpu_library())).recis_table_kernels, ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def _load() -> None:

@@ -1,0 +1,138 @@
+// The kernels of tables as plain functions, for callers without torch: what librecis_cpu_<level>.so and
+// librecis_cuda.so offer to csrc/xla beside their torch operators.
+//
+// Both sides include this file and the headers of core/, and pass plain data only. A library exports
+// recis_table_kernels(); kKernelsVersion must grow whenever a type here or one that it contains changes.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <exception>
+
+#include "core/bags.h"
+#include "core/blocks.h"
+#include "core/for_each.h"
+#include "core/table.h"
+
+namespace recis {
+
+inline constexpr int64_t kKernelsVersion = 1;
+
+// Where a call runs, and where its temporary memory comes from.
+struct Site {
+  const Pool* pool;                             // CPU
+  void* stream;                                 // CUDA
+  void* (*scratch)(void* self, int64_t bytes);  // CUDA: device memory that lives until the call's kernels have run
+  void* self;
+};
+
+// A table: all that a lookup or an update may know about it.
+struct TableRef {
+  IdMapRef map;
+  int64_t* counters;         // [kCounters]
+  const int64_t* free_rows;  // [counters[kFree]]
+  int64_t max_rows;          // rows that fit into the blocks
+  int64_t max_slots;         // slots that may be in use
+  BlocksRef blocks;
+  int64_t type;        // element type of the embedding: 0 float32, 1 bfloat16, 2 float16
+  int64_t state_type;  // that of the optimizer state
+  int64_t dim;
+  const Initializer* initializers;  // by member table
+  RecordStart start;
+};
+
+// The ids of one feature, and room for its vectors.
+struct FeatureCall {
+  const int64_t* ids;      // [length]
+  const int64_t* offsets;  // [vectors + 1]; null: one id per vector
+  int64_t length;
+  int64_t vectors;
+  int64_t member;
+  int32_t combiner;
+  int32_t unknown_zeros;  // whether an id without a row counts as zeros instead of its first value
+  float* out;             // [vectors, dim]
+};
+
+// The positions of a lookup grouped by row, as core/reduce.h reads them. Buffers are upper bounds for N positions.
+struct GroupsRef {
+  int64_t* count;    // [1]
+  int64_t* unique;   // [N]
+  int64_t* starts;   // [N + 1]
+  int64_t* sources;  // [N]
+  float* scales;     // [N]; null if every factor is 1
+};
+
+struct LookupCall {
+  const FeatureCall* features;
+  int64_t feature_count;
+  int32_t train;      // whether ids without a row get one, and positions are grouped
+  int32_t sees;       // whether rows are marked as seen, because no update will do it
+  int64_t step;       // the step to mark them with
+  GroupsRef groups;   // of a training lookup
+  const int64_t* go;  // CUDA: [1], 0 to change nothing; null: 1
+};
+
+enum class RuleKind : int32_t { kSgd = 0, kMomentum = 1, kAdagrad = 2, kRowwiseAdagrad = 3, kAdam = 4, kAdamW = 5 };
+
+// An optimizer: a rule of core/update.h by name, with hyperparameters in double. Unused ones are 0.
+struct RuleCall {
+  RuleKind kind;
+  int64_t offsets[2];  // of the state fields in the record
+  double lr;
+  double beta1;  // momentum's beta, too
+  double beta2;
+  double eps;
+  double weight_decay;
+};
+
+struct GradientCall {
+  const float* values;  // [vectors, dim]
+  int64_t vectors;
+};
+
+struct UpdateCall {
+  const GradientCall* gradients;
+  int64_t feature_count;
+  int64_t positions;
+  GroupsRef groups;
+  RuleCall rule;
+  int64_t t;          // the optimizer's step, from 1
+  int64_t step;       // the table's step, from 1
+  int32_t mark_seen;  // as in UpdateRows
+  uint32_t seed;      // of the stochastic rounding
+};
+
+enum class Outcome : int32_t { kDone = 0, kNoRoom = 1, kFailed = 2 };
+
+inline constexpr int64_t kReasonBytes = 256;
+
+// A lookup without room for its new ids returns kNoRoom and changes nothing. A call with bad arguments, or without
+// memory, returns kFailed and writes a sentence to reason [kReasonBytes].
+struct TableKernels {
+  int64_t version;
+  Outcome (*lookup)(const Site&, const TableRef&, const LookupCall&, char* reason);
+  Outcome (*update)(const Site&, const TableRef&, const UpdateCall&, char* reason);
+};
+
+// Calls a function, whose exceptions become kFailed and a reason.
+template <class F>
+Outcome without_exceptions(char* reason, F&& f) {
+  const char* text = "";
+  try {
+    return f();
+  } catch (const std::exception& error) {
+    text = error.what();
+  } catch (...) {
+    text = "unknown exception";
+  }
+  std::strncpy(reason, text, kReasonBytes - 1);
+  reason[kReasonBytes - 1] = '\0';
+  return Outcome::kFailed;
+}
+
+}  // namespace recis
+
+extern "C" {
+// The kernels of a library, which live as long as it is loaded.
+__attribute__((visibility("default"))) const recis::TableKernels* recis_table_kernels();
+}
