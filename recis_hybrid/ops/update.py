@@ -50,6 +50,27 @@ class Table(NamedTuple):
     """32-bit seed of stochastic rounding, different for each step."""
 
 
+class Rule(NamedTuple):
+    """An optimizer's update as plain data, for programs that apply it without torch."""
+
+    kind: int
+    """A value of ``RULES``."""
+    offsets: list[int]
+    """Byte offsets of the state in a record."""
+    lr: float
+    """Learning rate."""
+    betas: tuple[float, float] = (0.0, 0.0)
+    """Decay of the moments; (momentum, 0) for SGD."""
+    eps: float = 0.0
+    """Added to square roots."""
+    weight_decay: float = 0.0
+    """Decay of the weights."""
+
+
+RULES = {"sgd": 0, "momentum": 1, "adagrad": 2, "rowwise_adagrad": 3, "adam": 4, "adamw": 5}
+"""Numbers of the rules, as in ``csrc/core/table_kernels.h``."""
+
+
 class Gradients(NamedTuple):
     """The gradients of the vectors of a lookup, grouped by row."""
 

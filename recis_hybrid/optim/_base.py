@@ -186,6 +186,30 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Do one step on a table; ``EmbeddingEngine.apply_gradients`` calls this."""
         self._step(anchor, gradients, self._group_of(anchor))
 
+    def rule(self, anchor: Tensor) -> tuple[ops.update.Rule, int]:
+        """Return the rule of the next steps on a table as plain data, and the number of steps done.
+
+        Raises:
+            TypeError: If the optimizer cannot be written as such a rule.
+            ValueError: If the table is not among the optimizer's parameters.
+        """
+        self.check_tables([anchor])
+        table = anchor.table  # type: ignore[attr-defined]
+        return self._rule(table, self._group_of(anchor)), self.state[anchor].get("step", table.step)
+
+    def count_steps(self, anchor: Tensor, steps: int) -> None:
+        """Count steps that another program has done on a table by :meth:`rule`."""
+        table, state = anchor.table, self.state[anchor]  # type: ignore[attr-defined]
+        if steps:
+            state["step"] = state.get("step", table.step) + steps
+            table.step += steps
+
+    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+        raise TypeError(
+            f"{type(self).__name__} cannot update tables inside jax.jit; use an optimizer of recis_hybrid.optim, "
+            "or bridge.jax_led.JaxTables outside jit"
+        )
+
     def _group_of(self, anchor: Tensor) -> dict[str, Any]:
         group = next((g for g in self.param_groups if any(p is anchor for p in g["params"])), None)
         if group is None:

@@ -48,6 +48,10 @@ class Adagrad(SparseOptimizer):
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return Adagrad.row_state()
 
+    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+        offsets = [table.layout.offset("sum")]
+        return ops.update.Rule(ops.update.RULES["adagrad"], offsets, group["lr"], eps=group["eps"])
+
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
@@ -92,6 +96,10 @@ class RowwiseAdagrad(SparseOptimizer):
     @staticmethod
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return RowwiseAdagrad.row_state()
+
+    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+        offsets = [table.layout.offset("sum")]
+        return ops.update.Rule(ops.update.RULES["rowwise_adagrad"], offsets, group["lr"], eps=group["eps"])
 
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int

@@ -54,6 +54,9 @@ class Adam(SparseOptimizer):
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return _MOMENTS
 
+    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+        return _adam_rule("adam", table, group)
+
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
@@ -109,6 +112,10 @@ class AdamW(SparseOptimizer):
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return _MOMENTS
 
+    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+        rule = _adam_rule("adamw", table, group)
+        return rule._replace(weight_decay=group["weight_decay"])
+
     def _update(
         self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
@@ -141,6 +148,11 @@ def _adam(
         decay=decay,
         t=step,
     )
+
+
+def _adam_rule(kind: str, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+    offsets = [table.layout.offset("exp_avg"), table.layout.offset("exp_avg_sq")]
+    return ops.update.Rule(ops.update.RULES[kind], offsets, group["lr"], tuple(group["betas"]), group["eps"])
 
 
 def _check_betas(owner: str, betas: tuple[float, float]) -> None:

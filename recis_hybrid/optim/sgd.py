@@ -71,6 +71,12 @@ class SGD(SparseOptimizer):
         else:
             ops.update.sgd_update(records, gradients, lr=group["lr"])
 
+    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+        if group["momentum"] > 0 and self._has_buffer(table, group["momentum"]):
+            offsets = [table.layout.offset("momentum_buffer")]
+            return ops.update.Rule(ops.update.RULES["momentum"], offsets, group["lr"], (group["momentum"], 0.0))
+        return ops.update.Rule(ops.update.RULES["sgd"], [], group["lr"])
+
     def _has_buffer(self, table: HashTable, momentum: float) -> bool:
         """Return whether rows have a momentum buffer; if not, warn once: a schedule must have set the momentum."""
         if any(field.name == "momentum_buffer" for field in table.layout.state):
