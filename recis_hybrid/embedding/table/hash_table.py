@@ -6,7 +6,7 @@ Letters: n ids, N positions (ids of a call over all features), D dim.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -30,6 +30,7 @@ from recis_hybrid.embedding.table.gradients import (
 )
 from recis_hybrid.embedding.table.id_map import Entries
 from recis_hybrid.embedding.table.lookup import FeatureIds, Lookup, Request, next_generation
+from recis_hybrid.embedding.table.memory import TableMemory
 from recis_hybrid.embedding.table.record_cache import CacheStatistics
 from recis_hybrid.embedding.table.record_layout import META, MemberTable, RecordLayout
 from recis_hybrid.embedding.table.row_validation import checked_member
@@ -65,15 +66,15 @@ class HashTable:
         admission: Admission | None = None,
         read_only: bool = False,
     ) -> None:
-        self.store = RowStore(members, layout, device, seed, placement=placement, admission=admission)
+        self._borrowed: Callable[[], None] | None = None
+        self._store = RowStore(members, layout, device, seed, placement=placement, admission=admission)
         self.members = self.store.members
         self.layout = layout
         self.device = self.store.device
         self.read_only = read_only
         self.generation = next_generation()
         """Changes whenever row numbers of earlier lookups become invalid; unique over all tables of the process."""
-        self.step = 0
-        """Number of steps done on this table, counted by the optimizer."""
+        self._step = 0
         self.before_read: BeforeRead | None = None
         """Called in each training lookup, before values are read."""
         self.pending = PendingGradients()
@@ -106,7 +107,25 @@ class HashTable:
     @property
     def name(self) -> str:
         """Names of the member tables, for messages."""
-        return self.store.name
+        return self._store.name
+
+    @property
+    def store(self) -> RowStore:
+        """The rows; waits for a program that has borrowed the table."""
+        if self._borrowed is not None:
+            self._borrowed()
+        return self._store
+
+    @property
+    def step(self) -> int:
+        """Number of steps done on this table, counted by the optimizer; waits like :attr:`store`."""
+        if self._borrowed is not None:
+            self._borrowed()
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
 
     @property
     def anchor(self) -> Anchor:
@@ -203,6 +222,29 @@ class HashTable:
             starts,
             winners,
         )
+
+    # Use by another program
+
+    def lend(self, more: int, take_back: Callable[[], None]) -> TableMemory:
+        """Make room for ``more`` new ids, and hand the table's memory to a program without torch.
+
+        Args:
+            more: Upper bound on the ids that the program inserts.
+            take_back: Called before the table is used again; it must wait for the program, and call :meth:`take_back`.
+
+        Raises:
+            RuntimeError: If gradients are pending, which the program could not apply.
+        """
+        self.refuse_pending("a lookup inside jax.jit")
+        self.record_lookup()
+        if not self.read_only:
+            self.store.reserve(more)
+        self._borrowed = take_back
+        return TableMemory.of(self._store, self.generation, self._step)
+
+    def take_back(self) -> None:
+        """End the use by another program."""
+        self._borrowed = None
 
     # Gradients and the optimizer's step
 

@@ -218,6 +218,11 @@ class RowStore:
                 f"memory of {self.device}; use a smaller Placement(cache_bytes=): {error}"
             ) from error
 
+    def reserve(self, more: int) -> None:
+        """Make room for more ids; if memory runs out, nothing changes."""
+        self._make_cache()
+        self._reserve(more)
+
     def _reserve(self, more: int) -> int:
         """Make room for more ids before anything is changed, so that running out of memory changes nothing."""
         bound = self.id_map.row_bound + more
