@@ -6,6 +6,10 @@ x86-64 level (``librecis_cpu_v2.so``, ``..._v3.so``, ``..._v4.so``; on other mac
 the best one is chosen when the package is loaded. The CUDA library (``librecis_cuda.so``) is separate and needs only
 ``nvcc``.
 
+The module ``recis_hybrid._xla``, for lookups inside ``jax.jit``, is built if jaxlib, with the headers of XLA's FFI, and
+pybind11 are installed. It uses Python's ABI and needs neither torch nor jax to link; it calls the kernels of the
+libraries above through plain functions.
+
 Environment variables: ``RECIS_CUDA=0|1|auto`` (auto: build CUDA if ``nvcc`` is found and torch is a CUDA build),
 ``RECIS_CUDA_ARCHS`` (default ``80;90``), ``CXX``, ``NVCC``, ``MAX_JOBS``.
 """
@@ -17,6 +21,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -64,6 +69,7 @@ NVCC_FLAGS = [
 ]
 # Kernels of csrc/cuda as plain C++: no contraction, as above; warnings are those of the real builds.
 EMULATED_FLAGS = ["-std=c++20", "-O1", "-fPIC", "-ffp-contract=off", "-fvisibility=hidden", "-w", "-pthread"]
+XLA_MODULE = f"_xla{sysconfig.get_config_var('EXT_SUFFIX')}"
 LEVELS = {
     "v2": ["-march=x86-64-v2"],
     "v3": ["-march=x86-64-v3"],
@@ -176,6 +182,20 @@ def find_nvcc(torch_has_cuda: bool) -> str | None:
     return nvcc if choice == "1" or (choice == "auto" and torch_has_cuda) else None
 
 
+def xla_flags() -> list[str] | None:
+    """Return the include flags of ``recis_hybrid._xla``, or None if it cannot be built."""
+    try:
+        import jaxlib
+        import pybind11
+    except ImportError as error:
+        print(
+            f"  skip     recis_hybrid._xla, for lookups inside jax.jit: there is no module {error.name!r}", flush=True
+        )
+        return None
+    headers = [Path(jaxlib.__path__[0]) / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    return [flag for header in headers for flag in ("-isystem", str(header))]
+
+
 def compile_all(jobs: list[Job]) -> None:
     """Run compilations in parallel, as many at a time as MAX_JOBS or the CPUs allow."""
     workers = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
@@ -216,6 +236,13 @@ class BuildNative(build_ext):
             linker = [cxx, "-shared", "-pthread", *torch_link]
             libraries.append(Library(target / f"librecis_cpu_{level}.so", jobs, linker))
 
+        includes = xla_flags()
+        if includes is not None:
+            command = [cxx, *CXX_FLAGS, prefix, f"-I{ROOT / 'csrc'}", *includes]
+            # One object folder for each Python, of which each has its own ABI.
+            jobs = jobs_of("csrc/xla/*.cpp", objects / f"xla-{sys.implementation.cache_tag}", command)
+            libraries.append(Library(target.parent / XLA_MODULE, jobs, [cxx, "-shared", "-pthread"]))
+
         nvcc = find_nvcc(torch_has_cuda)
         if nvcc is not None:
             archs = os.environ.get("RECIS_CUDA_ARCHS", "80;90").replace(";", " ").split()
@@ -242,8 +269,8 @@ class BuildNative(build_ext):
 
     def get_outputs(self) -> list[str]:
         """Return the libraries that were built, for setuptools' record of files."""
-        base = Path(self.build_lib) / "recis_hybrid" / "lib"
-        return [str(path) for path in base.glob("*.so")]
+        base = Path(self.build_lib) / "recis_hybrid"
+        return [str(path) for path in [*base.glob("lib/*.so"), *base.glob(XLA_MODULE)]]
 
     def get_output_mapping(self) -> dict[str, str]:
         """Return an empty mapping: an editable install needs no copies, because it is built in place."""
@@ -287,10 +314,12 @@ def run(command: list[str]) -> None:
 
 
 class PlatformWheel(bdist_wheel):
-    """A wheel with the tag py3-none-<platform>: it holds native code that does not depend on Python's ABI."""
+    """A wheel for one Python if it contains ``recis_hybrid._xla``; else py3-none-<platform>, with no Python ABI."""
 
     def get_tag(self) -> tuple[str, str, str]:
         """Return the tag of the wheel."""
+        if xla_flags() is not None:
+            return super().get_tag()
         return "py3", "none", super().get_tag()[2]
 
 
@@ -300,7 +329,8 @@ setup(
         Extension(
             "recis_hybrid.lib.recis",
             sources=[
-                str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/ops/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]
+                str(path.relative_to(ROOT))
+                for path in [*ROOT.glob("csrc/ops/*.cpp"), *ROOT.glob("csrc/xla/*.cpp"), *ROOT.glob("csrc/cuda/*.cu")]
             ],
             depends=[str(path.relative_to(ROOT)) for path in [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh")]],
         )

@@ -3,7 +3,8 @@
 The bridge can be used on its own; ``recis_hybrid`` never imports it. :func:`to_jax` and :func:`to_torch` share memory
 or raise, unless a copy is requested, and :func:`copies` counts the copies. :class:`JaxTower` wraps a JAX function as a
 ``torch.nn.Module`` with parameters that torch owns; :mod:`jax_led` is for programs whose own jitted step trains an
-engine's tables. ``bridge/README.md`` is the contract on lifetime and mutation.
+engine's tables, and :mod:`ffi` has lookups and updates inside that step. ``bridge/README.md`` is the contract on
+lifetime and mutation.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ except ModuleNotFoundError as _error:
         "run `pip install recis_hybrid[jax]`"
     ) from _error
 
-from recis_hybrid.bridge import jax_led as jax_led
+from recis_hybrid.bridge import ffi as ffi, jax_led as jax_led
 from recis_hybrid.bridge.all_reduce import GradientAllReduce as GradientAllReduce
 from recis_hybrid.bridge.exchange.dlpack import copies as copies, to_jax as to_jax, to_torch as to_torch
 from recis_hybrid.bridge.launch import init as init
@@ -47,6 +48,7 @@ __all__ = [
     "JaxTower",
     "OptaxOptimizer",
     "copies",
+    "ffi",
     "from_equinox",
     "from_haiku",
     "from_linen",

@@ -1,0 +1,316 @@
+"""Lookups and updates inside jit: the same results as JaxTables outside of it, bit by bit; ids, shapes, and errors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings, strategies as st
+
+from recis_hybrid import optim
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
+from recis_hybrid.optim._base import SparseOptimizer
+from recis_hybrid.ragged import RaggedTensor
+from tests.support.devices import EDGE_IDS
+from tests.support.jit_tables import assert_equal_tables, engine_of, rows_of, words
+
+pytestmark = pytest.mark.jax
+jax = pytest.importorskip("jax")
+jnp = jax.numpy
+from recis_hybrid.bridge import ffi  # noqa: E402
+from recis_hybrid.bridge.jax_led import JaxTables  # noqa: E402
+
+OPTIMIZERS = {
+    "sgd": optim.SGD,
+    "momentum": optim.SGD.spec(momentum=0.9),
+    "adagrad": optim.Adagrad.spec(initial_accumulator_value=0.1),
+    "rowwise": optim.RowwiseAdagrad,
+    "adam": optim.Adam.spec(betas=(0.8, 0.95)),
+    "adamw": optim.AdamW.spec(weight_decay=0.1),
+}
+
+
+def features(**settings: Any) -> dict[str, EmbeddingConfig]:
+    init = Normal(0, 1)
+    return {
+        "one": EmbeddingConfig(dim=16, initializer=init, **settings),
+        "bag": EmbeddingConfig(dim=16, initializer=init, combiner="mean", **settings),
+        "list": EmbeddingConfig(dim=16, initializer=init, combiner="sqrtn", table="shared", **settings),
+        "each": EmbeddingConfig(dim=16, initializer=init, combiner=None, table="shared", **settings),
+        "wide": EmbeddingConfig(dim=5, initializer=init, **settings),
+    }
+
+
+def batch_of(random: np.random.Generator) -> tuple[dict[str, Any], np.ndarray[Any, Any]]:
+    ids = {
+        "one": random.integers(-(2**63), 2**63 - 1, 7),
+        "bag": random.integers(0, 30, (7, 4)),
+        "list": random.integers(0, 30, 20),
+        "each": random.integers(0, 30, (7, 3)),
+        "wide": random.integers(0, 9, (7, 2, 3)),
+    }
+    return ids, np.array([0, 3, 3, 9, 10, 15, 15, 20])
+
+
+def loss_of(vectors: Any) -> Any:
+    return sum((jnp.sin(vectors[name]) ** 2).sum() for name in sorted(vectors))
+
+
+def step_of(tables: Any) -> Any:
+    @jax.jit
+    def step(ids: Any, offsets: Any, token: Any) -> Any:
+        vectors, ctx, token = ffi.lookup(tables, ids, {"list": offsets}, token)
+        return vectors, ffi.update(tables, ctx, jax.grad(loss_of)(vectors), token)
+
+    return step
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
+@pytest.mark.parametrize(("dtype", "state_dtype"), [(torch.float32, None), (torch.bfloat16, torch.bfloat16)])
+def test_training_is_that_of_jax_tables_outside_jit(
+    optimizer: Any, dtype: torch.dtype, state_dtype: torch.dtype | None
+) -> None:
+    configs = features(dtype=dtype, state_dtype=state_dtype)
+    ours, theirs = (EmbeddingEngine(configs, optimizer=optimizer, seed=3) for _ in range(2))
+    tables = ffi.JitTables(ours, ours.make_optimizer(lr=0.1))
+    outside = JaxTables(theirs, theirs.make_optimizer(lr=0.1))
+    step, gradient = step_of(tables), jax.jit(jax.grad(loss_of))
+    random = np.random.default_rng(0)
+    for _ in range(3):
+        ids, offsets = batch_of(random)
+        found, token = step({name: words(part) for name, part in ids.items()}, words(offsets), tables.begin(room=200))
+        tables.end(token)
+        ragged = RaggedTensor(torch.from_numpy(ids["list"]), torch.from_numpy(offsets))
+        expected, ctx = outside.lookup({**ids, "list": ragged})
+        outside.apply_gradients(ctx, gradient(expected))
+        assert sorted(found) == sorted(expected)
+        for name, vectors in expected.items():
+            assert found[name].shape == vectors.shape, name
+            assert (found[name] == vectors).all(), name
+    assert_equal_tables(ours, theirs)
+    assert [table.step for table in ours.tables] == [table.step for table in theirs.tables] == [3, 3]
+
+
+def test_the_optimizer_goes_on_through_torch() -> None:
+    ours, theirs = engine_of(optim.Adam), engine_of(optim.Adam)
+    mine, other = ours.make_optimizer(lr=0.1), theirs.make_optimizer(lr=0.1)
+    tables = ffi.JitTables(ours, mine)
+    ids = np.array([1, 2, 2**60], np.int64)
+    step = jax.jit(lambda ids, token: _step(tables, ids, token))
+    tables.end(step(words(ids), tables.begin(room=3)))
+    batch = {"item": torch.from_numpy(ids)}
+    for engine, optimizer, steps in ((ours, mine, 1), (theirs, other, 2)):
+        for _ in range(steps):
+            engine(batch)["item"].sin().sum().backward()
+            optimizer.step()
+    assert_equal_tables(ours, theirs)
+    assert mine.state_dict()["state"] == other.state_dict()["state"]
+
+
+def _step(tables: Any, ids: Any, token: Any) -> Any:
+    vectors, ctx, token = ffi.lookup(tables, {"item": ids}, None, token)
+    return ffi.update(tables, ctx, jax.grad(lambda v: jnp.sin(v["item"]).sum())(vectors), token)
+
+
+def test_learning_rates_are_read_at_each_begin() -> None:
+    engine = engine_of(optim.SGD)
+    optimizer = engine.make_optimizer(lr=0.5)
+    tables = ffi.JitTables(engine, optimizer)
+    ids = np.array([7], np.int64)
+
+    @jax.jit
+    def step(token: Any) -> Any:
+        vectors, ctx, token = ffi.lookup(tables, {"item": ids}, None, token)
+        return vectors["item"], ffi.update(tables, ctx, {"item": jnp.ones((1, 4))}, token)
+
+    values = []
+    for rate in (0.5, 0.25, 0.0):
+        optimizer.param_groups[0]["lr"] = rate
+        vectors, token = step(tables.begin(room=1))
+        tables.end(token)
+        values.append(vectors)
+    assert (values[1] == values[0] - 0.5).all()
+    assert (values[2] == values[1] - 0.25).all()
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.one_of(st.sampled_from(EDGE_IDS), st.integers(-(2**63), 2**63 - 1)), min_size=1, max_size=12))
+def test_64_bit_ids_survive_while_x64_is_off(ids: list[int]) -> None:
+    assert not jax.config.jax_enable_x64
+    array = np.array(ids, np.int64)
+    tables = ffi.JitTables(engine_of(None))
+    _, _, token = ffi.lookup(tables, {"item": array}, None, tables.begin(room=len(ids)))
+    tables.end(token)
+    assert rows_of(tables.engine)[0]["ids"].tolist() == sorted(set(ids))
+    expected, _ = JaxTables(tables.engine).lookup({"item": array}, train=False)
+    vectors, _, token = ffi.lookup(tables, {"item": words(array)}, None, tables.begin(room=0), train=False)
+    tables.end(token)
+    assert (vectors["item"] == expected["item"]).all()
+
+
+def test_int32_ids_keep_their_sign() -> None:
+    tables = ffi.JitTables(engine_of(None))
+    ids = jnp.array([-1, 2**31 - 1, -(2**31), 0], jnp.int32)
+    tables.end(ffi.lookup(tables, {"item": ids}, None, tables.begin(room=4))[2])
+    assert rows_of(tables.engine)[0]["ids"].tolist() == [-(2**31), -1, 0, 2**31 - 1]
+
+
+def test_ids_with_x64() -> None:
+    tables = ffi.JitTables(engine_of(None))
+    with jax.enable_x64(True):
+        signed, unsigned = jnp.array([2**62, -5]), jnp.array([2**64 - 1], jnp.uint64)
+        look_up = jax.jit(lambda ids, token: ffi.lookup(tables, {"item": ids}, None, token)[2])
+        tables.end(look_up(unsigned, look_up(signed, tables.begin(room=3))))
+        tables.wait()
+    assert rows_of(tables.engine)[0]["ids"].tolist() == [-5, -1, 2**62]
+
+
+def test_evaluation_inserts_nothing_and_reads_first_values() -> None:
+    engine = engine_of(None)
+    tables = ffi.JitTables(engine)
+    ids = np.arange(5)
+    vectors, ctx, token = ffi.lookup(tables, {"item": ids}, None, tables.begin(room=0), train=False)
+    tables.end(token)
+    assert len(engine.tables[0]) == 0
+    inserted, _ = JaxTables(engine).lookup({"item": ids})
+    assert (vectors["item"] == inserted["item"]).all()
+    assert ctx.contexts[0].size == 0
+
+
+def test_unknown_ids_may_count_as_zeros() -> None:
+    engine = engine_of(None, unknown="zeros")
+    tables = ffi.JitTables(engine)
+    JaxTables(engine).lookup({"item": np.array([1])})
+    vectors, _, token = ffi.lookup(tables, {"item": np.array([1, 2])}, None, tables.begin(room=0), train=False)
+    tables.end(token)
+    assert (vectors["item"][0] != 0).all()
+    assert (vectors["item"][1] == 0).all()
+
+
+def test_large_calls_run_in_several_threads_alike() -> None:
+    random = np.random.default_rng(1)
+    ids = random.integers(0, 20_000, 30_000)
+    ours, theirs = engine_of(optim.Adagrad, dim=32), engine_of(optim.Adagrad, dim=32)
+    tables, outside = ffi.JitTables(ours, ours.make_optimizer(lr=0.1)), JaxTables(theirs, theirs.make_optimizer(lr=0.1))
+    tables.end(jax.jit(lambda ids, token: _step(tables, ids, token))(words(ids), tables.begin(room=20_000)))
+    vectors, ctx = outside.lookup({"item": ids})
+    outside.apply_gradients(ctx, jax.jit(jax.grad(lambda v: jnp.sin(v["item"]).sum()))(vectors))
+    assert_equal_tables(ours, theirs)
+
+
+def test_empty_batches() -> None:
+    engine = engine_of(optim.Adagrad)
+    tables = ffi.JitTables(engine, engine.make_optimizer())
+    vectors, ctx, token = ffi.lookup(tables, {"item": np.zeros(0, np.int64)}, None, tables.begin(room=0))
+    tables.end(ffi.update(tables, ctx, vectors, token))
+    tables.wait()
+    assert vectors["item"].shape == (0, 4)
+    assert engine.tables[0].step == 1
+
+
+def test_frozen_features_take_no_gradient() -> None:
+    configs = {"item": EmbeddingConfig(dim=4), "frozen": EmbeddingConfig(dim=4, trainable=False)}
+    engine = EmbeddingEngine(configs, optimizer=optim.SGD)
+    tables = ffi.JitTables(engine, engine.make_optimizer(lr=1.0))
+    ids = np.array([1, 2])
+    vectors, ctx, token = ffi.lookup(tables, {"item": ids, "frozen": ids}, None, tables.begin(room=2))
+    tables.end(ffi.update(tables, ctx, {"item": vectors["item"]}, token))
+    assert sorted(len(table) for table in engine.tables) == [0, 2]
+
+
+@pytest.mark.parametrize(
+    ("ids", "offsets", "kind", "message"),
+    [
+        ({}, None, KeyError, r"no ids for the features \['item'\]"),
+        ({"item": np.arange(3), "other": np.arange(3)}, None, KeyError, r"\['other'\] are not features"),
+        ({"item": np.ones(3, np.float32)}, None, TypeError, "feature 'item': ids must be int32, pairs .* got float32"),
+        ({"item": [1, 2]}, None, TypeError, "feature 'item': ids must be int32"),
+        ({"item": np.ones(3, np.uint32)}, None, ValueError, r"feature 'item': ids: uint32 must be pairs of words"),
+        ({"item": np.ones((1, 1, 1, 1), np.int64)}, None, ValueError, r"must be \[B\], \[B, L\] or \[B, L, K\]"),
+        ({"item": np.ones((2, 2), np.int64)}, {"item": np.arange(3)}, ValueError, r"ids with offsets must be \[n\]"),
+        ({"item": np.arange(3)}, {"item": np.ones(2, np.float32)}, TypeError, "feature 'item': offsets must be int32"),
+    ],
+)
+def test_bad_ids_are_refused_by_name(ids: Any, offsets: Any, kind: type[Exception], message: str) -> None:
+    tables = ffi.JitTables(engine_of(None))
+    token = tables.begin(room=9)
+    with pytest.raises(kind, match=message):
+        ffi.lookup(tables, ids, offsets, token)
+
+
+def test_offsets_outside_the_ids_are_refused() -> None:
+    tables = ffi.JitTables(engine_of(None))
+    look_up = jax.jit(lambda ids, ends, token: ffi.lookup(tables, {"item": ids}, {"item": ends}, token)[2])
+    for ends in ([0, 4], [2, 1], [-1, 2]):
+        tables.end(look_up(jnp.arange(3), jnp.array(ends), tables.begin(room=9)))
+        with pytest.raises(RuntimeError, match="table item: a call inside jit failed: .*offsets must not decrease"):
+            tables.wait()
+    assert len(tables.engine.tables[0]) == 0
+
+
+@pytest.mark.parametrize(
+    ("gradients", "kind", "message"),
+    [
+        ({}, KeyError, r"no gradient for the features \['item'\]"),
+        ({"item": np.ones((3, 4), np.float32), "x": np.ones(3)}, KeyError, r"got gradients for \['x'\]"),
+        ({"item": np.ones((3, 4), np.float16)}, TypeError, "'item': the gradient must be float32 .* got float16"),
+        ({"item": np.ones((2, 4), np.float32)}, ValueError, r"'item': .* \[3, 4\] .* got float32 \[2, 4\]"),
+    ],
+)
+def test_bad_gradients_are_refused_by_name(gradients: Any, kind: type[Exception], message: str) -> None:
+    engine = engine_of(optim.SGD)
+    tables = ffi.JitTables(engine, engine.make_optimizer())
+    _, ctx, token = ffi.lookup(tables, {"item": np.arange(3)}, None, tables.begin(room=3))
+    with pytest.raises(kind, match=message):
+        ffi.update(tables, ctx, gradients, token)
+
+
+def test_updates_need_an_optimizer_and_a_training_lookup() -> None:
+    engine = engine_of(optim.SGD)
+    gradient = {"item": np.ones((1, 4), np.float32)}
+    tables = ffi.JitTables(engine)
+    _, ctx, token = ffi.lookup(tables, {"item": np.arange(1)}, None, tables.begin(room=3))
+    with pytest.raises(RuntimeError, match="no optimizer"):
+        ffi.update(tables, ctx, gradient, token)
+    tables.end(token)
+    tables = ffi.JitTables(engine, engine.make_optimizer())
+    _, ctx, token = ffi.lookup(tables, {"item": np.arange(1)}, None, tables.begin(room=3), train=False)
+    with pytest.raises(RuntimeError, match="train=False"):
+        ffi.update(tables, ctx, gradient, token)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"combiner": "max"}, "feature 'item': inside jit the combiner must be one of .* got 'max'"),
+        ({"combiner": "tile", "max_length": 2}, "feature 'item': inside jit the combiner must be"),
+        ({"max_length": 2}, "feature 'item': max_length is not supported"),
+        ({"weights": "w"}, "feature 'item': weights is not supported"),
+    ],
+)
+def test_unsupported_settings_are_refused_by_name(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(NotImplementedError, match=message):
+        ffi.JitTables(engine_of(None, **settings))
+
+
+def test_wrong_arguments_are_refused() -> None:
+    engine = engine_of(optim.SGD)
+    with pytest.raises(TypeError, match="engine must be an EmbeddingEngine"):
+        ffi.JitTables(EmbeddingEngine)  # type: ignore[arg-type]
+    tables = ffi.JitTables(engine, engine.make_optimizer())
+    for token in (None, 1.0, jnp.zeros(2, jnp.int32), jnp.zeros(3)):
+        with pytest.raises(TypeError, match="token must be the float32"):
+            ffi.lookup(tables, {"item": np.arange(3)}, None, token)
+    with pytest.raises(RuntimeError, match="the tables are not lent"):
+        tables.end(jnp.zeros(2))
+
+
+def test_optimizers_without_a_rule_are_refused() -> None:
+    class Own(optim.SGD):
+        _rule = SparseOptimizer._rule
+
+    engine = engine_of(Own)
+    with pytest.raises(TypeError, match="Own cannot update tables inside jax.jit"):
+        ffi.JitTables(engine, engine.make_optimizer())
