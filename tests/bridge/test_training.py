@@ -88,7 +88,12 @@ def test_activation_checkpointing_under_autocast(reentrant: bool) -> None:
         results.append((y.detach().float(), x.grad))
         if isinstance(model, JaxTower):
             assert y.dtype == torch.float32  # a tower computes in the dtypes of its inputs
-    assert_near(*results, 0.05 / torch.finfo(torch.float32).eps)
+    # bfloat16 rounds inputs, weights, products and their functions.
+    weight = torch.from_numpy(WEIGHT).abs()
+    terms = x.detach().abs() @ weight
+    allowed = 4 * torch.finfo(torch.bfloat16).eps / torch.finfo(torch.float32).eps
+    for got, expected, each in zip(*results, (terms, 2 * terms @ weight.T), strict=True):
+        assert_near(got, expected, allowed, terms=each)
 
 
 def test_autocast_below_a_tower_passes_it_bfloat16() -> None:

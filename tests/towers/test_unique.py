@@ -51,7 +51,8 @@ def compare(inputs: list[Any], distinct: int, call: Callable[..., torch.Tensor] 
     assert torch.equal(output, tower(*inputs))
     (output * weights).sum().backward()
     assert want is not None
-    assert_near(tower.table.weight.grad, want)
+    # The weights of equal rows are added first, and may cancel.
+    assert_near(tower.table.weight.grad, want, terms=weights.abs().sum(0))
 
 
 @given(ROWS)
