@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.near import assert_near
 from tests.support.sharded import rows_of
 
 pytestmark = [
@@ -64,7 +65,7 @@ def test_state_dict_and_export(page: Any) -> None:
     expected = predictions(names["model"], names)
     found = names["model"].engine(names["batches"][3])
     got = names["exported"].module()(torch.cat([found["user"], found["items"]], 1))[:, 0]
-    torch.testing.assert_close(got, expected)
+    assert_near(got, expected)
 
 
 def test_compiled_towers(page: Any) -> None:

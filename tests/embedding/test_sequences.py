@@ -18,6 +18,7 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
 from recis_hybrid.features import Feature, FeatureEngine, Mod
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.devices import on_devices
+from tests.support.near import assert_near
 from tests.support.rank_processes import Ranks
 
 LISTS = [[[1, 2, 2], [3]], [], [[], [4, 1]], [[5]]]
@@ -59,7 +60,7 @@ def test_three_dimensional_ids(device: str, combiner: Any) -> None:
     expected = torch.stack(
         [torch.stack([pooled(weight[bag], combiner, torch.ones(2)) for bag in row]) for row in CUBE.tolist()]
     )
-    torch.testing.assert_close(outputs.cpu(), expected)
+    assert_near(outputs.cpu(), expected)
     factor = torch.arange(24.0).view(3, 2, 4)
     (outputs * factor.to(device)).sum().backward()
     (expected * factor).sum().backward()
@@ -67,7 +68,7 @@ def test_three_dimensional_ids(device: str, combiner: Any) -> None:
     assert weight.grad is not None
     got = engine.tables[0].export(0, torch.arange(7, device=device))["embedding"].cpu()
     # Both ids in a bag of row 2 have the maximum. torch splits its gradient between them, but their row is the same.
-    torch.testing.assert_close(got, weight.detach() - weight.grad)
+    assert_near(got, weight.detach() - weight.grad)
 
 
 @on_devices
@@ -94,13 +95,13 @@ def test_two_level_ragged_ids(device: str, combiner: Any, weighted: bool | str) 
         ]
     )
     assert outputs.shape == (5, 4)
-    torch.testing.assert_close(outputs.cpu(), expected)
+    assert_near(outputs.cpu(), expected)
 
     # Padded, as for a tower: rows of 2, 0, 2 and 1 bags.
     padded = RaggedTensor(outputs, ids.outer[0]).to_padded(length=3)
     assert padded.shape == (4, 3, 4)
     mask = torch.arange(3) < ids.outer[0].diff().cpu()[:, None]
-    torch.testing.assert_close(padded.cpu()[mask], expected)
+    assert_near(padded.cpu()[mask], expected)
     assert not padded.cpu()[~mask].any()
     factor = torch.arange(48.0).view(4, 3, 4)
     (padded * factor.to(device)).sum().backward()
@@ -108,7 +109,7 @@ def test_two_level_ragged_ids(device: str, combiner: Any, weighted: bool | str) 
     optimizer.step()
     assert weight.grad is not None
     got = engine.tables[0].export(0, torch.arange(7, device=device))["embedding"].cpu()
-    torch.testing.assert_close(got, weight.detach() - weight.grad)
+    assert_near(got, weight.detach() - weight.grad)
 
 
 def test_shapes_with_other_combiners() -> None:
@@ -222,7 +223,7 @@ def test_two_ranks_pool_sequences_like_one(ranks: Ranks) -> None:
     assert one["outputs"]["cube"].shape == (4, 2, 4)
     assert one["outputs"]["lists"].shape == (5, 4)
     for name in ("cube", "lists"):
-        torch.testing.assert_close(torch.cat([each["outputs"][name] for each in two]), one["outputs"][name])
+        assert_near(torch.cat([each["outputs"][name] for each in two]), one["outputs"][name])
         ids = torch.cat([each["tables"][name]["ids"] for each in two])
         rows = torch.cat([each["tables"][name]["embedding"] for each in two])[ids.argsort()]
-        torch.testing.assert_close(rows, one["tables"][name]["embedding"])
+        assert_near(rows, one["tables"][name]["embedding"])

@@ -13,6 +13,7 @@ from torch.optim import lr_scheduler
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 from recis_hybrid.saver import Saver
+from tests.support.near import OF_ADAM, assert_near
 
 IDS = torch.tensor([3, -5, 7])
 SCHEDULES: dict[str, Callable[[Any], Any]] = {
@@ -86,7 +87,7 @@ def test_schedules_work_as_on_torch_optimizers(schedule: str, rule: str) -> None
     steps = gradients(0, 10)
     train(engine, optimizer, SCHEDULES[schedule](optimizer), steps)
     expected = dense(first, make, SCHEDULES[schedule], steps)
-    torch.testing.assert_close(rows(engine), expected, rtol=1e-4, atol=1e-6)
+    assert_near(rows(engine), expected, OF_ADAM)
 
 
 @pytest.mark.parametrize("schedule", ["one cycle", "cyclic"])
@@ -104,7 +105,7 @@ def test_a_cycled_momentum_without_a_buffer_is_ignored_with_a_warning(schedule: 
         "cyclic": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3, cycle_momentum=False),
     }[schedule]
     expected = dense(first, lambda p: torch.optim.SGD(p, lr=0.1), without, steps)
-    torch.testing.assert_close(rows(engine), expected, rtol=1e-5, atol=1e-6)
+    assert_near(rows(engine), expected)
     with pytest.raises(ValueError, match=r"SGD needs .*momentum_buffer.*spec\(momentum=0.9\)"):
         optim.SGD(engine.parameters(), momentum=0.9)  # an explicit momentum is not ignored
 

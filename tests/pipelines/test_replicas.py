@@ -47,6 +47,7 @@ from recis_hybrid.pipelines import (
     WindowStages,
 )
 from recis_hybrid.ragged import Batch
+from tests.support.near import ROUNDINGS, assert_near
 from tests.support.small import bce
 
 ROWS, SIZE = 16, 9  # rows of each batch, number of batches
@@ -370,9 +371,7 @@ def on_rank(rank: int, port: int, folder: Path, expected: dict[str, dict[str, np
         assert digests[0] == digests[1], name
         if case.close:
             for key, value in values.items():
-                np.testing.assert_allclose(
-                    value.numpy(), expected[name][key], rtol=2e-5, atol=2e-6, err_msg=f"{name}.{key}"
-                )
+                assert_near(value, expected[name][key], 4 * ROUNDINGS, where=f"{name}.{key}")
     check_errors(rank, folder)
     check_sources(rank, folder)
     check_warning_for_same_batches(rank)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.towers import HfTower, find_pretrained, hf_tower, pool
+from tests.support.near import assert_near
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
@@ -27,6 +29,8 @@ TEXTS = [
     "wireless mouse with usb receiver, black, for left-handed people",
     "trail shoes",
 ]
+# Six layers of sums of hundreds of terms.
+ALLOWED = 256
 
 
 @pytest.fixture(scope="module")
@@ -51,10 +55,9 @@ def texts() -> tuple[Tensor, Tensor]:
 def test_hidden_states_and_embeddings_agree(towers: tuple[HfTower, HfTower], texts: tuple[Tensor, Tensor]) -> None:
     ids, mask = texts
     theirs, ours = (tower(ids, mask).detach() for tower in towers)
-    largest = float(theirs.abs().max())
-    assert float(((ours - theirs) * mask[..., None]).abs().max()) <= 1e-5 * max(largest, 1)
+    assert_near(ours * mask[..., None], theirs * mask[..., None], ALLOWED)
     first, second = (torch.nn.functional.normalize(pool(each, mask, "mean")) for each in (ours, theirs))
-    assert float((first - second).abs().max()) <= 1e-6
+    assert_near(first, second, ALLOWED)
     likeness = second @ second.T
     assert float(likeness[0, 3]) > float(likeness[0, 1])  # shoes are more like shoes than like a book
 
@@ -98,7 +101,7 @@ def test_an_update_in_one_framework_is_one_in_the_other(texts: tuple[Tensor, Ten
     optimizer.step()
     after = theirs(ids, mask).detach()
     assert float((after - before).abs().max()) > 1e-3
-    assert float((ours(ids, mask).detach() - after).abs().max()) <= 1e-5 * max(float(after.abs().max()), 1)
+    assert_near(ours(ids, mask), after, ALLOWED)
 
 
 MEASURE = """
@@ -112,7 +115,7 @@ with torch.no_grad():
     for framework in ("torch", "jax"):
         hf_tower(sys.argv[1], framework)(ids)  # load the libraries
         before = resident()
-        towers = [hf_tower(sys.argv[1], framework) for _ in range(4)]
+        towers = [hf_tower(sys.argv[1], framework) for _ in range(2)]
         for tower in towers:
             tower(ids)
         weights = sum(each.nbytes for tower in towers for each in tower.parameters())
@@ -123,9 +126,15 @@ with torch.no_grad():
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs the /proc of Linux")
 def test_there_is_one_copy_of_the_weights_in_memory(root: Path) -> None:
-    """Four towers, 364 MB of weights. A second copy would be a growth of 2; the rest of the process grows by 0.1."""
+    """Two towers, 182 MB of weights. A second copy would be a growth of 2; the rest of the process grows by 0.2."""
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, MODEL], cwd=root, capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, "-c", MEASURE, MODEL],
+        cwd=root,
+        env=os.environ | {"JAX_DISABLE_MOST_OPTIMIZATIONS": "true"},  # compiles in half the time
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     growth = {name: float(number) for name, number in re.findall(r"(\w+) (\S+)", done.stdout)}
     assert growth.keys() == {"torch", "jax"}
