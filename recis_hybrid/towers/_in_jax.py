@@ -189,19 +189,22 @@ def _build(
     from recis_hybrid.bridge import JaxTower
     from recis_hybrid.bridge.pretrained import ONLY_LAYERS
 
-    sizes: dict[str, Sequence[int] | None] = {"batch": None}
-    if function.inputs[0] == "input_ids":
-        sizes["length"] = None
-    dims, remat = [tuple(sizes)], ONLY_LAYERS if recomputes else None
-    sizes |= dict(classes or {})
-    if sizes.get("length", ()) is None:
-        sizes["length"] = _lengths(function.longest)
+    dims = ("batch", "length") if function.inputs[0] == "input_ids" else ("batch",)
+    sizes, remat = _sizes(function, dims, classes or {}), ONLY_LAYERS if recomputes else None
+    tower: Any = JaxTower(function, dict(params), copy=False, dims=[dims], classes=sizes, remat=remat)
+    tower.function, tower.classes, tower.recomputes = function, classes, recomputes
+    return tower  # type: ignore[no-any-return]
+
+
+def _sizes(function: _Function, dims: Sequence[str], classes: Classes) -> dict[str, Sequence[int] | None]:
+    """Return the sizes to pad each dimension to, None for powers of two."""
+    sizes: dict[str, Sequence[int] | None]
+    sizes = {name: _lengths(function.longest) if name == "length" else None for name in dims}
+    sizes |= {name: sizes.get(name) if given is None else given for name, given in classes.items()}
     lengths, threshold = sizes.get("length"), function.threshold
     if lengths and threshold is not None and threshold < max(lengths):
         sizes["length"] = sorted({*lengths, threshold})  # texts must not be padded across the threshold
-    tower: Any = JaxTower(function, dict(params), copy=False, dims=dims, classes=sizes, remat=remat)
-    tower.function, tower.classes, tower.recomputes = function, classes, recomputes
-    return tower  # type: ignore[no-any-return]
+    return sizes
 
 
 def _lengths(longest: int | None) -> list[int] | None:
