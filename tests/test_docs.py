@@ -46,6 +46,23 @@ def test_links_and_file_names_exist(path: Path) -> None:
 
 
 @pytest.mark.jax
+def test_the_code_blocks_on_jax_towers_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("jax", "flax", "equinox", "orbax.checkpoint"):
+        pytest.importorskip(package, reason=f"{package} is not installed")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / "jax_towers.md").read_text(), re.MULTILINE | re.DOTALL)
+    names: dict[str, Any] = {"__name__": "guide"}
+    for block in blocks:
+        exec(compile(block, "docs/jax_towers.md", "exec"), names)
+    assert {name: tuple(each.shape) for name, each in names["outputs"].items()} == dict.fromkeys(
+        names["towers"], (4, 1)
+    )
+    # Padding does not change the mean, and one program has computed all sizes.
+    assert names["sizes"] == [(40, 1), (64, 1), (50, 1)]
+    assert names["pooled"].compilations == 1
+
+
+@pytest.mark.jax
 def test_the_code_blocks_of_the_jax_page_run() -> None:
     pytest.importorskip("jax", reason="jax is not installed")
     blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / "jax_led.md").read_text(), re.MULTILINE | re.DOTALL)
