@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-PROGRAMS = ["demo.py", "frappe.py", "jax_led.py", "jax_tower.py"]
+PROGRAMS = ["demo.py", "frappe.py", "jax_led.py", "jax_tower.py", "minilm.py", "posters.py"]
 
 
 def run(root: Path, folder: Path, program: str, *arguments: str) -> str:
@@ -55,4 +55,6 @@ def test_frappe_learns_in_one_epoch(root: Path, data_dir: Path, data: str, tower
 def test_help(root: Path, program: str, tmp_path: Path) -> None:
     if program == "jax_led.py":
         pytest.importorskip("jax", reason="jax is not installed (pip install 'recis_hybrid[examples]')")
+    if program == "posters.py":
+        pytest.importorskip("PIL", reason="Pillow is not installed (pip install 'recis_hybrid[examples]')")
     assert "usage" in run(root, tmp_path, program, "--help")
