@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-PROGRAMS = ["demo.py", "frappe.py", "jax_led.py", "jax_tower.py", "minilm.py", "posters.py"]
+PROGRAMS = ["demo.py", "frappe.py", "jax_led.py", "jax_tower.py", "jit_lookup.py", "minilm.py", "posters.py"]
 
 
 def run(root: Path, folder: Path, program: str, *arguments: str) -> str:
@@ -53,8 +53,18 @@ def test_frappe_learns_in_one_epoch(root: Path, data_dir: Path, data: str, tower
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_help(root: Path, program: str, tmp_path: Path) -> None:
-    if program == "jax_led.py":
+    if program in ("jax_led.py", "jit_lookup.py"):
         pytest.importorskip("jax", reason="jax is not installed (pip install 'recis_hybrid[examples]')")
     if program == "posters.py":
         pytest.importorskip("PIL", reason="Pillow is not installed (pip install 'recis_hybrid[examples]')")
     assert "usage" in run(root, tmp_path, program, "--help")
+
+
+@pytest.mark.jax
+def test_jit_lookup_learns_and_saves(root: Path, tmp_path: Path) -> None:
+    output = run(root, tmp_path, "jit_lookup.py", "--rows", "60000", "--epochs", "1", "--save", str(tmp_path / "run"))
+    figures = figures_of(output)
+    assert 0.65 < figures["auc"] < figures["best_auc"]
+    assert figures["steps"] == 48
+    assert figures["rows_in_tables"] == 2000
+    assert list(tmp_path.glob("run/step_*/manifest.json"))
