@@ -9,6 +9,9 @@
   is keras-rs's DistributedEmbedding on JAX's CPU backend, if ``make bench-peers`` has installed it. Its tables have
   100,000 rows a feature and take row indices; it updates all rows. ``keras_rs/65k/2M`` and ``keras_rs/4k/2M`` have 4
   features of 2,000,000 rows (not with ``--quick``).
+- ``jit_lookup/65k``, ``jit_lookup/4k``: a training lookup inside jit, d16; the peer is the same kernel as a torch
+  operator, on preallocated outputs. ``jit_lookup/empty``: a lookup of no ids inside jit; the peer is an empty jitted
+  function.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ import torch
 from benchmarks import harness, workload
 from benchmarks.peers.worker import Worker, installed
 from recis_hybrid import optim
-from recis_hybrid.bridge import JaxTower, OptaxOptimizer, init
+from recis_hybrid.bridge import JaxTower, OptaxOptimizer, ffi, init
 from recis_hybrid.bridge.jax_led import JaxStep, JaxTables
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 from recis_hybrid.pipelines import TorchStep
@@ -35,6 +38,7 @@ CPU = torch.device("cpu")
 DIM = 16
 LR = 0.05
 WIDTH = 64
+OPERATOR, EMPTY = "torch operator", "empty jitted function"
 KERAS_RS = "keras-rs DistributedEmbedding"
 
 
@@ -136,6 +140,57 @@ def lookups_of(work: workload.Workload) -> Callable[[], None]:
     return over(batches, step)
 
 
+def jit_lookups_of(work: workload.Workload) -> dict[str, Callable[[], None]]:
+    """Return a training lookup inside jit, and the kernel that it runs as a torch operator."""
+    engine = engine_of(work)
+    tables = ffi.JitTables(engine)  # without an optimizer, so that lookups need no update
+    batches = [work.batch(number) for number in range(workload.BATCHES)]
+    words = [
+        {name: jnp.asarray(ids.numpy().view(np.uint32).reshape(-1, 2)) for name, ids in batch.items()}
+        for batch in batches
+    ]
+    look_up = jax.jit(lambda ids, token: ffi.lookup(tables, ids, None, token)[::2])
+    token = tables.begin(room=work.step_ids)
+
+    def ours(ids: Any) -> None:
+        nonlocal token
+        vectors, token = look_up(ids, token)
+        jax.block_until_ready((vectors, token))
+
+    other = engine_of(work)
+    (table,) = other.tables
+
+    def peer(batch: Any) -> None:
+        other.lookup(batch)
+        table.record_lookup()
+
+    return {"ours": over(words, ours), OPERATOR: over(batches, peer)}
+
+
+def empty_lookups() -> dict[str, Callable[[], None]]:
+    """Return a lookup of no ids inside jit, and an empty jitted function, of one argument each."""
+    tables = ffi.JitTables(EmbeddingEngine({"feature": EmbeddingConfig(dim=DIM)}))
+    none = np.zeros((0, 2), np.uint32)
+    look_up = jax.jit(lambda token: ffi.lookup(tables, {"feature": none}, None, token, train=False)[2])
+    nothing = jax.jit(lambda token: token + 1)
+    token = tables.begin(room=0)
+    other = token + 0
+
+    def ours() -> None:
+        nonlocal token
+        for _ in range(100):
+            token = look_up(token)
+        token.block_until_ready()
+
+    def peer() -> None:
+        nonlocal other
+        for _ in range(100):
+            other = nothing(other)
+        other.block_until_ready()
+
+    return {"ours": ours, EMPTY: peer}
+
+
 @contextmanager
 def keras_rs(work: workload.Workload, threads: int) -> Iterator[dict[str, Callable[[], float | None]]]:
     """Yield the peer's step, or nothing if it is not installed."""
@@ -175,6 +230,13 @@ def main() -> None:
                 with keras_rs(work, args.threads) as peer:
                     rate = harness.rates({"ours": lookups_of(work), **peer}, 1, rounds, CPU)
                 report(case, rate, KERAS_RS)
+        if args.cases in (case := f"jit_lookup/{size}"):
+            harness.progress(f"{case}, {args.threads} thread(s)")
+            rate = harness.rates(jit_lookups_of(workload.make(size, DIM, CPU)), 1, rounds, CPU, burst=3)
+            report(case, rate, OPERATOR)
+    if args.cases in (case := "jit_lookup/empty"):
+        harness.progress(case)
+        report(case, harness.rates(empty_lookups(), 100, 30, CPU), EMPTY)
 
 
 if __name__ == "__main__":
