@@ -66,11 +66,12 @@ def test_the_code_blocks_on_jax_towers_run(tmp_path: Path, monkeypatch: pytest.M
 def test_the_code_blocks_of_the_jax_page_run() -> None:
     pytest.importorskip("jax", reason="jax is not installed")
     blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / "jax_led.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 6
     names: dict[str, Any] = {"__name__": "guide"}
     for block in blocks:
         exec(compile(block, "docs/jax_led.md", "exec"), names)
     assert sum(names["losses"][-10:]) < 0.5 * sum(names["losses"][:10])
+    assert names["losses_inside"][-10:].sum() < 0.5 * names["losses_inside"][:10].sum()
     assert names["figures"]["eval"]["auc"] > 0.9
     assert len(names["ranker"].tables[0]) == 9
     assert_near(names["scores"], names["trained"].score(names["asked"])[""])
