@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -314,3 +317,14 @@ def test_optimizers_without_a_rule_are_refused() -> None:
     engine = engine_of(Own)
     with pytest.raises(TypeError, match="Own cannot update tables inside jax.jit"):
         ffi.JitTables(engine, engine.make_optimizer())
+
+
+def test_the_error_without_handlers_says_what_to_install(root: Path) -> None:
+    code = (
+        "import sys; sys.modules['recis_hybrid._xla'] = None\n"
+        "from recis_hybrid import embedding; from recis_hybrid.bridge import ffi\n"
+        "ffi.JitTables(embedding.EmbeddingEngine({'item': embedding.EmbeddingConfig(dim=2)}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert "ImportError: recis_hybrid.bridge.ffi: the XLA handlers recis_hybrid._xla could not" in done.stderr
+    assert "pip install jax pybind11" in done.stderr
