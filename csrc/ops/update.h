@@ -183,25 +183,27 @@ void update_records(Device& device, const Records& records, const GroupedGradien
 }
 
 template <class Device, class Rule>
-void update_rows(const Records& records, const Grouped& gradients, const Rule& rule) {
-  Device device(gradients.unique);
+void update_rows(Device& device, const Records& records, const Grouped& gradients, const Rule& rule) {
   std::vector<GradientSpan> spans;
   const auto grouped = gradients.ref(device, spans, records.dim);
   update_records(device, records, grouped, gradients.sources.numel(), gradients.unique.numel(),
                  aligned16(spans, records.dim), rule);
 }
 
-// Defines the operator of a rule: RECIS_UPDATE(name, (parameters of the rule), rule).
+// Defines the operator of a rule: RECIS_UPDATE(name, (parameters of the rule), rule). The device comes first, because
+// it checks those of the tensors that are read after it.
 #define RECIS_UNPACK(...) __VA_ARGS__
-#define RECIS_UPDATE(NAME, PARAMETERS, RULE)                                                                       \
-  template <class Device>                                                                                          \
-  void NAME(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,    \
-            int64_t state_type, int64_t dim, int64_t step, bool mark_seen, int64_t seed, Tensors gradients,        \
-            const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,               \
-            const std::optional<Tensor>& scales, const std::optional<Tensor>& factor, RECIS_UNPACK PARAMETERS) {   \
-    update_rows<Device>(Records{blocks_ref(blocks, block_shift, meta_offset, record_bytes), type, state_type, dim, \
-                                step, mark_seen, static_cast<uint32_t>(seed)},                                     \
-                        Grouped{gradients, count, unique, offsets, sources, scales, factor}, RULE);                \
+#define RECIS_UPDATE(NAME, PARAMETERS, RULE)                                                                     \
+  template <class Device>                                                                                        \
+  void NAME(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,  \
+            int64_t state_type, int64_t dim, int64_t step, bool mark_seen, int64_t seed, Tensors gradients,      \
+            const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,             \
+            const std::optional<Tensor>& scales, const std::optional<Tensor>& factor, RECIS_UNPACK PARAMETERS) { \
+    Device device(unique);                                                                                       \
+    update_rows(device,                                                                                          \
+                Records{blocks_ref(blocks, block_shift, meta_offset, record_bytes), type, state_type, dim, step, \
+                        mark_seen, static_cast<uint32_t>(seed)},                                                 \
+                Grouped{gradients, count, unique, offsets, sources, scales, factor}, RULE);                      \
   }
 
 inline AdamRule adam_rule(int64_t exp_avg_offset, int64_t exp_avg_sq_offset, double lr, double beta1, double beta2,
