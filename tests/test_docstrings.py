@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from recis_hybrid.features import registry
 from tests.support.docstrings import form_violations
 from tests.support.imports import imports, parse, read_package
 
@@ -33,7 +34,9 @@ PUBLIC = [pytest.param(*pair, marks=of_bridge(pair[0]), id=".".join(pair)) for p
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_examples_run(module: str) -> None:
+def test_examples_run(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # The example of register_op must not register its operation for other tests.
+    monkeypatch.setattr(registry, "_REGISTERED", dict(registry._REGISTERED))
     # Examples may use torch and the public names of their room without importing them.
     room = importlib.import_module(".".join(module.split(".")[:2]))
     known = {"torch": torch} | {name: getattr(room, name) for room_name, name in NAMES if room_name == room.__name__}
