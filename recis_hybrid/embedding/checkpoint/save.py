@@ -72,13 +72,11 @@ class _Source:
     """The records of one logical table, live or copied, and the slots that map ids to them."""
 
     table: HashTable
-    header: Tensor
-    """Header of the slots."""
-    slots: int
+    slots: Tensor
     live: int
     handle: ops.blocks.Blocks
     memory: tuple[Tensor, ...]
-    """Memory that ``handle`` and ``header`` point into, kept alive with them."""
+    """Memory that ``handle`` points into, kept alive with it."""
     device: torch.device
     """Device whose kernels read the records."""
     counts: tuple[dict[str, Tensor], ...]
@@ -99,11 +97,10 @@ def _live_state(tables: Sequence[HashTable], shares: BucketShares | None) -> Par
     sources = [
         _Source(
             table,
-            table.store.id_map.slots.header,
-            len(table.store.id_map.slots),
+            table.store.id_map.slots,
             len(table),
             table.store.blocks.whole(),
-            (*table.store.blocks.blocks, *table.store.id_map.slots.memory),
+            tuple(table.store.blocks.blocks),
             table.device,
             _counts(table),
             _saved_buckets(table, shares, place),
@@ -172,13 +169,13 @@ def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) 
     handle = ops.blocks.Blocks(addresses, *handle[1:])
     if blocks.pinned:
         torch.accelerator.synchronize(table.device)  # the CPU reads what queued kernels still write
-    slots = table.store.id_map.slots
-    parts = [part.view(-1).view(torch.uint8) for part in slots.memory]
-    copied = [memory.take(part.numel(), pinned=pinned) for part in parts]
-    _copy([*pairs, *zip(copied, parts, strict=True)])
-    header = slots.entries_in(copied)
-    copies = (*(target for target, _ in pairs), *copied)
-    return _Source(table, header, len(slots), len(table), handle, copies, _CPU, _counts(table), buckets)
+    flat = table.store.id_map.slots.view(-1).view(torch.uint8)
+    slots = memory.take(flat.numel(), pinned=pinned)
+    _copy([*pairs, (slots, flat)])
+    copies = tuple(target for target, _ in pairs)
+    return _Source(
+        table, slots.view(torch.int64).view(-1, 2), len(table), handle, copies, _CPU, _counts(table), buckets
+    )
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -204,7 +201,7 @@ def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[
     states = dict(split)
     for source in sources:
         table, layout = source.table, source.table.layout
-        entries = list_entries(source.header, source.slots, source.live)
+        entries = list_entries(source.slots, source.live)
         ids, members, rows = entries.ids.cpu(), entries.members.cpu(), entries.rows.cpu()
         counts = members.bincount(minlength=len(table.members)).tolist()
         ordered = ops.id_map.file_order(ids, members, rows, len(table.members))

@@ -135,7 +135,7 @@ class RowStore:
         gathered = out if request.bags.plain and self.blocks.cache is None else None
         self.id_map.count_inserts(sum(request.bags.lengths))
         rows, groups = ops.gather.insert_grouped(
-            self.id_map.slots.header,
+            self.id_map.slots,
             self.id_map.counters,
             self.id_map.free_rows,
             self.blocks.new(),
@@ -313,11 +313,12 @@ class RowStore:
 
     def touched(self, step: int) -> tuple[Tensor, Tensor]:
         """Return ids and member tables, int64 ``[n]`` each, of rows that were looked up or updated after a step."""
-        # Each row's metadata is read once, in memory order, and no slot waits for it.
+        ids, members = torch.empty(2, len(self), dtype=torch.int64, device=self.device).unbind()
+        count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        slots = self.on_blocks(self.id_map.slots)
         marks = torch.empty(self.id_map.row_bound, dtype=torch.uint8, device=self.device)
-        ops.blocks.mark_touched(self.blocks.whole(), step, marks)
-        ids, members = self.id_map.marked(marks.to(self.map_device))
-        return self.on_blocks(ids), self.on_blocks(members)
+        ops.blocks.list_touched(self.blocks.whole(), slots, step, marks, ids, members, count)
+        return ids[: int(count)], members[: int(count)]
 
     def unwanted(self, rule: Eviction, step: int) -> Entries:
         """Return the rows that an eviction rule selects.
