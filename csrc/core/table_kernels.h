@@ -18,14 +18,6 @@ namespace recis {
 
 inline constexpr int64_t kKernelsVersion = 1;
 
-// Where a call runs, and where its temporary memory comes from.
-struct Site {
-  const Pool* pool;                             // CPU
-  void* stream;                                 // CUDA
-  void* (*scratch)(void* self, int64_t bytes);  // CUDA: device memory that lives until the call's kernels have run
-  void* self;
-};
-
 // A table: all that a lookup or an update may know about it.
 struct TableRef {
   IdMapRef map;
@@ -65,11 +57,10 @@ struct GroupsRef {
 struct LookupCall {
   const FeatureCall* features;
   int64_t feature_count;
-  int32_t train;      // whether ids without a row get one, and positions are grouped
-  int32_t sees;       // whether rows are marked as seen, because no update will do it
-  int64_t step;       // the step to mark them with
-  GroupsRef groups;   // of a training lookup
-  const int64_t* go;  // CUDA: [1], 0 to change nothing; null: 1
+  int32_t train;     // whether ids without a row get one, and positions are grouped
+  int32_t sees;      // whether rows are marked as seen, because no update will do it
+  int64_t step;      // the step to mark them with
+  GroupsRef groups;  // of a training lookup
 };
 
 enum class RuleKind : int32_t { kSgd = 0, kMomentum = 1, kAdagrad = 2, kRowwiseAdagrad = 3, kAdam = 4, kAdamW = 5 };
@@ -110,8 +101,8 @@ inline constexpr int64_t kReasonBytes = 256;
 // memory, returns kFailed and writes a sentence to reason [kReasonBytes].
 struct TableKernels {
   int64_t version;
-  Outcome (*lookup)(const Site&, const TableRef&, const LookupCall&, char* reason);
-  Outcome (*update)(const Site&, const TableRef&, const UpdateCall&, char* reason);
+  Outcome (*lookup)(const Pool&, const TableRef&, const LookupCall&, char* reason);
+  Outcome (*update)(const Pool&, const TableRef&, const UpdateCall&, char* reason);
 };
 
 // Calls a function, whose exceptions become kFailed and a reason.

@@ -139,9 +139,9 @@ void insert_call(CpuDevice& device, const TableRef& table, const LookupCall& cal
 
 }  // namespace
 
-Outcome lookup_cpu(const Site& site, const TableRef& table, const LookupCall& call, char* reason) {
+Outcome lookup_cpu(const Pool& pool, const TableRef& table, const LookupCall& call, char* reason) {
   return without_exceptions(reason, [&] {
-    CpuDevice device(*site.pool);
+    CpuDevice device(pool);
     for (int64_t f = 0; f < call.feature_count; ++f) {
       const FeatureCall& feature = call.features[f];
       const int64_t* at = feature.offsets;

@@ -16,8 +16,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
         "t) -> ()");
 }
 
-recis::Outcome recis::update_cpu(const Site& site, const TableRef& table, const UpdateCall& call, char* reason) {
-  return without_exceptions(reason, [&] { return update_call(CpuDevice(*site.pool), table, call); });
+recis::Outcome recis::update_cpu(const Pool& pool, const TableRef& table, const UpdateCall& call, char* reason) {
+  return without_exceptions(reason, [&] { return update_call(CpuDevice(pool), table, call); });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_update<recis::CpuDevice>(m); }

@@ -111,7 +111,7 @@ ffi::Error lookup(ffi::ThreadPool threads, int64_t number, int64_t table_number,
   call.step = table.step + 1;
   if (train) call.groups = Context::groups(words, positions, scaled != 0);
   char reason[kReasonBytes] = "";
-  const Outcome outcome = cpu_kernels->lookup(Site{&pool, nullptr, nullptr, nullptr}, table.ref, call, reason);
+  const Outcome outcome = cpu_kernels->lookup(pool, table.ref, call, reason);
   if (outcome == Outcome::kDone) {
     if (train) {
       words[0] = ++table.last_lookup;
@@ -163,7 +163,7 @@ ffi::Error update(ffi::ThreadPool threads, int64_t number, int64_t table_number,
   call.mark_seen = table.unseen.erase(words[0]) != 0;
   call.seed = table.rounding_seed();
   char reason[kReasonBytes] = "";
-  if (cpu_kernels->update(Site{&pool, nullptr, nullptr, nullptr}, table.ref, call, reason) == Outcome::kDone) {
+  if (cpu_kernels->update(pool, table.ref, call, reason) == Outcome::kDone) {
     ++table.t;
     ++table.step;
   } else {
