@@ -8,7 +8,7 @@ from typing import Any
 import hypothesis
 import torch
 from hypothesis import Phase
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.support.near import assert_near, magnitude
 
@@ -16,6 +16,19 @@ RELATIVE = 1e-4
 """Largest difference of hidden states and gradients in float32, relative to the largest in a row."""
 ALLOWED = RELATIVE / torch.finfo(torch.float32).eps
 """The same in roundings, for ``assert_near``."""
+
+
+class Regression(nn.Module):
+    """A linear layer over the embeddings ``[B, 16]`` of a tower, for batches with token ids "ids"."""
+
+    def __init__(self, tower: nn.Module) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.tower, self.head = tower, nn.Linear(16, 1)
+
+    def forward(self, batch: Any) -> Tensor:
+        """Return ``[B]``, float32."""
+        return self.head(self.tower(batch["ids"]).float())[:, 0]  # type: ignore[no-any-return]
 
 
 def few(examples: int) -> hypothesis.settings:

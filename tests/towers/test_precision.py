@@ -14,7 +14,7 @@ from recis_hybrid.pipelines import TorchStep
 from recis_hybrid.saver import Saver
 from recis_hybrid.towers import HfTower, add_lora, hf_tower
 from tests.support.near import assert_near
-from tests.support.pretrained import model_of
+from tests.support.pretrained import Regression, model_of
 
 pytestmark = [pytest.mark.jax, pytest.mark.usefixtures("compiled_once")]
 pytest.importorskip("jax")
@@ -123,18 +123,8 @@ def test_compiled_towers_follow_autocast(folders: dict[str, Path]) -> None:
     assert not torch.equal(plain, expected)
 
 
-class Model(nn.Module):
-    def __init__(self, tower: HfTower) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.tower, self.head = tower, nn.Linear(16, 1)
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.head(self.tower(batch["ids"]).float())[:, 0]  # type: ignore[no-any-return]
-
-
 def step_of(path: Path, framework: Any, precision: Any, dtype: torch.dtype) -> TorchStep:
-    model = Model(tower_of(path, framework, pool="mean", dtype=dtype))
+    model = Regression(tower_of(path, framework, pool="mean", dtype=dtype))
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=0.01)
     return TorchStep(model, nn.functional.mse_loss, [optimizer], precision=precision, clip_grad_norm=1.0)
 

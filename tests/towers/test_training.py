@@ -13,7 +13,7 @@ from recis_hybrid.metrics import MSE
 from recis_hybrid.pipelines import EMA, Evaluate, TorchStep, Train, Trainer
 from recis_hybrid.towers import HfTower, hf_tower, param_groups, select
 from tests.support.near import assert_near
-from tests.support.pretrained import model_of
+from tests.support.pretrained import Regression, model_of
 
 pytestmark = pytest.mark.jax
 pytest.importorskip("jax")
@@ -40,16 +40,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def tower_of(base: Path, framework: Any, rows: int, **options: Any) -> HfTower:
     return hf_tower(base, framework, classes={"batch": [rows], "length": [6]}, **options)
-
-
-class Model(nn.Module):
-    def __init__(self, tower: HfTower) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.tower, self.head = tower, nn.Linear(16, 1)
-
-    def forward(self, batch: Any) -> Tensor:
-        return self.head(self.tower(batch["ids"]))[:, 0]  # type: ignore[no-any-return]
 
 
 def without_dropout(tower: HfTower) -> HfTower:
@@ -103,7 +93,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(base: Path, framewor
     whole = {name: torch.cat([half[name] for half in halves]) for name in halves[0]}
     found = []
     for batches, rows in ((halves, 4), ([whole], 8)):
-        model = Model(without_dropout(tower_of(base, framework, rows, pool="cls")))
+        model = Regression(without_dropout(tower_of(base, framework, rows, pool="cls")))
         step = TorchStep(model, nn.functional.mse_loss, [torch.optim.SGD(model.parameters(), lr=0.0)])
         step(*batches)
         found.append(gradients_of(model))
@@ -112,7 +102,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(base: Path, framewor
 
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_a_trainer_unfreezes_layers_with_their_learning_rates(base: Path, framework: Any) -> None:
-    model = Model(tower_of(base, framework, 4, pool="mean", freeze=True))
+    model = Regression(tower_of(base, framework, 4, pool="mean", freeze=True))
     groups = param_groups(model, {"tower.*": {"lr": 0.01}}, layer_decay=0.5)
     assert [group.get("lr") for group in groups] == [0.01 * 0.5**height for height in (5, 4, 3, 2, 1, 0)] + [None]
     top = select(model, "tower.*.layer.3.*")
