@@ -75,7 +75,7 @@ class JitTables:
         """For each table, True if updates change it."""
         for table, trained in zip(engine.tables, self.trained, strict=True):
             if trained:
-                optimizer.rule(table.anchor)  # raises if there is none
+                optimizer.rule(table.anchor)  # raises TypeError if it has no rule for use inside jit
         self._native = handlers()
         self._chain = self._native.Chain(len(engine.tables))
         self._lent = False
