@@ -20,6 +20,7 @@ from recis_hybrid.embedding import (
     EmbeddingEngine,
     MinFrequency,
     Normal,
+    OptimizerSpec,
     Unused,
     dense_parameters,
 )
@@ -90,13 +91,12 @@ def step_of(config: Config) -> TorchStep:
     """Return a training step with a new model of a configuration."""
     seed_everything(config.seed)
     model = ConfigModel(config, _engine(config)).to(config.train.device)
-    kind = SPARSE[config.optimizer.sparse]
     return _step(
         config,
         model,
         {
             "dense": torch.optim.Adam(dense_parameters(model), lr=config.optimizer.dense_lr),
-            "sparse": kind(model.engine.parameters(), lr=config.optimizer.sparse_lr),
+            "sparse": SPARSE[config.optimizer.sparse](model.engine.parameters(), lr=config.optimizer.sparse_lr),
         },
     )
 
@@ -155,6 +155,8 @@ def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
                 combiner=feature.combiner,
                 initializer=Normal(0.0, feature.std),
                 trainable=trainable,
+                optimizer=_own_optimizer(config, feature),
+                optimizer_overrides=None if feature.lr is None else {"lr": feature.lr},
                 admission=MinFrequency(feature.min_frequency) if feature.min_frequency and trainable else None,
             )
             for name, feature in config.features.items()
@@ -166,6 +168,13 @@ def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
         return EmbeddingEngine(embeddings, optimizer=sparse, seed=config.seed, device=config.train.device)
     except (TypeError, ValueError) as error:
         raise error if isinstance(error, ConfigError) else ConfigError(f"features: {error}") from error
+
+
+def _own_optimizer(config: Config, feature: FeatureConfig) -> OptimizerSpec | None:
+    if feature.optimizer is None:
+        return None
+    spec: OptimizerSpec = SPARSE[feature.optimizer].spec(lr=config.optimizer.sparse_lr)
+    return spec
 
 
 def features_of(config: Config) -> list[Feature]:

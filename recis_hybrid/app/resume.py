@@ -30,8 +30,9 @@ _FIXED = {
     "model.batch_norm": "it changes the model",
     "optimizer.sparse": "tables hold the state of the previous optimizer",
 }
-_CHANGEABLE_OF_FEATURES = ("min_frequency", "std")
-"""Keys of a feature that may change, because they affect only new ids."""
+_CHANGEABLE_OF_FEATURES = ("min_frequency", "std", "lr")
+"""Keys of a feature that may change, because they affect only new ids or steps."""
+_FIXED_OF_FEATURES = {"optimizer": _FIXED["optimizer.sparse"]}
 
 Changes = Mapping[str, tuple[Any, Any]]
 """Old and new value by key."""
@@ -65,7 +66,9 @@ def allowed_changes(recorded: Config, config: Config) -> dict[str, tuple[Any, An
         name = key.rpartition(".")[2]
         if key.startswith("features."):
             allowed = name in _CHANGEABLE_OF_FEATURES and key in before and key in after
-            reason = None if allowed else "it changes the model"
+            reason = None if allowed else _FIXED_OF_FEATURES.get(name, "it changes the model")
+            if name == "lr" and allowed and (old is None) != (new is None):
+                reason = "tables with a learning rate of their own have separate parameter groups"
         elif key in ("data.evaluate", "train.evict_unused"):
             reason = "it changes the sequence of stages" if (old is None) != (new is None) else None
         elif key == "model.dropout":
@@ -144,11 +147,17 @@ class RunRecord(Callback):
 
     def before_fit(self, trainer: Run) -> None:
         """Replace the checkpoint's learning rates with the configuration's."""
-        rates = {"dense": self.config.optimizer.dense_lr, "sparse": self.config.optimizer.sparse_lr}
+        features, rates = self.config.features, self.config.optimizer
+        of_tables = {each.table or name: each.lr for name, each in features.items() if each.lr is not None}
         for name, part in trainer.parts().items():
-            if isinstance(part, torch.optim.Optimizer) and name in rates:
-                for group in part.param_groups:
-                    group["lr"] = rates[name]
+            if not isinstance(part, torch.optim.Optimizer):
+                continue
+            for group in part.param_groups:
+                if name == "sparse":  # a group has one table, or several without learning rates of their own
+                    table = group["params"][0].table.members[0].name
+                    group["lr"] = of_tables.get(table, rates.sparse_lr)
+                elif name == "dense":
+                    group["lr"] = rates.dense_lr
 
     def before_step(self, trainer: Run, batches: Sequence[Batch]) -> None:
         """Record the configuration before the first step that uses it."""

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission
 from recis_hybrid.embedding.initializers import Initializer, Normal
+from recis_hybrid.embedding.optimizer import OptimizerSpec
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.validation import check_choice, check_flag, check_integer, check_method, check_type, describe_value
 
@@ -23,6 +24,7 @@ TABLE_SETTINGS = (
     "initializer",
     "admission",
     "trainable",
+    "optimizer",
     "optimizer_overrides",
     "placement",
     "sharding",
@@ -66,6 +68,10 @@ class EmbeddingConfig:
     """Rule for which ids get a row; None: every id that occurs in training."""
     trainable: bool = True
     """False makes the table read-only: nothing is inserted, it takes no gradients, and rows have no optimizer state."""
+    optimizer: type[Any] | OptimizerSpec | None = None
+    """Optimizer of this table, e.g. ``optim.RowwiseAdagrad`` or ``optim.Adagrad.spec(lr=0.1)``; None: that of the
+    engine. Its hyperparameters are those of the spec, and otherwise the class's defaults. Any optimizer that is built
+    over the engine's tables updates this one by this rule, in a parameter group of its own."""
     optimizer_overrides: Mapping[str, float | tuple[float, float]] | None = None
     """Hyperparameters of the optimizer for this table only, e.g. ``{"lr": 0.1}``."""
     placement: Placement | None = None
@@ -117,12 +123,18 @@ class EmbeddingConfig:
         check_method(where, "initializer", self.initializer, "draw", "Constant(0.5)")
         if self.admission is not None:
             check_method(where, "admission", self.admission, "gate", "MinFrequency(3)")
+        object.__setattr__(self, "optimizer", OptimizerSpec.of(where, self.optimizer))
         overrides, placement = self.optimizer_overrides, self.placement
         if overrides is not None:
             check_type(where, "optimizer_overrides", overrides, Mapping, "a mapping, e.g. {'lr': 0.1}, or None")
         if placement is not None:
             expected = "a Placement, e.g. Placement(id_map='cpu', blocks='cpu'), or None"
             check_type(where, "placement", placement, Placement, expected)
+
+    @property
+    def optimizer_spec(self) -> OptimizerSpec | None:
+        """The table's own optimizer; None if it has none, or is not trained."""
+        return OptimizerSpec.of("EmbeddingConfig", self.optimizer) if self.trainable else None
 
     @property
     def width(self) -> int:

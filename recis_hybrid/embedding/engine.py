@@ -86,9 +86,9 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         configs: Configs by feature name, which is the name of the feature's column in the batch.
         optimizer: The optimizer that trains the tables; it determines the optimizer state of rows. A class of
             ``recis_hybrid.optim``, e.g. ``optim.Adam``, or one with hyperparameters, e.g.
-            ``optim.SGD.spec(momentum=0.9)``; :meth:`make_optimizer` builds it. None: rows only keep embeddings, which
-            is enough for lookups, evaluation and serving, and for optimizers without state, e.g.
-            ``optim.SGD(engine.parameters(), lr=0.1)``.
+            ``optim.SGD.spec(momentum=0.9)``; :meth:`make_optimizer` builds it. A config's ``optimizer`` replaces it for
+            one table. None: rows only keep embeddings, which is enough for lookups, evaluation and serving, and for
+            optimizers without state, e.g. ``optim.SGD(engine.parameters(), lr=0.1)``.
         seed: Seed of stochastic rounding and of the rows' first values, which depend only on the seed, the table's name
             and the id.
         device: Device of the outputs, and of tables without a ``placement``.
@@ -148,8 +148,8 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
     ) -> None:
         super().__init__()
         check_configs(configs)
-        self.optimizer_spec = OptimizerSpec.of(optimizer)
-        """The optimizer whose state rows keep; None: rows keep no optimizer state."""
+        self.optimizer_spec = OptimizerSpec.of("EmbeddingEngine", optimizer)
+        """The optimizer whose state rows keep, except in tables with their own; None: rows keep no optimizer state."""
         seed = check_integer("EmbeddingEngine", "seed", seed)
         for name, flag in (("coalesce", coalesce), ("deduplicate", deduplicate), ("pass_through", pass_through)):
             check_flag("EmbeddingEngine", name, flag)
@@ -188,14 +188,17 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
     def make_optimizer(self, **hyperparameters: Any) -> Any:
         """Build the optimizer that the engine was built for, with the engine's tables as parameters.
 
-        For an engine with ``optimizer=optim.Adam``, it is ``optim.Adam(engine.parameters(), **hyperparameters)``.
+        For an engine with ``optimizer=optim.Adam``, it is ``optim.Adam(engine.parameters(), **hyperparameters)``. A
+        table whose config has an ``optimizer`` of its own is updated by that one, in its own parameter group, so that
+        one ``step()``, one schedule and one part of a checkpoint serve all tables.
 
         Args:
             **hyperparameters: Arguments of the optimizer, e.g. ``lr=0.01``; they take precedence over those of
-                ``optim.Adam.spec(...)``.
+                ``optim.Adam.spec(...)``. They do not apply to tables with an optimizer of their own.
 
         Raises:
-            RuntimeError: If the engine was built without an optimizer.
+            RuntimeError: If the engine was built without an optimizer, and a trained table has none of its own.
+            TypeError: If there are hyperparameters, but every trained table has an optimizer of its own.
 
         Example:
             >>> from recis_hybrid import optim
@@ -203,11 +206,19 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             >>> engine.make_optimizer(lr=0.01).param_groups[0]["lr"]
             0.01
         """
-        spec = self.optimizer_spec
+        trained = [table for table in self.tables if not table.read_only]
+        own = [table.optimizer for table in trained if table.optimizer is not None]
+        only_own = 0 < len(own) == len(trained)
+        spec = own[0] if only_own and self.optimizer_spec is None else self.optimizer_spec
         if spec is None:
             raise RuntimeError(
                 "make_optimizer: the engine was built without an optimizer; build it with "
                 "EmbeddingEngine(..., optimizer=optim.Adam) or another optimizer of recis_hybrid.optim"
+            )
+        if only_own and hyperparameters:
+            raise TypeError(
+                f"make_optimizer: {sorted(hyperparameters)} would apply to no table, because every trained table has "
+                f"an optimizer of its own; set them in EmbeddingConfig, e.g. optimizer=optim.Adam.spec(lr=0.1)"
             )
         return spec.make(self.parameters(), **{**spec.hyperparameters, **hyperparameters})
 
@@ -246,7 +257,7 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             admission=config.admission,
             read_only=not config.trainable,
         )
-        table.overrides = dict(config.optimizer_overrides or {})
+        table.optimizer, table.overrides = config.optimizer_spec, dict(config.optimizer_overrides or {})
         return table
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:

@@ -36,9 +36,19 @@ class OptimizerSpec:
     def __post_init__(self) -> None:
         object.__setattr__(self, "row_state", check_state_fields("OptimizerSpec: row_state", self.row_state))
 
+    @property
+    def key(self) -> tuple[object, ...]:
+        """A hashable value that is equal for equal specs."""
+        settings = {name: tuple(v) if isinstance(v, list) else v for name, v in self.hyperparameters.items()}
+        return (self.make, self.row_state, tuple(sorted(settings.items())))
+
     @staticmethod
-    def of(optimizer: object) -> OptimizerSpec | None:
+    def of(where: str, optimizer: object) -> OptimizerSpec | None:
         """Return the spec of an optimizer class; return a spec or None unchanged.
+
+        Args:
+            where: The caller, for messages.
+            optimizer: A class, a spec or None.
 
         Raises:
             TypeError: If the argument is none of these.
@@ -49,7 +59,7 @@ class OptimizerSpec:
             return OptimizerSpec(optimizer, row_state())
         got = optimizer.__qualname__ if isinstance(optimizer, type) else describe_value(optimizer)
         raise TypeError(
-            f"EmbeddingEngine: optimizer must be an optimizer class of recis_hybrid.optim, e.g. optim.Adam, one with "
+            f"{where}: optimizer must be an optimizer class of recis_hybrid.optim, e.g. optim.Adam, one with "
             f"hyperparameters, e.g. optim.SGD.spec(momentum=0.9), or None, got {got}"
         )
 

@@ -26,7 +26,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     ``step()`` reduces the pending gradients of each table once, and updates each record in the same pass. Every table
     does a step, with or without gradients, so that step counts do not depend on coalescing. Unless its state is loaded,
     an optimizer continues from a table's step count, to which the moments in the table's rows belong. A table whose
-    config has ``optimizer_overrides`` gets its own parameter group.
+    config has ``optimizer_overrides`` gets its own parameter group. So does a table whose config has an ``optimizer``
+    of its own: the group's ``optimizer`` names the class, whose rule, state and hyperparameters the table has.
     """
 
     checkpoint_kind = "optimizer"
@@ -55,7 +56,7 @@ class SparseOptimizer(torch.optim.Optimizer):
             ['momentum_buffer']
         """
         of_state = set(inspect.signature(cls.row_state).parameters)
-        of_class = set(inspect.signature(cls).parameters) - {"params"}
+        of_class = set(cls._defaults())
         unknown = sorted(set(hyperparameters) - of_state - of_class)
         if unknown:
             raise TypeError(
@@ -66,28 +67,64 @@ class SparseOptimizer(torch.optim.Optimizer):
         return OptimizerSpec(cls, row_state, arguments)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group of tables; each table with ``optimizer_overrides`` gets its own group.
+        """Add a group of tables; each table with ``optimizer`` or ``optimizer_overrides`` gets its own group.
 
         Raises:
-            TypeError: If a parameter is not a table's anchor.
-            ValueError: If a hyperparameter is out of range, or the rows lack the state that this optimizer needs.
+            TypeError: If a parameter is not a table's anchor, or a table's optimizer is not one of this package.
+            ValueError: If a hyperparameter is out of range or unknown to a table's optimizer, or the rows lack the
+                state that it needs.
         """
-        for group in _split(type(self).__name__, param_group, self.defaults):
+        for group in _split(type(self), param_group, self.defaults):
+            kind = _kind_of(type(self), group["params"][0])
             merged = {**self.defaults, **group}
-            self._check(merged)
+            kind._check(merged)
             for anchor in merged["params"]:
-                self._check_layout(anchor, merged)
+                kind._check_layout(anchor, merged)
             super().add_param_group(group)
+            if "optimizer" in group:  # torch has added this class's hyperparameters
+                for name in self.defaults.keys() - kind._defaults().keys():
+                    del group[name]
 
-    def _check_layout(self, anchor: Anchor, group: dict[str, Any]) -> None:
-        optimizer, layout = type(self).__name__, anchor.table.layout
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` returned.
+
+        Raises:
+            ValueError: If the tables of a group had another optimizer of their own, or the groups differ otherwise.
+        """
+        kinds = [
+            [group.get("optimizer") for group in groups] for groups in (state_dict["param_groups"], self.param_groups)
+        ]
+        for number, (saved, own) in enumerate(zip(*kinds, strict=False)):
+            if saved != own:
+                name = type(self).__name__
+                raise ValueError(
+                    f"{name}: parameter group {number} has the optimizer {own or name}, the state_dict has "
+                    f"{saved or 'none of its own'}; build the engine with the optimizers that were saved"
+                )
+        super().load_state_dict(state_dict)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.param_groups = [_Group(group) if "optimizer" in group else group for group in self.param_groups]
+
+    @classmethod
+    def _defaults(cls) -> dict[str, Any]:
+        """Return the default hyperparameters of the class."""
+        parameters = inspect.signature(cls).parameters
+        return {name: parameter.default for name, parameter in parameters.items() if name != "params"}
+
+    @classmethod
+    def _check_layout(cls, anchor: Anchor, group: dict[str, Any]) -> None:
+        layout = anchor.table.layout
         available = {field.name: (layout.width(field.name), layout.part_dtype(field.name)) for field in layout.state}
-        fields = self._needed(group)
+        fields = cls._needed(group)
         required = {field.name: (field.width or layout.dim, field.dtype or layout.state_dtype) for field in fields}
         if not anchor.table.read_only and any(available.get(name) != form for name, form in required.items()):
+            owner = "EmbeddingEngine" if anchor.table.optimizer is None else "EmbeddingConfig"
             raise ValueError(
-                f"{optimizer} needs {required} in every row, but the engine was built with {available}: "
-                f"build it with EmbeddingEngine(..., optimizer=optim.{optimizer}{self._spec_call(group)})"
+                f"{cls.__name__} needs {required} in every row of the table {anchor.table.name}, but the engine was "
+                f"built with {available}: build it with {owner}(..., optimizer=optim.{cls.__name__}"
+                f"{cls._spec_call(group)})"
             )
 
     @staticmethod
@@ -105,9 +142,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Return source text of the call to ``spec`` that these hyperparameters need; empty if the class suffices."""
         return ""
 
+    @staticmethod
     @abstractmethod
     def _update(
-        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+        table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
         """Apply the gradients of one step to a table; ``step`` counts from 1."""
 
@@ -190,12 +228,18 @@ class SparseOptimizer(torch.optim.Optimizer):
         """Return the rule of the next steps on a table as plain data, and the number of steps done.
 
         Raises:
-            TypeError: If the optimizer cannot be written as such a rule.
+            TypeError: If the table's optimizer cannot be written as such a rule.
             ValueError: If the table is not among the optimizer's parameters.
         """
         self.check_tables([anchor])
-        table = anchor.table  # type: ignore[attr-defined]
-        return self._rule(table, self._group_of(anchor)), self.state[anchor].get("step", table.step)
+        kind, table = _kind_of(type(self), anchor), anchor.table  # type: ignore[attr-defined]
+        rule = kind._rule(table, self._group_of(anchor))
+        if rule is None:
+            raise TypeError(
+                f"{kind.__name__} cannot update tables inside jax.jit; use an optimizer of recis_hybrid.optim, "
+                "or bridge.jax_led.JaxTables outside jit"
+            )
+        return rule, self.state[anchor].get("step", table.step)
 
     def count_steps(self, anchor: Tensor, steps: int) -> None:
         """Count steps that another program has done on a table by :meth:`rule`."""
@@ -204,11 +248,10 @@ class SparseOptimizer(torch.optim.Optimizer):
             state["step"] = state.get("step", table.step) + steps
             table.step += steps
 
-    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
-        raise TypeError(
-            f"{type(self).__name__} cannot update tables inside jax.jit; use an optimizer of recis_hybrid.optim, "
-            "or bridge.jax_led.JaxTables outside jit"
-        )
+    @staticmethod
+    def _rule(table: HashTable, group: dict[str, Any]) -> ops.update.Rule | None:
+        """Return the rule of a table as plain data; None if there is none."""
+        return None
 
     def _group_of(self, anchor: Tensor) -> dict[str, Any]:
         group = next((g for g in self.param_groups if any(p is anchor for p in g["params"])), None)
@@ -244,7 +287,7 @@ class SparseOptimizer(torch.optim.Optimizer):
         step = state.get("step", table.step) + 1
         if gradients is not None:
             records, gradients = table.records(gradients)
-            self._update(table, records, gradients, group, step)
+            _kind_of(type(self), anchor)._update(table, records, gradients, group, step)
         state["step"] = step
         table.step += 1
 
@@ -258,8 +301,26 @@ def _groups(owner: str, params: Iterable[Any]) -> list[dict[str, Any]]:
     return groups if groups and isinstance(groups[0], dict) else [{"params": groups}]
 
 
-def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
-    """Split a parameter group: a separate group for each table with ``optimizer_overrides``."""
+class _Group(dict[str, Any]):
+    """The parameter group of a table with an optimizer of its own."""
+
+    def __missing__(self, key: str) -> Any:
+        """Raise KeyError for a hyperparameter, such as the momentum that some schedules set."""
+        raise KeyError(
+            f"{self['optimizer']}, the optimizer of the table {self['params'][0].table.name}, has no {key!r}; use a "
+            f"schedule of the learning rate only, e.g. with cycle_momentum=False"
+        )
+
+
+def _kind_of(default: type[SparseOptimizer], anchor: Any) -> type[SparseOptimizer]:
+    """Return the optimizer class of a table: that of its config, or the default."""
+    spec = anchor.table.optimizer
+    return default if spec is None else spec.make
+
+
+def _split(kind: type[SparseOptimizer], group: dict[str, Any], defaults: dict[str, Any]) -> list[dict[str, Any]]:
+    """Split a parameter group: a separate group for each table with ``optimizer`` or ``optimizer_overrides``."""
+    owner = kind.__name__
     if "params" not in group:
         raise ValueError(
             f"{owner}: a parameter group must have 'params', e.g. engine.parameters(), got {sorted(group)}"
@@ -273,18 +334,53 @@ def _split(owner: str, group: dict[str, Any], defaults: dict[str, Any]) -> list[
                 f"{owner}: parameter {number} ({got}) is not an embedding table's anchor; "
                 f"pass engine.parameters() here, and embedding.dense_parameters(model) to torch.optim"
             )
-        unknown = sorted(set(anchor.table.overrides) - set(defaults))
-        if unknown:
-            names = ", ".join(member.name for member in anchor.table.members)
-            raise ValueError(
-                f"{owner} has no hyperparameter {unknown}, which the config of the table {names} sets; "
-                f"it has {sorted(defaults)}"
-            )
-    common = [anchor for anchor in anchors if not anchor.table.overrides]
+    common = [anchor for anchor in anchors if not anchor.table.overrides and anchor.table.optimizer is None]
     result = [{**group, "params": common}] if common else []
-    return result + [
-        {**group, **anchor.table.overrides, "params": [anchor]} for anchor in anchors if anchor.table.overrides
-    ]
+    for anchor in anchors:
+        spec, overrides = anchor.table.optimizer, anchor.table.overrides
+        if spec is not None:
+            result.append(_own_group(anchor, group, defaults))
+        elif overrides:
+            _refuse_unknown(owner, anchor, overrides, defaults)
+            result.append({**group, **overrides, "params": [anchor]})
+    return result
+
+
+def _own_group(anchor: Anchor, group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return the group of a table with an optimizer of its own.
+
+    Args:
+        anchor: The table's anchor.
+        group: The group that the caller passed; what it sets explicitly takes precedence over the class's defaults.
+        defaults: Hyperparameters of the optimizer that the caller builds, which do not apply to the table.
+    """
+    table = anchor.table
+    assert table.optimizer is not None
+    kind = table.optimizer.make
+    if not isinstance(kind, type) or not issubclass(kind, SparseOptimizer):
+        raise TypeError(
+            f"the table {table.name}: EmbeddingConfig(optimizer=) must be an optimizer of recis_hybrid.optim, got "
+            f"{describe_value(kind)}"
+        )
+    own = kind._defaults()
+    _refuse_unknown(kind.__name__, anchor, table.overrides, own)
+    foreign = sorted((group.keys() & defaults.keys()) - own.keys())
+    if foreign:
+        raise ValueError(
+            f"the table {table.name} has the optimizer {kind.__name__}, which has no hyperparameter {foreign}, but its "
+            f"parameter group sets it; pass the table in another group, or set EmbeddingConfig(optimizer=)"
+        )
+    settings = {**own, **group, **table.optimizer.hyperparameters, **table.overrides}
+    return _Group({**settings, "optimizer": kind.__name__, "params": [anchor]})
+
+
+def _refuse_unknown(owner: str, anchor: Anchor, overrides: dict[str, Any], known: dict[str, Any]) -> None:
+    unknown = sorted(set(overrides) - set(known))
+    if unknown:
+        raise ValueError(
+            f"{owner} has no hyperparameter {unknown}, which the config of the table {anchor.table.name} sets; "
+            f"it has {sorted(known)}"
+        )
 
 
 def check_positive(owner: str, **values: float) -> None:

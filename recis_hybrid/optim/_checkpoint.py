@@ -43,15 +43,28 @@ class OptimizerLoader:
         """Reasons why the state cannot be loaded."""
         self.changes: list[str] = []
         """Always empty: the state is loaded exactly as it was saved."""
-        name, found = type(optimizer).__name__, saved.meta.get("class")
-        if found != name:
-            self.differences.append(f"optimizer: checkpoint {found}, live object {name}")
+        self._compare_classes(saved.meta.get("class"))
         live = {member for group in optimizer.param_groups for member in _members(group)}
         for table in sorted(live ^ self._tables.keys()):
             where = "checkpoint" if table in self._tables else "live object"
             self.differences.append(f"table {table!r} is in the {where} only")
         for group in optimizer.param_groups:
             self._compare(sorted(_members(group) & self._tables.keys()))
+
+    def _compare_classes(self, default: JSON) -> None:
+        """Check that each table was saved with the optimizer that it has."""
+        name = type(self._optimizer).__name__
+        groups = self._optimizer.param_groups
+        live = {member: group.get("optimizer", name) for group in groups for member in _members(group)}
+        saved = {member: self._groups[group].get("optimizer", default) for member, (group, _) in self._tables.items()}
+        if default != name and not any("optimizer" in group for group in (*groups, *self._groups)):
+            self.differences.append(f"optimizer: checkpoint {default}, live object {name}")
+            return
+        self.differences += [
+            f"table {table!r}, optimizer: checkpoint {saved[table]}, live object {live[table]}"
+            for table in sorted(live.keys() & saved.keys())
+            if saved[table] != live[table]
+        ]
 
     def _compare(self, members: list[str]) -> None:
         """Check that tables that share a group in the optimizer were saved with the same hyperparameters."""

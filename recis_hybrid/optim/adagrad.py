@@ -48,12 +48,14 @@ class Adagrad(SparseOptimizer):
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return Adagrad.row_state()
 
-    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+    @staticmethod
+    def _rule(table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
         offsets = [table.layout.offset("sum")]
         return ops.update.Rule(ops.update.RULES["adagrad"], offsets, group["lr"], eps=group["eps"])
 
+    @staticmethod
     def _update(
-        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+        table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
         offset = table.layout.offset("sum")
         ops.update.adagrad_update(records, gradients, sum_offset=offset, lr=group["lr"], eps=group["eps"])
@@ -97,12 +99,14 @@ class RowwiseAdagrad(SparseOptimizer):
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return RowwiseAdagrad.row_state()
 
-    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+    @staticmethod
+    def _rule(table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
         offsets = [table.layout.offset("sum")]
         return ops.update.Rule(ops.update.RULES["rowwise_adagrad"], offsets, group["lr"], eps=group["eps"])
 
+    @staticmethod
     def _update(
-        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+        table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
         offset = table.layout.offset("sum")
         ops.update.rowwise_adagrad_update(records, gradients, sum_offset=offset, lr=group["lr"], eps=group["eps"])

@@ -54,11 +54,13 @@ class Adam(SparseOptimizer):
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return _MOMENTS
 
-    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+    @staticmethod
+    def _rule(table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
         return _adam_rule("adam", table, group)
 
+    @staticmethod
     def _update(
-        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+        table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
         _adam(table, records, gradients, group, step, eps=group["eps"], decay=1.0)
 
@@ -112,12 +114,14 @@ class AdamW(SparseOptimizer):
     def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
         return _MOMENTS
 
-    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+    @staticmethod
+    def _rule(table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
         rule = _adam_rule("adamw", table, group)
         return rule._replace(weight_decay=group["weight_decay"])
 
+    @staticmethod
     def _update(
-        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+        table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
         eps = group["eps"] * (1 - group["betas"][1] ** step) ** 0.5
         _adam(table, records, gradients, group, step, eps=eps, decay=1 - group["lr"] * group["weight_decay"])

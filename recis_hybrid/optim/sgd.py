@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from typing import Any
+from weakref import WeakSet
 
 from recis_hybrid import ops
 from recis_hybrid.embedding import HashTable, StateField
@@ -35,8 +36,6 @@ class SGD(SparseOptimizer):
         Sutskever, Martens, Dahl, Hinton: On the importance of initialization and momentum in deep learning. ICML 2013.
     """
 
-    _has_warned = False
-
     def __init__(self, params: Iterable[Any], lr: float = 1e-2, momentum: float = 0.0) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum})
 
@@ -60,10 +59,11 @@ class SGD(SparseOptimizer):
     def _spec_call(group: dict[str, Any]) -> str:
         return f".spec(momentum={group['momentum']})" if group["momentum"] > 0 else ""
 
+    @staticmethod
     def _update(
-        self, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+        table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
-        if group["momentum"] > 0 and self._has_buffer(table, group["momentum"]):
+        if group["momentum"] > 0 and _has_buffer(table, group["momentum"]):
             offset = table.layout.offset("momentum_buffer")
             ops.update.momentum_update(
                 records, gradients, buffer_offset=offset, lr=group["lr"], momentum=group["momentum"]
@@ -71,21 +71,28 @@ class SGD(SparseOptimizer):
         else:
             ops.update.sgd_update(records, gradients, lr=group["lr"])
 
-    def _rule(self, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
-        if group["momentum"] > 0 and self._has_buffer(table, group["momentum"]):
+    @staticmethod
+    def _rule(table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+        if group["momentum"] > 0 and _has_buffer(table, group["momentum"]):
             offsets = [table.layout.offset("momentum_buffer")]
             return ops.update.Rule(ops.update.RULES["momentum"], offsets, group["lr"], (group["momentum"], 0.0))
         return ops.update.Rule(ops.update.RULES["sgd"], [], group["lr"])
 
-    def _has_buffer(self, table: HashTable, momentum: float) -> bool:
-        """Return whether rows have a momentum buffer; if not, warn once: a schedule must have set the momentum."""
-        if any(field.name == "momentum_buffer" for field in table.layout.state):
-            return True
-        if not self._has_warned:
-            self._has_warned = True
-            warnings.warn(
-                f"SGD: rows have no momentum_buffer, so the momentum {momentum:g} set by a schedule is ignored; build "
-                f"the engine with optimizer=optim.SGD.spec(momentum=0.9), or the schedule with cycle_momentum=False",
-                stacklevel=4,
-            )
-        return False
+
+_warned: WeakSet[HashTable] = WeakSet()
+"""Tables of which :func:`_has_buffer` has warned."""
+
+
+def _has_buffer(table: HashTable, momentum: float) -> bool:
+    """Return whether rows have a momentum buffer; if not, warn once: a schedule must have set the momentum."""
+    if any(field.name == "momentum_buffer" for field in table.layout.state):
+        return True
+    if table not in _warned:
+        _warned.add(table)
+        warnings.warn(
+            f"SGD: rows of the table {table.name} have no momentum_buffer, so the momentum {momentum:g} set by a "
+            f"schedule is ignored; build the engine with optimizer=optim.SGD.spec(momentum=0.9), or the schedule with "
+            f"cycle_momentum=False",
+            stacklevel=4,
+        )
+    return False

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from recis_hybrid.app import cli, load_run
+from recis_hybrid.app.build import trainer_of
 from recis_hybrid.app.config import Config, ConfigError, load_config
 from recis_hybrid.app.config.keys import describe_keys
 from recis_hybrid.app.resume import allowed_changes
@@ -45,6 +46,8 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "features.NAME.table": ("shared", False),
     "features.NAME.combiner": ("mean", False),
     "features.NAME.min_frequency": (2, True),
+    "features.NAME.optimizer": ("adagrad", False),
+    "features.NAME.lr": (0.5, False),
     "features.NAME.std": (0.5, True),
     "model.kind": ("deepfm", False),
     "model.hidden": ([8], False),
@@ -118,6 +121,7 @@ def test_each_key_is_accepted_or_refused_by_name(config: Path, key: str) -> None
         ({"train.precision": "float16"}, {"train.precision": "bfloat16"}, "train.precision"),
         ({"train.patience": 1}, {"train.patience": 2, "train.metrics": ["logloss", "auc"]}, "train.metrics"),
         ({}, {"features.hour": {"dim": 4}}, "features.hour.dim"),
+        ({"features.user.lr": 0.1}, {}, "features.user.lr"),
         ({}, {"features": {"user": {"dim": 4}}}, "features.site.dim"),
     ],
 )
@@ -226,6 +230,20 @@ def test_other_settings_of_a_resumed_run_take_effect(first_epoch: Path, capsys: 
     gc.collect()
     assert cli.main(["evaluate", str(run)]) == 0
     assert json.loads(capsys.readouterr().out)["eval/mse"] == last["eval/mse"]
+
+
+def test_tables_have_their_own_optimizers_and_learning_rates(config: Path) -> None:
+    own = ["features.user.optimizer=adagrad", "features.site.lr=0.2"]
+    assert train(config, *own) == 0
+    gc.collect()
+    assert train(config, *own[:1], "features.site.lr=0.3", "optimizer.sparse_lr=0.4", "--resume", "train.epochs=2") == 0
+    trainer = trainer_of(load_config(config.parent / "run" / "config.yaml"), quiet=True)
+    gc.collect()
+    trainer.fit([], resume="latest")
+    sparse: Any = trainer.parts()["sparse"]
+    found = {group["params"][0].table.name: (group.get("optimizer"), group["lr"]) for group in sparse.param_groups}
+    assert found == {"user": ("Adagrad", 0.4), "site": (None, 0.3)}
+    assert "sum" in trainer.engines[0].tables[0].export(0)
 
 
 def test_a_refused_resume_leaves_the_run_unchanged(first_epoch: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ def test_a_cycled_momentum_without_a_buffer_is_ignored_with_a_warning(schedule: 
     first = rows(engine)
     steps = gradients(1, 10)
     with pytest.warns(
-        UserWarning, match="SGD: rows have no momentum_buffer, so the momentum 0.9.* set by a schedule"
+        UserWarning, match="SGD: rows of the table id have no momentum_buffer, so the momentum 0.9.* set by a schedule"
     ) as warned:
         train(engine, optimizer, SCHEDULES[schedule](optimizer), steps)
     assert len(warned) == 1

@@ -25,7 +25,10 @@ OPTIMIZERS: dict[str, Any] = {
 
 
 def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
-    """Return configs with all combiners, shared and several logical tables, an admission gate and a read-only table."""
+    """Return configs with all combiners, shared and several logical tables.
+
+    Among them are a table with an admission gate, one with an optimizer of its own, and a read-only one.
+    """
     narrow = "row" if sharding == "column" else sharding
     normal: dict[str, Any] = {"initializer": Normal(0, 0.1), "sharding": sharding}
     return {
@@ -35,7 +38,7 @@ def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
         "best": EmbeddingConfig(dim=dim, combiner="max", initializer=Uniform(-1, 1), sharding=sharding),
         "tiled": EmbeddingConfig(dim=dim, **normal, combiner="tile", max_length=2),
         "each": EmbeddingConfig(dim=dim, **normal, combiner=None, table="each"),
-        "narrow": EmbeddingConfig(dim=3, **{**normal, "sharding": narrow}),
+        "narrow": EmbeddingConfig(dim=3, **{**normal, "sharding": narrow}, optimizer=OPTIMIZERS["Adagrad"]),
         "rare": EmbeddingConfig(dim=dim, **normal, admission=MinFrequency(4), unknown="zeros"),
         "frozen": EmbeddingConfig(dim=dim, **normal, trainable=False),
     }

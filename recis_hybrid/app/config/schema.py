@@ -36,6 +36,7 @@ class Range:
 _MOST = 2**31
 Count: TypeAlias = Annotated[int, Range(1, _MOST)]
 Positive: TypeAlias = Annotated[float, Range(0)]
+Sparse: TypeAlias = Literal["adam", "adagrad", "rowwise_adagrad", "sgd"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,13 +129,17 @@ class FeatureConfig:
     """Number of occurrences at which an id gets a row; None: the first."""
     std: Positive = 0.01
     """Standard deviation of initial values."""
+    optimizer: Sparse | None = None
+    """Optimizer of the table; None: ``optimizer.sparse``."""
+    lr: Positive | None = None
+    """Learning rate of the table; None: ``optimizer.sparse_lr``."""
 
     def sources(self, name: str) -> list[str]:
         """Return the columns that a feature reads."""
         return self.source if isinstance(self.source, list) else [self.source or name]
 
     def __post_init__(self) -> None:
-        for key in ("table", "combiner", "min_frequency", "std"):
+        for key in ("table", "combiner", "min_frequency", "std", "optimizer", "lr"):
             if self.dim is None and getattr(self, key) != getattr(FeatureConfig, key):
                 raise ValueError(f"{key} applies to embeddings only; give the feature a dim, or remove {key}")
 
@@ -161,10 +166,10 @@ class OptimizerConfig:
 
     dense_lr: Positive = 1e-3
     """Learning rate of the tower (Adam)."""
-    sparse: Literal["adam", "adagrad", "rowwise_adagrad", "sgd"] = "adam"
-    """Optimizer of the tables."""
+    sparse: Sparse = "adam"
+    """Optimizer of the tables whose features name none."""
     sparse_lr: Positive = 1e-3
-    """Learning rate of the tables."""
+    """Learning rate of the tables whose features name none."""
     clip_grad_norm: Annotated[float, Range(0, above=True)] | None = None
     """Maximum global norm of gradients; None: no clipping."""
 

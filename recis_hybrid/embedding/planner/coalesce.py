@@ -40,7 +40,8 @@ def plan_tables(
 
     Args:
         configs: Configs by feature name.
-        optimizer_state: Optimizer state of every row; rows of read-only tables have none.
+        optimizer_state: Optimizer state of every row of a table without an optimizer of its own; rows of read-only
+            tables have none.
         coalesce: False makes every member table a separate logical table.
         ranks: Number of ranks that share the tables.
 
@@ -70,6 +71,7 @@ def plan_tables(
             _state_dtype(config),
             config.trainable,
             config.admission,
+            None if (own := config.optimizer_spec) is None else own.key,
             overrides,
             config.placement,
             sharding_of(config, ranks, state),
@@ -142,7 +144,8 @@ def describe_plans(
 
 
 def _state_of(config: EmbeddingConfig, optimizer_state: tuple[StateField, ...]) -> tuple[StateField, ...]:
-    return optimizer_state if config.trainable else ()
+    own = config.optimizer_spec
+    return own.row_state if own is not None else optimizer_state if config.trainable else ()
 
 
 def _state_dtype(config: EmbeddingConfig) -> torch.dtype:

@@ -19,7 +19,7 @@ from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission
 from recis_hybrid.embedding.compilation import outside_graphs, prepare, refuse_recording
 from recis_hybrid.embedding.eviction import Eviction
-from recis_hybrid.embedding.optimizer import BeforeRead
+from recis_hybrid.embedding.optimizer import BeforeRead, OptimizerSpec
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.change_log import ChangeLog, changed_rows
 from recis_hybrid.embedding.table.gradients import (
@@ -79,6 +79,8 @@ class HashTable:
         """Called in each training lookup, before values are read."""
         self.pending = PendingGradients()
         """Gradients that wait for the next step."""
+        self.optimizer: OptimizerSpec | None = None
+        """The table's own optimizer; None: that of all tables."""
         self.overrides: dict[str, Any] = {}
         """Optimizer hyperparameters for this table only."""
         self.built_alone = False

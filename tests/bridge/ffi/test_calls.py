@@ -22,7 +22,7 @@ from tests.support.jit_tables import assert_equal_tables, engine_of, rows_of, wo
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
-from recis_hybrid.bridge import ffi  # noqa: E402
+from recis_hybrid.bridge import ffi, to_torch  # noqa: E402
 from recis_hybrid.bridge.jax_led import JaxTables  # noqa: E402
 
 OPTIMIZERS = {
@@ -94,6 +94,32 @@ def test_training_is_that_of_jax_tables_outside_jit(
             assert (found[name] == vectors).all(), name
     assert_equal_tables(ours, theirs)
     assert [table.step for table in ours.tables] == [table.step for table in theirs.tables] == [3, 3]
+
+
+def test_tables_have_their_own_optimizers() -> None:
+    own = {"adam": None, "adagrad": optim.Adagrad.spec(lr=0.3), "rowwise": optim.RowwiseAdagrad}
+    configs = {name: EmbeddingConfig(dim=4, optimizer=optimizer) for name, optimizer in own.items()}
+    engines = [EmbeddingEngine(configs, optimizer=optim.Adam, seed=3) for _ in range(3)]
+    optimizers = [engine.make_optimizer(lr=0.1) for engine in engines]
+    inside, outside = ffi.JitTables(engines[0], optimizers[0]), JaxTables(engines[1], optimizers[1])
+
+    @jax.jit
+    def step(ids: Any, token: Any) -> Any:
+        vectors, ctx, token = ffi.lookup(inside, ids, None, token)
+        return ffi.update(inside, ctx, jax.grad(loss_of)(vectors), token)
+
+    ids = dict.fromkeys(own, np.array([1, 2**60, -3], np.int64))
+    for _ in range(3):
+        inside.end(step({name: words(part) for name, part in ids.items()}, inside.begin(room=3)))
+        vectors, ctx = outside.lookup(ids)
+        gradients = jax.jit(jax.grad(loss_of))(vectors)
+        outside.apply_gradients(ctx, gradients)
+        values = engines[2]({name: torch.from_numpy(part) for name, part in ids.items()})
+        torch.autograd.backward(list(values.values()), [to_torch(gradients[name]) for name in values])
+        optimizers[2].step()
+    for engine in engines[:2]:
+        assert_equal_tables(engine, engines[2])
+    assert sorted(engines[0].tables[2].export(0))[1:] == ["frequency", "ids", "seen_step", "sum", "updated_step"]
 
 
 def test_the_optimizer_goes_on_through_torch() -> None:
