@@ -131,8 +131,8 @@ def stages_of(config: Config) -> Iterator[Stage]:
         yield Train(epochs=1, name=f"epoch {number + 1}")
         if config.data.evaluate is not None:
             yield Evaluate()
-        if config.train.evict_unused is not None:
-            yield Evict(Unused(config.train.evict_unused))
+        if evicted := config.evicted_tables():
+            yield Evict({table: Unused(steps) for table, steps in evicted.items()})
         yield SaveCheckpoint()
 
 

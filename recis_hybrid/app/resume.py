@@ -34,6 +34,8 @@ _CHANGEABLE_OF_FEATURES = ("min_frequency", "std", "lr")
 """Keys of a feature that may change, because they affect only new ids or steps."""
 _FIXED_OF_FEATURES = {"optimizer": _FIXED["optimizer.sparse"]}
 
+_CHANGES_STAGES = "it changes the sequence of stages"
+
 Changes = Mapping[str, tuple[Any, Any]]
 """Old and new value by key."""
 
@@ -59,6 +61,7 @@ def allowed_changes(recorded: Config, config: Config) -> dict[str, tuple[Any, An
         for key in (before | after)
         if before.get(key) != after.get(key) and key not in ("run", "data.train")
     }
+    changes_eviction = bool(recorded.evicted_tables()) != bool(config.evicted_tables())
     refused = []
     old: Any
     new: Any
@@ -67,10 +70,14 @@ def allowed_changes(recorded: Config, config: Config) -> dict[str, tuple[Any, An
         if key.startswith("features."):
             allowed = name in _CHANGEABLE_OF_FEATURES and key in before and key in after
             reason = None if allowed else _FIXED_OF_FEATURES.get(name, "it changes the model")
-            if name == "lr" and allowed and (old is None) != (new is None):
+            if name == "evict_unused":
+                reason = _CHANGES_STAGES if changes_eviction else None
+            elif name == "lr" and allowed and (old is None) != (new is None):
                 reason = "tables with a learning rate of their own have separate parameter groups"
-        elif key in ("data.evaluate", "train.evict_unused"):
-            reason = "it changes the sequence of stages" if (old is None) != (new is None) else None
+        elif key == "data.evaluate":
+            reason = _CHANGES_STAGES if (old is None) != (new is None) else None
+        elif key == "train.evict_unused":
+            reason = _CHANGES_STAGES if changes_eviction else None
         elif key == "model.dropout":
             reason = "a tower with dropout has other layers than one without" if (old > 0) != (new > 0) else None
         elif key == "train.precision":

@@ -492,20 +492,44 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         if self._prefetcher is not None:
             self._prefetcher.look_up()
 
-    def evict(self, rule: Eviction) -> int:
-        """Erase the rows that a rule selects in every trained table, and return their number on this process.
+    def evict(self, rule: Eviction | Mapping[str, Eviction]) -> int:
+        """Erase the rows that a rule selects, and return their number on this process.
 
         Args:
-            rule: Applied to each table.
+            rule: Applied to each trained table; or rules by name of the table (``EmbeddingConfig.table``, or else the
+                feature's name), each applied to the rows of its table alone. Tables without a rule keep their rows.
 
         Raises:
-            RuntimeError: If a table has pending gradients; no table is changed.
-            TypeError: If ``rule`` is not a rule, or does not return a bool tensor; no table is changed.
-            ValueError: If that tensor does not have one element for each row; no table is changed.
+            RuntimeError: If a table has pending gradients, or a table with a rule of its own is not trained; no table
+                is changed.
+            TypeError: If a rule is not a rule, or does not return a bool tensor; no table is changed.
+            ValueError: If that tensor does not have one element for each row, or there is no such table; no table is
+                changed.
+
+        Example:
+            >>> from recis_hybrid.embedding import Unused
+            >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2), "user": EmbeddingConfig(dim=2)})
+            >>> engine.evict({"item": Unused(steps=1000)})
+            0
         """
-        # Apply the rule to all tables before the first row is erased.
-        evicted = [(table, table.evicted_by(rule)) for table in self.tables if not table.read_only]
+        # Apply the rules to all tables before the first row is erased.
+        evicted = [(table, table.evicted_by(each)) for table, each in self._eviction_rules(rule)]
         return sum(table.erase_evicted(rows) for table, rows in evicted)
+
+    def _eviction_rules(
+        self, rule: Eviction | Mapping[str, Eviction]
+    ) -> list[tuple[HashTable, Eviction | Mapping[int, Eviction]]]:
+        """Return the logical tables from which rows are evicted, each with its rule, or rules by member table."""
+        if not isinstance(rule, Mapping):
+            return [(table, rule) for table in self.tables if not table.read_only]
+        unknown = sorted(rule.keys() - self._places.keys())
+        if unknown:
+            raise ValueError(f"evict: there are no tables {unknown}; the tables are {sorted(self._places)}")
+        by_table: dict[int, dict[int, Eviction]] = {}
+        for name, each in rule.items():
+            number, member = self._places[name]
+            by_table.setdefault(number, {})[member] = each
+        return [(self.tables[number], rules) for number, rules in by_table.items()]
 
     def compact(self) -> None:
         """Close the gaps between the rows of every table, and free memory."""

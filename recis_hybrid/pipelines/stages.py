@@ -169,25 +169,39 @@ class Evaluate:
         trainer.evaluate(self)
 
 
+_RULE = "Unused(steps=1000)"
+
+
 @dataclass(frozen=True)
 class Evict:
-    """Evicts the rows that a rule selects, in every trainable table.
+    """Evicts the rows that a rule selects, in every trainable table, or in each table by a rule of its own.
 
     Example:
         >>> from recis_hybrid.embedding import Unused
         >>> Evict(Unused(steps=1000)).name
         'evict'
+        >>> Evict({"item": Unused(steps=1000), "user": Unused(steps=100)}).name
+        'evict'
     """
 
-    rule: Eviction
-    """Selects the rows."""
+    rule: Eviction | Mapping[str, Eviction]
+    """Selects the rows; or rules by name of the table, of whichever engine. Other tables then keep their rows."""
     compact: bool = False
     """Compact the tables afterwards, which frees memory."""
     name: str = "evict"
     """Name of the stage in logs."""
 
     def __post_init__(self) -> None:
-        check_method("Evict", "rule", self.rule, "unwanted", "Unused(steps=1000)")
+        rules = self.rule.items() if isinstance(self.rule, Mapping) else [("", self.rule)]
+        for table, rule in rules:
+            check_method("Evict", f"rule of the table {table!r}" if table else "rule", rule, "unwanted", _RULE)
+
+    def rule_of(self, engine: EmbeddingEngine) -> Eviction | Mapping[str, Eviction]:
+        """Return the rule for all tables of an engine, or the rules of those that have one."""
+        if not isinstance(self.rule, Mapping):
+            return self.rule
+        names = {member.name for plan in engine.plans for member in plan.members}
+        return {table: rule for table, rule in self.rule.items() if table in names}
 
     def run(self, trainer: Run) -> None:
         """Evict; see :meth:`Trainer.evict`."""

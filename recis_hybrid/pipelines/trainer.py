@@ -386,10 +386,18 @@ class Trainer:
         return predict(self._step(step), source, columns=columns, transforms=[self.transform] if self.transform else [])
 
     def evict(self, stage: Evict) -> None:
-        """Evict rows by a stage's rule; ``Evict`` calls this."""
+        """Evict rows by a stage's rule; ``Evict`` calls this.
+
+        Raises:
+            ValueError: The stage has a rule for a table that no engine has; no row is evicted.
+        """
+        if isinstance(stage.rule, Mapping):
+            tables = {member.name for engine in self.engines for plan in engine.plans for member in plan.members}
+            if unknown := sorted(stage.rule.keys() - tables):
+                raise ValueError(f"Evict: there are no tables {unknown}; the tables are {sorted(tables)}")
         evicted = 0
         for engine in self.engines:
-            evicted += engine.evict(stage.rule)
+            evicted += engine.evict(stage.rule_of(engine))
             if stage.compact:
                 engine.compact()
         self._recorder.evicted += evicted

@@ -63,7 +63,13 @@ def test_the_starter_is_commented_runs_and_learns(config: Path, capsys: pytest.C
     [
         ["model.kind=mlp", "train.precision=bfloat16", "optimizer.sparse=rowwise_adagrad", "train.patience=null"],
         ["optimizer.sparse=adagrad", "train.accumulate=2", "model.batch_norm=true", "train.evict_unused=10"],
-        ["optimizer.sparse=sgd", "data.groups=null", "train.metrics=[logloss, mse, binned_auc]", "data.evaluate=null"],
+        [
+            "optimizer.sparse=sgd",
+            "features.user.evict_unused=10",
+            "data.groups=null",
+            "train.metrics=[logloss, mse, binned_auc]",
+            "data.evaluate=null",
+        ],
     ],
 )
 def test_other_settings_train(config: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]) -> None:

@@ -46,6 +46,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "features.NAME.table": ("shared", False),
     "features.NAME.combiner": ("mean", False),
     "features.NAME.min_frequency": (2, True),
+    "features.NAME.evict_unused": (3, False),
     "features.NAME.optimizer": ("adagrad", False),
     "features.NAME.lr": (0.5, False),
     "features.NAME.std": (0.5, True),
@@ -121,6 +122,7 @@ def test_each_key_is_accepted_or_refused_by_name(config: Path, key: str) -> None
         ({"train.precision": "float16"}, {"train.precision": "bfloat16"}, "train.precision"),
         ({"train.patience": 1}, {"train.patience": 2, "train.metrics": ["logloss", "auc"]}, "train.metrics"),
         ({}, {"features.hour": {"dim": 4}}, "features.hour.dim"),
+        ({"features.user.evict_unused": 5}, {}, "features.user.evict_unused"),
         ({"features.user.lr": 0.1}, {}, "features.user.lr"),
         ({}, {"features": {"user": {"dim": 4}}}, "features.site.dim"),
     ],
@@ -130,6 +132,14 @@ def test_changes_to_the_model_or_the_stages_are_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=f"{named} is .* in the run, got "):
         allowed_changes(of(config, **before), of(config, **after))
+
+
+def test_eviction_may_move_between_tables(config: Path) -> None:
+    before, after = {"features.user.evict_unused": 5}, {"train.evict_unused": 3, "features.site.evict_unused": 2}
+    assert of(config, **after).evicted_tables() == {"user": 3, "site": 2}
+    assert len(allowed_changes(of(config, **before), of(config, **after))) == 3
+    with pytest.raises(ConfigError, match="features.site.evict_unused must be that of the other .* table user, 3, got"):
+        of(config, **after, **{"features.site.table": "user"})
 
 
 def test_several_refusals_are_reported_at_once(config: Path) -> None:

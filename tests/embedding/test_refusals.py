@@ -145,6 +145,37 @@ def test_pending_gradients_of_one_table_protect_all_tables() -> None:
     assert engine.evict(Unused(2)) == 2
 
 
+def test_each_table_is_evicted_by_its_own_rule() -> None:
+    configs = {name: EmbeddingConfig(dim=dim) for name, dim in (("x", 2), ("y", 2), ("z", 2), ("w", 3))}
+    engine = EmbeddingEngine({**configs, "f": EmbeddingConfig(dim=2, trainable=False)})
+    assert [len(table.members) for table in engine.tables] == [3, 1, 1]
+    for ids in ([1, 2, 3, 4], [1, 2], [1, 2, 3]):
+        engine({name: torch.tensor(ids) for name in engine.configs})
+        optim.SGD(engine.parameters()).step()
+
+    def left() -> list[list[int]]:
+        engine.tables[0].record_lookup()
+        return [sorted(table.ids(n).tolist()) for table in engine.tables[:2] for n in range(len(table.members))]
+
+    seen: list[list[int]] = []
+    keep_two = CustomRule(lambda rows: seen.append(sorted(rows.ids.tolist())) or rows.ids > 2)  # type: ignore[func-returns-value]
+    assert engine.evict({"x": Unused(2), "y": keep_two, "w": Unused(1)}) == 1 + 2 + 1
+    assert seen == [[1, 2, 3, 4]]  # a rule for a table gets the rows of that table alone
+    assert left() == [[1, 2, 3], [1, 2], [1, 2, 3, 4], [1, 2, 3]]
+    assert engine.evict({}) == 0
+    before = left()
+    with pytest.raises(
+        ValueError, match=r"evict: there are no tables \['v'\]; the tables are \['f', 'w', 'x', 'y', 'z'\]"
+    ):
+        engine.evict({"v": Unused(1), "x": Unused(1)})
+    with pytest.raises(RuntimeError, match="table f: evict would change it, but it is read-only"):
+        engine.evict({"x": Unused(1), "f": Unused(1)})
+    wrong = CustomRule(lambda rows: torch.ones(1, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"must return one element for each of the 3 rows, bool \[3\], got bool \[1\]"):
+        engine.evict({"x": Unused(1), "w": wrong})
+    assert left() == before
+
+
 def test_a_rule_is_applied_to_all_tables_before_rows_are_erased() -> None:
     engine = EmbeddingEngine({"x": EmbeddingConfig(dim=2), "y": EmbeddingConfig(dim=3)})
     engine({"x": torch.tensor([1]), "y": torch.tensor([1, 2])})
@@ -439,6 +470,7 @@ CONFIGS = {"id": EmbeddingConfig(dim=2)}
         (lambda: EmbeddingEngine(CONFIGS, coalesce="no"), "coalesce must be True or False, got 'no'"),
         (lambda: EmbeddingEngine(CONFIGS, deduplicate=None), "deduplicate must be True or False, got None"),
         (lambda: EmbeddingEngine(CONFIGS).evict(Unused), "a rule must have a method unwanted"),
+        (lambda: EmbeddingEngine(CONFIGS).evict({"id": Unused}), "a rule must have a method unwanted"),
         (lambda: Constant("a"), "Constant: values must be a number, got 'a'"),
         (lambda: Normal(0, None), "Normal: values must be a number, got None"),
         (lambda: Uniform(None, 1), "Uniform: values must be a number, got None"),

@@ -177,6 +177,7 @@ OTHERS: list[tuple[Any, str]] = [
     (lambda: Evaluate(step=STEP), "Evaluate: step must be the name of one of Trainer's steps, or None, got a Torch"),
     (lambda: Evaluate(data=Path("a")), "Evaluate: data must be a source of batches, .* got the path 'a'"),
     (lambda: Evict(3), r"rule must be an object with a method unwanted, such as Unused\(steps=1000\), got 3"),
+    (lambda: Evict({"item": 3}), "Evict: rule of the table 'item' must be an object with a method unwanted, .* got 3"),
     (lambda: Evict(Unused), "Evict: rule must be an object with a method unwanted, .* got <class"),
     (
         lambda: SaveCheckpoint(Saver),

@@ -47,6 +47,17 @@ def test_evictions_and_admissions_are_counted() -> None:
     assert tables["tables"]["id"]["rows"] == sum(tables["tables"]["id"]["frequency"]) == 20
 
 
+def test_a_stage_evicts_tables_by_name() -> None:
+    records, first, second = Records(), make_batches(2), make_batches(2, seed=1)
+    for batch in second:
+        batch["id"] = batch["id"] + 100  # type: ignore[operator]
+    trainer = Trainer(make_step(), callbacks=[records])
+    trainer.fit([Train(data=first), Train(data=second), Evict({}), Evict({"id": Unused(steps=2)})])
+    assert [record["evicted"] for record in records.of("evict")] == [0, 20]
+    with pytest.raises(ValueError, match=r"Evict: there are no tables \['item'\]; the tables are \['id'\]"):
+        trainer.fit([Evict({"item": Unused(steps=1)})])
+
+
 def test_a_record_has_all_figures() -> None:
     records = Records()
     trainer = Trainer(

@@ -127,6 +127,8 @@ class FeatureConfig:
     """Reduction of the vectors of a list of ids."""
     min_frequency: Count | None = None
     """Number of occurrences at which an id gets a row; None: the first."""
+    evict_unused: Count | None = None
+    """``train.evict_unused`` for the table; None: as there."""
     std: Positive = 0.01
     """Standard deviation of initial values."""
     optimizer: Sparse | None = None
@@ -139,7 +141,7 @@ class FeatureConfig:
         return self.source if isinstance(self.source, list) else [self.source or name]
 
     def __post_init__(self) -> None:
-        for key in ("table", "combiner", "min_frequency", "std", "optimizer", "lr"):
+        for key in ("table", "combiner", "min_frequency", "evict_unused", "std", "optimizer", "lr"):
             if self.dim is None and getattr(self, key) != getattr(FeatureConfig, key):
                 raise ValueError(f"{key} applies to embeddings only; give the feature a dim, or remove {key}")
 
@@ -231,7 +233,22 @@ class Config:
     seed: Annotated[int, Range(0, 2**63)] = 0
     """Seed of all random numbers."""
 
+    def evicted_tables(self) -> dict[str, int]:
+        """Return, for each table with eviction, the number of steps after which unused rows are evicted."""
+        found: dict[str, int | None] = {}
+        for name, feature in self.features.items():
+            if feature.dim is not None:
+                steps = feature.evict_unused or self.train.evict_unused
+                table = feature.table or name
+                if found.setdefault(table, steps) != steps:
+                    raise ValueError(
+                        f"features.{name}.evict_unused must be that of the other features of the table {table}, "
+                        f"{found[table]}, got {steps}"
+                    )
+        return {table: steps for table, steps in found.items() if steps is not None}
+
     def __post_init__(self) -> None:
+        self.evicted_tables()  # raises if features of a table differ
         if not self.run:
             raise ValueError("run must name a folder, got ''")
         train, data = self.train, self.data

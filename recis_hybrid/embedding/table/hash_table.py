@@ -6,7 +6,7 @@ Letters: n ids, N positions (ids of a call over all features), D dim.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -466,8 +466,11 @@ class HashTable:
         """Erase the rows that a rule selects, and return their number."""
         return self.erase_evicted(self.evicted_by(rule))
 
-    def evicted_by(self, rule: Eviction) -> Entries:
+    def evicted_by(self, rule: Eviction | Mapping[int, Eviction]) -> Entries:
         """Return the rows that a rule selects, without erasing them.
+
+        Args:
+            rule: A rule for all rows, or rules by number of the member table.
 
         Raises:
             RuntimeError: If the table is read-only, or has pending gradients.

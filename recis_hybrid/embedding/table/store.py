@@ -12,7 +12,7 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.admission import Admission, Gate, admitted_by_count
-from recis_hybrid.embedding.eviction import Eviction, Rows
+from recis_hybrid.embedding.eviction import Eviction, Rows, unwanted_rows
 from recis_hybrid.embedding.initializers import initializer_words, refuse_unrepresentable
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.blocks import EmbeddingBlocks
@@ -320,30 +320,11 @@ class RowStore:
         ops.blocks.list_touched(self.blocks.whole(), slots, step, marks, ids, members, count)
         return ids[: int(count)], members[: int(count)]
 
-    def unwanted(self, rule: Eviction, step: int) -> Entries:
-        """Return the rows that an eviction rule selects.
-
-        Raises:
-            TypeError: If ``rule`` is not a rule, or does not return a bool tensor.
-            ValueError: If that tensor does not have one element for each row.
-        """
-        if isinstance(rule, type) or not callable(getattr(rule, "unwanted", None)):
-            raise TypeError(f"evict: a rule must have a method unwanted(rows), e.g. Unused(steps=1000), got {rule!r}")
+    def unwanted(self, rule: Eviction | Mapping[int, Eviction], step: int) -> Entries:
+        """Return the rows that :func:`unwanted_rows` selects."""
         entries = self.id_map.entries()
         meta = self.blocks.read_meta(self.on_blocks(entries.rows)).to(self.map_device)
-        unwanted = rule.unwanted(Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], step))
-        name, n = type(rule).__name__, entries.ids.numel()
-        if not isinstance(unwanted, Tensor) or unwanted.dtype != torch.bool:
-            got = unwanted.dtype if isinstance(unwanted, Tensor) else f"a {type(unwanted).__name__}"
-            raise TypeError(
-                f"evict: {name}.unwanted must return a bool tensor [{n}], True for rows to erase, got {got}"
-            )
-        if list(unwanted.shape) != [n]:
-            raise ValueError(
-                f"evict: {name}.unwanted must return one element for each of the {n} rows, bool [{n}], "
-                f"got bool {list(unwanted.shape)}"
-            )
-        unwanted = unwanted.to(self.map_device)
+        unwanted = unwanted_rows(rule, Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], step))
         return Entries(*(values[unwanted] for values in entries))
 
     def erase_slots(self, slots: Tensor) -> int:
