@@ -6,7 +6,8 @@ Ours looks up random 64-bit ids in growing hash tables. Static peers are given r
 ``fbgemm`` (SplitTableBatchedEmbeddingBagsCodegen) and ``nn.EmbeddingBag`` (26 of them, sparse gradients, torch.optim).
 Dynamic peers take the same ids as ours: ``tfra`` (cuckoo tables) and ``dict``, a Python dict from id to row with
 vectorized torch operations on the rows. Steps of ours and one peer alternate. The case ``threads`` compares ours with
-two threads and one.
+two threads and one; ``counted`` and ``hottest`` compare an engine that counts ids, or also finds the 100 most frequent
+of each table, with one that does not.
 """
 
 from __future__ import annotations
@@ -43,6 +44,8 @@ PEERS = {
     "sgd": ["fbgemm", "nn.EmbeddingBag"],
     "lookup": ["fbgemm", "tfra", "dict"],
 }
+TRACKED = {"counted": 0, "hottest": 100}
+"""Argument of ``EmbeddingEngine.track`` by case."""
 QUICK = ["65k/d64/rowwise_adagrad", "4k/d64/rowwise_adagrad", "65k/d64/adagrad", "65k/d16/adam/threads"]
 
 
@@ -59,7 +62,9 @@ class FixedGradient(torch.autograd.Function):
         return None, *ctx.gradients
 
 
-def ours(work: workload.Workload, dim: int, rule: str, device: torch.device) -> Callable[[], None]:
+def ours(
+    work: workload.Workload, dim: int, rule: str, device: torch.device, hottest: int | None = None
+) -> Callable[[], None]:
     engine = EmbeddingEngine(
         {workload.name(f): EmbeddingConfig(dim=dim) for f in range(workload.FEATURES)},
         optimizer=OURS[rule],
@@ -69,6 +74,7 @@ def ours(work: workload.Workload, dim: int, rule: str, device: torch.device) -> 
     with torch.no_grad():
         for part in range(0, workload.IDS, 10_000):
             engine({workload.name(f): work.ids[f][part : part + 10_000] for f in range(workload.FEATURES)})
+    engine.track(hottest)
     batches, number = [work.batch(b) for b in range(workload.BATCHES)], count()
 
     def step() -> None:
@@ -95,26 +101,28 @@ def with_threads(step: Callable[[], None], threads: int) -> Callable[[], None]:
 
 
 def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
-    """Time alternating steps of ours and a peer; for a ``threads`` case, the peer is ours with one thread."""
-    size, width, rule, *threads = case.split("/")
+    """Time alternating steps of ours and a peer; the peer of a case of ours alone is ours, too."""
+    size, width, rule, *alone = case.split("/")
     dim, device = int(width.removeprefix("d")), torch.device(args.device)
-    one_core = args.threads == 1 and not threads and device.type == "cpu"
+    one_core = args.threads == 1 and alone != ["threads"] and device.type == "cpu"
     cores = sorted(os.sched_getaffinity(0))
     if one_core:
         os.sched_setaffinity(0, cores[:1])
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="Sparse invariant checks")
     work = workload.make(size, dim, device)
-    step = ours(work, dim, rule, device)
+    step = ours(work, dim, rule, device, TRACKED.get(*alone) if alone else None)
     # Bursts are long enough to refill the caches after the other side's turn.
     rounds, burst = (7 if args.quick else 12, 6) if size == "65k" else (20 if args.quick else 50, 5)
 
     def rates(steps: dict[str, Callable[[], float | None]], clock: str) -> dict[str, float]:
         return {name: r / 1e6 for name, r in harness.rates(steps, work.step_ids, rounds, device, burst, clock).items()}
 
-    if threads:
+    if alone == ["threads"]:
         # CPU time would count both threads.
         rate = rates({"ours": with_threads(step, 2), peer: with_threads(step, 1)}, "wall")
+    elif alone:
+        rate = rates({"ours": step, peer: ours(work, dim, rule, device)}, args.clock)
     elif present(peer, device):
         peer_cores = set(cores[1:2] if one_core and len(cores) > 1 else cores)
         with Worker(
@@ -153,12 +161,15 @@ def main() -> None:
     rules = [rule for rule in OURS if rule != "lookup"]
     cases = [f"{size}/d{dim}/{rule}" for size in workload.SIZES for dim in (16, 64, 128) for rule in rules]
     cases = QUICK if args.quick else [*cases, "65k/d64/lookup", "65k/d16/adam/threads"]
+    if not args.quick:
+        cases += [f"{size}/d16/adam/{name}" for size in workload.SIZES for name in TRACKED]
     results = []
     for case in cases:
         if args.cases not in case:
             continue
         harness.progress(f"{case} on {args.device}, {args.threads} thread(s)")
-        for peer in ["1 thread"] if case.endswith("/threads") else PEERS[case.split("/")[2]]:
+        _, _, rule, *alone = case.split("/")
+        for peer in ["1 thread" if alone == ["threads"] else "untracked"] if alone else PEERS[rule]:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 result = process.submit(measure, case, peer, args).result()
             result.print()

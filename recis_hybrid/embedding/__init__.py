@@ -31,6 +31,10 @@ from recis_hybrid.embedding.optimizer import (
 )
 from recis_hybrid.embedding.placement import Placement as Placement
 from recis_hybrid.embedding.planner.sharding import sharding_of as sharding_of
+from recis_hybrid.embedding.statistics import (
+    MemberStatistics as MemberStatistics,
+    TableStatistics as TableStatistics,
+)
 from recis_hybrid.embedding.table.blocks import EmbeddingBlocks as EmbeddingBlocks
 from recis_hybrid.embedding.table.hash_table import Anchor as Anchor, HashTable as HashTable
 from recis_hybrid.embedding.table.id_map import IdMap as IdMap
@@ -42,3 +46,4 @@ from recis_hybrid.embedding.table.record_layout import (
     StateField as StateField,
 )
 from recis_hybrid.embedding.table.store import RowStore as RowStore
+from recis_hybrid.embedding.table.tracking import HotId as HotId

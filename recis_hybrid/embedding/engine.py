@@ -36,8 +36,10 @@ from recis_hybrid.embedding.optimizer import OptimizerSpec, RowOptimizer
 from recis_hybrid.embedding.placement import output_device
 from recis_hybrid.embedding.planner.coalesce import TablePlan, describe_plans, layout_on, plan_tables
 from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, gather, spread
+from recis_hybrid.embedding.statistics import TableStatistics, statistics_of
 from recis_hybrid.embedding.table.hash_table import Anchor, HashTable
 from recis_hybrid.embedding.table.lookup import Lookup, Request
+from recis_hybrid.embedding.table.tracking import LookupTracker
 from recis_hybrid.ragged import Batch, RaggedTensor
 from recis_hybrid.validation import check_choice, check_flag, check_integer, check_type, describe_value
 
@@ -62,6 +64,8 @@ class EngineLookup:
     "evict",
     "compact",
     "memory",
+    "track",
+    "stats",
     "describe",
 )
 class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
@@ -542,6 +546,48 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         """Return the bytes of each part, summed over all tables; see :meth:`HashTable.memory`."""
         reports = [table.memory() for table in self.tables]
         return {part: sum(report[part] for report in reports) for part in reports[0]}
+
+    def track(self, hottest: int | None = 100) -> None:
+        """Count the ids of training lookups from now on, for :meth:`stats` and the log of a Trainer.
+
+        Counts start at 0. Lookups do not wait for the device. Counting alone costs next to nothing; frequent ids cost
+        another pass over the ids of a lookup, and a few MiB for each logical table. Lookups inside ``jax.jit`` cannot
+        be counted and raise an error.
+
+        Args:
+            hottest: Number of the most frequent ids to find for each member table; 0: only count; None: stop counting.
+        """
+        if hottest is not None:
+            hottest = check_integer("EmbeddingEngine.track", "hottest", hottest, low=0)
+        for table in self.tables:
+            table.tracker = None
+            if hottest is not None:
+                table.tracker = LookupTracker(table.store.row_counts(), hottest, table.device)
+
+    def stats(self, *, norms: bool = False) -> list[TableStatistics]:
+        """Return the statistics of each logical table, in the order of ``tables``; waits for the device.
+
+        Collective if ranks share the tables: figures cover the rows of all ranks. Reads the IDMap of tables with
+        several member tables.
+
+        Args:
+            norms: Also compute the norms of the embeddings, which reads all rows, a few MiB at a time. Not available
+                for tables with ``sharding="column"``.
+
+        Raises:
+            RuntimeError: If only some ranks track ids.
+
+        Example:
+            >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=8)})
+            >>> engine.track(hottest=2)
+            >>> _ = engine({"item": torch.tensor([5, 7, 5, 9, 5, 7])})
+            >>> item = engine.stats()[0].members["item"]
+            >>> item.rows, item.ids, item.new_rows, item.hit_rate
+            (3, 6, 3, 0.5)
+            >>> item.hottest
+            (HotId(id=5, frequency=3, error=0), HotId(id=7, frequency=2, error=0))
+        """
+        return statistics_of(self.tables, self.plans, self.group, norms=norms)
 
     def describe(self) -> str:
         """Return a text table with one line per logical table: width, record, rows, memory, place, features, cache."""

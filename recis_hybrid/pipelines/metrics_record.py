@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import distributed
-from recis_hybrid.embedding import EmbeddingEngine, HashTable, Rows
+from recis_hybrid.embedding import EmbeddingEngine, HashTable, MemberStatistics, Rows
 from recis_hybrid.metrics import Metric
 
 RESERVED = (
@@ -31,9 +31,10 @@ RESERVED = (
     "admitted",
     "evicted",
     "tables",
+    "hottest",
 )
 """Names that the log itself uses in records of training steps."""
-_RESERVED_PREFIXES = ("loss/", "weight/", "time/", "rows/", "lr/", "memory/", "cache/")
+_RESERVED_PREFIXES = ("loss/", "weight/", "time/", "rows/", "lr/", "memory/", "cache/", "table/")
 
 
 def is_reserved(name: str) -> bool:
@@ -137,6 +138,8 @@ class Recorder:
         self._rows: int | None = None
         self._cache = (0, 0)
         """Hits and misses of the caches until the last record."""
+        self._counted: dict[str, MemberStatistics] = {}
+        """Statistics of the member tables in the last record."""
 
     def restart(self, samples: int) -> None:
         """Exclude the time since the last record, such as an evaluation, from rates."""
@@ -167,6 +170,7 @@ class Recorder:
         means = self.means.take()
         uses = [use for engine in engines for table in engine.tables if (use := table.cache_statistics()) is not None]
         cache = (sum(use.hits for use in uses), sum(use.misses for use in uses))
+        tracking = [engine for engine in engines if any(table.tracker is not None for table in engine.tables)]
         # Counters restart when a table is cleared.
         before = self._cache if cache >= self._cache else (0, 0)
         sums = {
@@ -176,10 +180,13 @@ class Recorder:
             "evicted": float(self.evicted),
             "hits": float(cache[0] - before[0]),
             "misses": float(cache[1] - before[1]),
+            "tracking": float(len(tracking)),
             **{f"rows/{name}": float(count) for name, count in tables.items()},
         }
         totals = distributed.sum_over_ranks(torch.tensor([*sums.values()], dtype=torch.float64))
         sums = dict(zip(sums, totals.tolist(), strict=True))
+        if sums.pop("tracking") != len(tracking) * distributed.world_size():
+            raise RuntimeError("Trainer: all ranks must track the ids of the same engines; call engine.track on all")
         seconds = max(now - self._last, 1e-9)
         record: dict[str, Any] = {**means, "samples": int(sums.pop("samples")), "seconds": now - self._start}
         record["samples_per_s"] = sums.pop("new_samples") / seconds
@@ -193,11 +200,34 @@ class Recorder:
         if uses:
             record["cache/hit_rate"] = hits / max(hits + misses, 1.0)
         record |= {name: int(count) for name, count in sums.items()}
+        record |= self._tables(tracking)
         record |= _learning_rates(parts)
         record |= _memory(engines)
         self._last, self.wait_seconds, self.evicted = time.perf_counter(), 0.0, 0
         self._steps, self._samples, self._rows, self._cache = steps, samples, rows, cache
         return record
+
+    def _tables(self, tracking: Sequence[EmbeddingEngine]) -> dict[str, Any]:
+        """Return the figures of the member tables of engines that track ids, since the last record; collective."""
+        record: dict[str, Any] = {}
+        hottest: dict[str, list[list[int]]] = {}
+        for logical in (table for engine in tracking for table in engine.stats()):
+            for name, now in logical.members.items():
+                before = self._counted.get(name, MemberStatistics(rows=0, ids=0, new_rows=0, rejected_ids=0))
+                if (before.ids or 0) > (now.ids or 0):  # counts restart when `track` is called again
+                    before = MemberStatistics(rows=0, ids=0, new_rows=0, rejected_ids=0)
+                self._counted[name] = now
+                counts = {
+                    each: (getattr(now, each) or 0) - (getattr(before, each) or 0)
+                    for each in ("ids", "new_rows", "rejected_ids", "evicted_rows")
+                }
+                figures = {"rows": now.rows, **counts, "load": logical.load}
+                if counts["ids"]:
+                    figures["hit_rate"] = 1 - (counts["new_rows"] + counts["rejected_ids"]) / counts["ids"]
+                record |= {f"table/{name}/{figure}": value for figure, value in figures.items()}
+                if now.hottest:
+                    hottest[name] = [list(each) for each in now.hottest]
+        return record | ({"hottest": hottest} if hottest else {})
 
 
 def frequencies(engines: Sequence[EmbeddingEngine]) -> dict[str, Any]:

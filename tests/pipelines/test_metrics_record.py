@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from recis_hybrid.pipelines import (
     PeriodicCheckpoint,
     ProgressBar,
     Record,
+    TensorBoard,
     TorchStep,
     Train,
     Trainer,
@@ -107,6 +109,57 @@ def test_the_hit_rate_of_caches_is_that_since_the_last_record(device: str) -> No
     plain = EmbeddingEngine({"a": EmbeddingConfig(dim=4)})
     record = recorder.train_record(steps=1, samples=40, engines=[plain], parts={}, phases={})
     assert not {"cache/hit_rate", "hits", "misses"} & record.keys()
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # within tensorboard
+def test_tables_that_track_ids_are_logged(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    step, records = make_step(), Records()
+    (engine,) = step.engines
+    engine.track(hottest=2)
+    batches = [{**batch, "id": torch.tensor(ids)} for batch, ids in zip(make_batches(3, rows=4), IDS, strict=True)]
+
+    class Restart(Callback):
+        def after_stage(self, trainer: Any, stage: Any) -> None:
+            engine.track(hottest=1)
+
+    callbacks = [records, JsonLog(tmp_path / "log.jsonl"), TensorBoard(tmp_path), Restart()]
+    trainer = Trainer(step, batches, callbacks=callbacks, log_every=2)
+    trainer.fit([Train(epochs=1), Evict(Unused(steps=1)), Train(epochs=1)])
+    trained = [
+        {name.removeprefix("table/id/"): value for name, value in record.items() if name.startswith("table/")}
+        for record in records.of("train")
+    ]
+    load = 1 / engine.tables[0].store.id_map.capacity
+    assert trained[:2] == [
+        {"rows": 3, "ids": 8, "new_rows": 3, "rejected_ids": 0, "evicted_rows": 0, "hit_rate": 5 / 8, "load": 3 * load},
+        {"rows": 4, "ids": 4, "new_rows": 1, "rejected_ids": 0, "evicted_rows": 0, "hit_rate": 3 / 4, "load": 4 * load},
+    ]
+    # The second stage starts with the rows of the last step, 7 and 9, and counts from zero.
+    assert [(each["rows"], each["ids"], each["new_rows"]) for each in trained[2:]] == [(4, 4, 2), (4, 8, 0)]
+    assert [record["hottest"]["id"] for record in records.of("train")] == [
+        [[7, 4, 0], [5, 3, 0]],
+        [[7, 7, 0], [5, 3, 0]],
+        [[5, 3, 0]],
+        [[7, 7, 0]],
+    ]
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [line["hottest"] for line in logged if line["event"] == "train"] == [
+        record["hottest"] for record in records.of("train")
+    ]
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    for figure in trained[0]:
+        found = [(event.step, event.value) for event in events.Scalars(f"table/id/{figure}")]
+        steps = [record["step"] for record in records.of("train")]
+        assert found == [(step, pytest.approx(each[figure])) for step, each in zip(steps, trained, strict=True)]
+    texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("hottest/id/text_summary")]
+    assert texts[0].splitlines()[2:] == ["| 7 | 4 | 0 |", "| 5 | 3 | 0 |"]
+    assert write_report(tmp_path, None).exists()
+
+
+IDS = [[5, 5, 5, 6], [7, 7, 7, 7], [7, 7, 7, 9]]
 
 
 FIGURES = ("step", "loss", "grad_norm", "auc", "mean_output", "clicks")

@@ -35,6 +35,7 @@ from recis_hybrid.embedding.table.record_cache import CacheStatistics
 from recis_hybrid.embedding.table.record_layout import META, MemberTable, RecordLayout
 from recis_hybrid.embedding.table.row_validation import checked_member
 from recis_hybrid.embedding.table.store import RowStore
+from recis_hybrid.embedding.table.tracking import LookupTracker
 from recis_hybrid.ops.update import Gradients
 
 
@@ -85,6 +86,8 @@ class HashTable:
         """Optimizer hyperparameters for this table only."""
         self.built_alone = False
         """True if the engine was built without a process group, but not explicitly for one process."""
+        self.tracker: LookupTracker | None = None
+        """Counts the ids of training lookups; None: they are not counted."""
         self._unrecorded: Lookup | None = None
         # The remote and the anchor refer to the table. Weak references avoid cycles, which would keep the memory of a
         # dropped table until the garbage collector runs.
@@ -181,6 +184,8 @@ class HashTable:
         # If before_read may change the rows, they are gathered after it.
         rows, groups, gathered = store.insert_grouped(request, None if self.before_read else out, starts)
         complete, bound = store.gate is None, store.id_map.row_bound
+        if self.tracker is not None:
+            self.tracker.add(request, rows, complete=complete)
         lookup = Lookup(request, rows, bound, self.generation, complete, self.step + 1, groups, gathered)
         if self.before_read is not None:
             self.before_read(store, groups, self.step)
@@ -235,9 +240,14 @@ class HashTable:
             take_back: Called before the table is used again; it must wait for the program, and call :meth:`take_back`.
 
         Raises:
-            RuntimeError: If gradients are pending, which the program could not apply.
+            RuntimeError: If gradients are pending, which the program could not apply, or ids are counted.
         """
         self.refuse_pending("a lookup inside jax.jit")
+        if self.tracker is not None:
+            raise RuntimeError(
+                f"table {self.name}: a lookup inside jax.jit cannot be counted; call engine.track(None) before it, or "
+                f"look up outside jit"
+            )
         self.record_lookup()
         if not self.read_only:
             self.store.reserve(more)
@@ -424,7 +434,12 @@ class HashTable:
         self.store.check_columns(member, ids, columns)
         self.record_lookup()
         self._log_changes(member, ids)
-        return self.store.write(member, ids, columns)
+        if self.tracker is None:
+            return self.store.write(member, ids, columns)
+        before = len(self)
+        rows = self.store.write(member, ids, columns)
+        self.tracker.add_loaded(member, len(self) - before)
+        return rows
 
     def ids(self, member: int) -> Tensor:
         """Return the ids of a member table that have a row, int64 ``[n]``, ascending."""
@@ -459,6 +474,8 @@ class HashTable:
         """Erase ids (int64 ``[n]``) and return how many of them had a row."""
         ids = self.store.check_ids("erase", member, ids).to(self.store.map_device)
         erased = self._erase_slots("erase", self.store.id_map.slots_of([ids], [member]))
+        if self.tracker is not None:
+            self.tracker.add_erased(member, erased)
         self._log_changes(member, ids)
         return erased
 
@@ -485,6 +502,9 @@ class HashTable:
     def erase_evicted(self, evicted: Entries) -> int:
         """Erase the rows that :meth:`evicted_by` returned; the table must not have changed since."""
         count = self._erase_slots("evict", evicted.slots)
+        if self.tracker is not None:
+            for member, rows in enumerate(evicted.members.bincount(minlength=len(self.members)).tolist()):
+                self.tracker.add_erased(member, rows)
         if self.change_logs:
             for member in evicted.members.unique().tolist():
                 self._log_changes(member, evicted.ids[evicted.members == member])
@@ -503,6 +523,10 @@ class HashTable:
         for log in self.change_logs:
             for number in range(len(self.members)) if member is None else [member]:
                 log.note_whole(number)
+        if self.tracker is not None:
+            for number, rows in enumerate(store.row_counts()):
+                if member in (None, number):
+                    self.tracker.add_erased(number, rows)
         if member is not None:
             entries = store.id_map.entries()
             self._erase_slots("clear", entries.slots[entries.members == member], loading=True)

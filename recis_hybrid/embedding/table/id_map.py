@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -161,6 +161,19 @@ class IdMap:
     def entries(self) -> Entries:
         """Return all ids; waits for the device."""
         return list_entries(self.slots, len(self))
+
+    @property
+    def load(self) -> float:
+        """Share of the slots that are in use or erased; waits for the device."""
+        return int(self.counters[ops.id_map.USED_SLOTS]) / self.capacity
+
+    def slices(self, slots: int = 1 << 20) -> Iterator[Entries]:
+        """Yield the ids of ``slots`` slots at a time; waits for the device. Numbers of slots start at 0 in each."""
+        for part in self.slots.split(slots):
+            entries = Entries(*torch.empty(4, part.size(0), dtype=torch.int64, device=self.device).unbind())
+            count = torch.zeros(1, dtype=torch.int64, device=self.device)
+            ops.id_map.list_ids(part, entries.ids, entries.members, entries.rows, entries.slots, count)
+            yield Entries(*(values[: int(count)] for values in entries))
 
     def erase_slots(self, slots: Tensor) -> None:
         """Erase the ids in slots (int64 ``[n]``, negative: none); their rows are reused."""

@@ -23,6 +23,8 @@ from recis_hybrid.embedding.table.record_layout import META, MemberTable, Record
 from recis_hybrid.embedding.table.row_validation import checked_ids, checked_member, refuse_columns
 from recis_hybrid.ops.gather import RowGroups
 
+_SLICE_BYTES = 16 << 20
+
 
 class RowStore:
     """IDMap, EmbeddingBlocks and admission of one or more member tables, without lookups or gradients.
@@ -348,6 +350,29 @@ class RowStore:
         self.id_map.rehash(live)
         self.id_map.move(moved.to(self.map_device), live)
         self.blocks.truncate(live)
+
+    def row_counts(self) -> list[int]:
+        """Return the number of rows of each member table; reads the IDMap if there are several."""
+        if len(self.members) == 1:
+            return [len(self)]
+        counts = torch.zeros(len(self.members), dtype=torch.int64, device=self.map_device)
+        for entries in self.id_map.slices():
+            counts += entries.members.bincount(minlength=len(self.members))
+        return counts.tolist()
+
+    def row_norms(self) -> tuple[Tensor, Tensor]:
+        """Return the sum and the maximum of the L2 norms of each member table's embeddings, float64 ``[M]`` each.
+
+        Rows are read a few MiB at a time. Not finite if a row is not.
+        """
+        sums, highest = torch.zeros(2, len(self.members), dtype=torch.float64, device=self.device).unbind()
+        slots = 1 << (_SLICE_BYTES // (4 * self.layout.dim)).bit_length()
+        for entries in self.id_map.slices(slots):
+            norms = self.blocks.read(self.on_blocks(entries.rows), "embedding").float().norm(dim=1).double()
+            members = self.on_blocks(entries.members)
+            sums.index_add_(0, members, norms)
+            highest.scatter_reduce_(0, members, norms, "amax")
+        return sums, highest
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of each part; see :meth:`HashTable.memory`."""

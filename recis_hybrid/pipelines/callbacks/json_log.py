@@ -20,7 +20,9 @@ from recis_hybrid.saver.format.location import RemotePath
 class JsonLog(Callback):
     """Appends each record of the log to a file, one JSON object per line, on rank 0.
 
-    Non-finite numbers become null. A resumed run removes the lines of the steps that it repeats, then appends.
+    If an engine tracks frequent ids (``EmbeddingEngine.track``), ``hottest`` has ``[id, frequency, error]`` of each, by
+    member table. Non-finite numbers become null. A resumed run removes the lines of the steps that it repeats, then
+    appends.
 
     Args:
         path: The file; its folder is created if needed. Object stores cannot append, so there the file is rewritten

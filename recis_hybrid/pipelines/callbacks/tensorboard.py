@@ -1,4 +1,4 @@
-"""TensorBoard: the log as TensorBoard scalars."""
+"""TensorBoard: the log as TensorBoard scalars and texts."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from recis_hybrid.pipelines.stages import Run
 
 class TensorBoard(Callback):
     """Writes every number of the log as a TensorBoard scalar, on rank 0.
+
+    If an engine tracks frequent ids (``EmbeddingEngine.track``), those of each table are a text ``hottest/NAME``.
 
     Requires ``pip install recis_hybrid[tensorboard]``.
 
@@ -41,13 +43,17 @@ class TensorBoard(Callback):
             self._writer = self._make(trainer.steps_done + 1)
 
     def on_log(self, trainer: Run, record: Record) -> None:
-        """Write the numbers of a record."""
+        """Write the numbers and the frequent ids of a record."""
         if self._writer is None:
             return
         for name, value in record.items():
             if isinstance(value, int | float) and name not in ("step", "seconds"):
                 tag = name if "/" in name else f"{record['event']}/{name}"
                 self._writer.add_scalar(tag, value, record["step"])
+        for name, ids in record.get("hottest", {}).items():
+            rows = [f"| {each} | {frequency} | {error} |" for each, frequency, error in ids]
+            table = "\n".join(["| id | frequency | error |", "| --- | --- | --- |", *rows])
+            self._writer.add_text(f"hottest/{name}", table, record["step"])
 
     def after_fit(self, trainer: Run) -> None:
         """Close the event file."""
