@@ -183,31 +183,76 @@ class OptaxOptimizer(torch.optim.Optimizer):
             torch.autograd.graph.increment_version(parameter)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return copies of the leaves of the transformation's state as tensors, in order."""
+        """Return copies of the leaves of the transformation's state as tensors, by parameter.
+
+        A leaf is named by its path in the state (``jax.tree_util.keystr``), in which ``[*]`` stands for the parameter's
+        name: ``[0].mu[*]``. Leaves that belong to no single parameter, such as ``[0].count``, are in the state of each.
+        """
         leaves = unshare([jnp.asarray(leaf) for leaf in jax.tree.leaves(self._state)])
-        state = {f"leaf{number}": leaf.clone() for number, leaf in enumerate(leaves)}
-        return {"state": {0: state} if state else {}, "param_groups": [{"params": list(range(len(self._named)))}]}
+        state: dict[int, dict[str, torch.Tensor]] = {}
+        for (name, index), leaf in zip(self._places(), leaves, strict=True):
+            for number in self._indices(index):
+                state.setdefault(number, {})[name] = leaf.clone()
+        state = dict(sorted(state.items()))
+        return {"state": state, "param_groups": [{"params": list(range(len(self._named)))}]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Replace the transformation's state with copies of saved leaves.
 
+        If a leaf that belongs to no single parameter differs between the parameters, because only some were loaded, the
+        loaded one is taken: the first that differs from the current state.
+
         Args:
-            state_dict: The result of :meth:`state_dict` for the same transformation and parameters.
+            state_dict: The result of :meth:`state_dict` for the same transformation and parameters, also of earlier
+                versions, which numbered the leaves.
 
         Raises:
-            ValueError: if shapes or dtypes of the leaves differ; nothing is changed.
+            ValueError: if names, shapes or dtypes of the leaves differ; nothing is changed.
         """
         leaves, tree = jax.tree.flatten(self._state)
-        loaded = cast(dict[str, torch.Tensor], state_dict["state"].get(0, {}))
-        own = {f"leaf{number}": (leaf.shape, leaf.dtype.name) for number, leaf in enumerate(leaves)}
-        saved = {name: (tuple(leaf.shape), str(leaf.dtype).removeprefix("torch.")) for name, leaf in loaded.items()}
-        if own != saved:
-            raise ValueError(
-                f"OptaxOptimizer: the saved state belongs to another transformation or to other parameters: expected "
-                f"{own}, got {saved}"
-            )
+        state = cast(dict[int, dict[str, torch.Tensor]], state_dict["state"])
+        places = self._places()
+        numbered = {f"leaf{number}" for number in range(len(leaves))}
+        if leaves and list(state) == [0] and state[0].keys() == numbered:
+            found = [[state[0][f"leaf{number}"]] for number in range(len(leaves))]
+        else:
+            own = {(index, name) for name, place in places for index in self._indices(place)}
+            saved = {(index, name) for index, values in state.items() for name in values}
+            if own != saved:
+                names = list(self._named)
+                listed = [f"{names[index] if index < len(names) else index}: {name}" for index, name in own ^ saved]
+                raise ValueError(
+                    f"OptaxOptimizer: the saved state belongs to another transformation or to other parameters: only "
+                    f"one of them has {sorted(listed)}"
+                )
+            found = [[state[index][name] for index in self._indices(place)] for name, place in places]
+        for (name, _), leaf, candidates in zip(places, leaves, found, strict=True):
+            for each in candidates:
+                form = (tuple(each.shape), str(each.dtype).removeprefix("torch."))
+                if form != (leaf.shape, leaf.dtype.name):
+                    raise ValueError(
+                        f"OptaxOptimizer: the saved state belongs to another transformation or to other parameters: "
+                        f"{name}: expected {(leaf.shape, leaf.dtype.name)}, got {form}"
+                    )
         (device,) = {parameter.device for parameter in self._named.values()}
-        self._state = jax.tree.unflatten(tree, [to_jax(loaded[name].to(device), copy=True) for name in own])
+        chosen = [_loaded(leaf, candidates) for leaf, candidates in zip(leaves, found, strict=True)]
+        self._state = jax.tree.unflatten(tree, [to_jax(each.to(device), copy=True) for each in chosen])
+
+    def _places(self) -> list[tuple[str, int | None]]:
+        """Return, for each leaf of the state, its name and the index of its parameter; None: of all."""
+        index_of = {name: index for index, name in enumerate(self._named)}
+        places: list[tuple[str, int | None]] = []
+        for path, _ in jax.tree_util.tree_flatten_with_path(self._state)[0]:
+            of = [at for at, key in enumerate(path) if getattr(key, "key", None) in index_of]
+            if not of:
+                places.append((jax.tree_util.keystr(path), None))
+                continue
+            before, after = (jax.tree_util.keystr(part) for part in (path[: of[-1]], path[of[-1] + 1 :]))
+            places.append((f"{before}[*]{after}", index_of[cast(Any, path[of[-1]]).key]))
+        return places
+
+    def _indices(self, place: int | None) -> list[int]:
+        return list(range(len(self._named))) if place is None else [place]
 
     def _arrays(self) -> dict[str, jax.Array]:
         """Return the array views of the parameters, by name."""
@@ -227,3 +272,11 @@ class OptaxOptimizer(torch.optim.Optimizer):
             gradient = gradient.clone(memory_format=torch.contiguous_format)
             count_copy()
         return share(gradient, f"OptaxOptimizer: the gradient of {name!r}")
+
+
+def _loaded(leaf: jax.Array, candidates: list[torch.Tensor]) -> torch.Tensor:
+    """Return the first candidate that differs from a leaf, or any if none does."""
+    if len(candidates) > 1:
+        current = unshare([leaf])[0]
+        return next((each for each in candidates if not torch.equal(each.to(current.device), current)), candidates[0])
+    return candidates[0]

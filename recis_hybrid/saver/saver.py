@@ -22,7 +22,7 @@ from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import Link
 from recis_hybrid.saver.format.row_file import Reads
-from recis_hybrid.saver.parts.adapters import part_of
+from recis_hybrid.saver.parts.adapters import parts_of
 from recis_hybrid.saver.parts.part import Part, captured
 from recis_hybrid.saver.parts.per_rank import PerRank, name_of_rank
 from recis_hybrid.saver.runtime.background import Background
@@ -40,7 +40,8 @@ class Saver:
 
     A part is an object that implements ``Saveable``, a ``torch.nn.Module``, a ``torch.optim.Optimizer``, a
     ``torch.Generator``, an object with ``state_dict`` and ``load_state_dict`` (a scheduler, a scaler, a
-    ``ColumnDataset``), or a JSON value. Files are safetensors and JSON, as specified in docs/format.md. Nothing that is
+    ``ColumnDataset``), or a JSON value. Optimizers match their parameters by name, if the modules are saved with them,
+    and otherwise by order. Files are safetensors and JSON, as specified in docs/format.md. Nothing that is
     read is ever executed.
 
     Only one job at a time can save to a directory. A second one is refused until the first has ended or its saver is
@@ -156,8 +157,7 @@ class Saver:
             checked = self._checked_step(step)
             check_flag("Saver.save", "delta", delta)
             _check_parts("Saver.save", parts)
-            save_frozen = self._save_frozen
-            adapters.update({name: part_of(name, part, save_frozen=save_frozen) for name, part in parts.items()})
+            adapters.update(parts_of(parts, save_frozen=self._save_frozen))
             if ranks.rank == 0:
                 self._storage.take()
             return [checked, delta, [[name, part.kind, _is_per_rank(parts[name])] for name, part in adapters.items()]]
@@ -257,11 +257,11 @@ class Saver:
 
         def choose() -> None:
             opened.append(StoredCheckpoint(self._root, resolved, listed=ranks.rank == 0))
+            adapters = parts_of(parts)
             for name, value in parts.items():
                 saved = name_of_rank(name, value, opened[0].manifest, ranks.rank)
                 if saved is not None:
-                    adapter = part_of(name, value)
-                    chosen[name] = PartToLoad(adapter, saved, opened[0].part(saved, adapter.kind))
+                    chosen[name] = PartToLoad(adapters[name], saved, opened[0].part(saved, adapters[name].kind))
 
         try:
             ranks.together(choose)
@@ -294,8 +294,11 @@ class Saver:
         optimizer state. A table that has done no step continues from the steps of its rows. Otherwise the rows get the
         table's step, as if they had just been looked up.
 
+        A torch optimizer that is passed together with its modules loads the state of the selected parameters, by the
+        same names. Its hyperparameters stay, and the state of other parameters too: that of a new layer is empty.
+
         Args:
-            parts: Engines and modules to load into, by the names under which they were saved.
+            parts: Engines, modules and torch optimizers to load into, by the names under which they were saved.
             step: Step to load; the latest complete checkpoint by default.
             only: Patterns of the names to load; None for all.
             exclude: Patterns of names to skip.
@@ -310,15 +313,16 @@ class Saver:
         Raises:
             CorruptCheckpoint: A file is missing, unknown or changed.
             CheckpointMismatch: Strict, and something selected does not fit; or the checkpoint lacks a part.
-            CheckpointError: The checkpoint does not exist, a part is neither an engine nor a module, or a pattern of
-                ``only``, ``exclude`` or ``rename`` matches no name of any part, whether strict or not.
+            CheckpointError: The checkpoint does not exist, a part is neither an engine, a module nor a torch optimizer
+                whose parameters have names, or a pattern of ``only``, ``exclude`` or ``rename`` matches no name of any
+                part, whether strict or not.
         """
         ranks = self._get_ranks()
         ranks.together(self.wait)
         _check_parts("Saver.load_some", parts)
         selection = Selection(only, exclude, rename)
         resolved: int = ranks.together(lambda: self._resolve(step) if ranks.rank == 0 else None)[0]
-        adapters = {name: part_of(name, value) for name, value in parts.items()}
+        adapters = parts_of(parts)
         opened: list[StoredCheckpoint] = []
 
         def find() -> None:

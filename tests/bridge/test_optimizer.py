@@ -115,11 +115,11 @@ def test_missing_gradients_are_zero_and_a_step_without_any_does_nothing() -> Non
     before = weights(tower)
     optimizer.step()
     torch.testing.assert_close(weights(tower), before, rtol=0, atol=0)
-    assert int(optimizer.state_dict()["state"][0]["leaf0"]) == 0
+    assert int(optimizer.state_dict()["state"][0]["[0].count"]) == 0
     first = next(tower.parameters())
     first.grad = torch.ones_like(first)
     optimizer.step()
-    assert int(optimizer.state_dict()["state"][0]["leaf0"]) == 1
+    assert int(optimizer.state_dict()["state"][0]["[0].count"]) == 1
     changed = [name for name, weight in weights(tower).items() if not torch.equal(weight, before[name])]
     assert len(changed) == 1
 
@@ -183,6 +183,68 @@ def test_training_resumes_from_a_checkpoint(tmp_path: Path) -> None:
         saver.load({"optimizer": OptaxOptimizer(other.named_parameters(), optax.sgd(0.1))})
     with pytest.raises(ValueError, match="another transformation or to other parameters"):
         again.load_state_dict(OptaxOptimizer(second.named_parameters(), optax.adagrad(0.1)).state_dict())
+
+
+class Layers(torch.nn.Module):
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.layers = torch.nn.ModuleDict({name: torch.nn.Linear(16, 16) for name in names})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+def adam_state(optimizer: OptaxOptimizer, names: list[str]) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    return {f"{name}: {key}": value for i, name in enumerate(names) for key, value in state[i].items()}
+
+
+def test_state_follows_the_names_of_parameters(tmp_path: Path) -> None:
+    transformation = optax.multi_transform(
+        {"bias": optax.sgd(0.1, momentum=0.9), "weight": optax.adam(0.1)},
+        lambda params: {name: name.rpartition(".")[2] for name in params},
+    )
+
+    def make(*names: str) -> tuple[Layers, OptaxOptimizer]:
+        module = Layers(*names)
+        return module, OptaxOptimizer(module.named_parameters(), transformation)
+
+    first, optimizer = make("a", "b", "c")
+    for _ in range(3):
+        optimizer.zero_grad()
+        first(torch.randn(4, 16)).square().mean().backward()
+        optimizer.step()
+    saver = Saver(tmp_path)
+    saver.save(1, {"model": first, "optimizer": optimizer})
+    expected = adam_state(optimizer, [name for name, _ in first.named_parameters()])
+    assert all(any(name in key for key in expected) for name in (".mu[*]", ".nu[*]", ".trace[*]"))
+    second, reordered = make("c", "a", "b")
+    saver.load({"model": second, "optimizer": reordered})
+    torch.testing.assert_close(
+        adam_state(reordered, [name for name, _ in second.named_parameters()]), expected, rtol=0, atol=0
+    )
+    third, fewer = make("c", "new", "a")
+    with pytest.raises(CheckpointMismatch, match="parameter 'model.layers.b.bias' is in the checkpoint only"):
+        saver.load({"optimizer": fewer, "model": third})
+    saver.load_some({"model": third, "optimizer": fewer}, strict=False)
+    names = [name for name, _ in third.named_parameters()]
+    found = adam_state(fewer, names)
+    for key, value in found.items():
+        if ".new." not in key or "[*]" not in key:
+            assert torch.equal(value, expected[key.replace(".new.", ".a.")]), key
+        else:
+            assert not value.any(), key
+
+
+def test_state_of_earlier_versions_is_loaded_by_order() -> None:
+    tower, other = JaxTower(mlp, PARAMS), JaxTower(mlp, PARAMS)
+    optimizer, again = (OptaxOptimizer(each.named_parameters(), optax.adam(0.1)) for each in (tower, other))
+    train(tower, optimizer, range(2))
+    leaves = [torch.from_numpy(np.array(leaf)) for leaf in jax.tree.leaves(optimizer._state)]
+    again.load_state_dict({"state": {0: {f"leaf{n}": leaf for n, leaf in enumerate(leaves)}}, "param_groups": []})
+    torch.testing.assert_close(again.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
 
 
 def test_a_transformation_without_state() -> None:

@@ -15,6 +15,7 @@ from recis_hybrid.saver.format.manifest import MANIFEST, TableEntry, TensorSpec
 from recis_hybrid.saver.parts.adapters import ModulePart
 from recis_hybrid.saver.parts.frozen_weights import read_frozen, specs_in_files
 from recis_hybrid.saver.parts.module_names import own_names
+from recis_hybrid.saver.parts.optimizer_part import OptimizerPart, saved_parameters
 from recis_hybrid.saver.parts.part import Part, SaveablePart
 from recis_hybrid.saver.runtime.ranks import Ranks
 
@@ -29,7 +30,7 @@ def load_some(
     Args:
         checkpoint: Checkpoint to load from; it has all parts, of the same kinds.
         ranks: This rank and the others; each loads the rows of its buckets.
-        parts: Parts to load into: modules, and Saveables that support loading some tables.
+        parts: Parts to load into: modules, optimizers, and Saveables that support loading some tables.
         selection: The selected names, and their names in the live objects.
         strict: Whether each selected name must have a counterpart with the same dtypes and shapes.
 
@@ -48,15 +49,21 @@ def load_some(
         saved: list[str] = []
         live: list[str] = []
         dense: dict[str, Mapping[str, Tensor]] = {}
+        optimizers: dict[str, _SavedOptimizer] = {}
         for name, part in parts.items():
             live += _live_names(name, part)
             if isinstance(part, ModulePart):
                 dense[name] = _tensors(checkpoint, name, part, selection, strict)
+            elif isinstance(part, OptimizerPart):
+                optimizers[name] = _SavedOptimizer(checkpoint, name)
+                saved += [own for _, own in optimizers[name].parameters]
             saved += dense.get(name, checkpoint.manifest.parts[name].tables)
         selection.refuse_unmatched(str(checkpoint.directory), saved, live)
         for name, part in parts.items():
             if isinstance(part, ModulePart):
                 actions.append(prepare_tensors(f"{name}: ", part.module, dense[name], selection, result))
+            elif isinstance(part, OptimizerPart):
+                actions.append(_prepare_optimizer(name, part, optimizers[name], selection, result))
             else:
                 assert isinstance(part, SaveablePart)
                 actions.append(_prepare_tables(checkpoint, ranks, name, part, selection, strict, result))
@@ -94,6 +101,13 @@ def _live_names(name: str, part: Part) -> Iterable[str]:
         return live_tensors(part.module)
     if isinstance(part, SaveablePart):
         return _owner(name, part).checkpoint_layout().tables
+    if isinstance(part, OptimizerPart):
+        if part.names is None:
+            raise CheckpointError(
+                f"Saver.load_some: part {name!r}: the parameters of the optimizer have no names, because their modules "
+                "are not among the parts. Pass them, such as {'model': model, 'optimizer': optimizer}."
+            )
+        return [own for _, own in part.specs]
     raise CheckpointError(
         f"Saver.load_some: part {name!r} is of kind {part.kind}, which cannot be loaded partially. Load it with "
         "Saver.load."
@@ -151,6 +165,48 @@ def prepare_tensors(
                 own.copy_(value)
 
     return copy
+
+
+class _SavedOptimizer:
+    """The state of an optimizer in a checkpoint, by name of the parameter."""
+
+    def __init__(self, checkpoint: StoredCheckpoint, name: str) -> None:
+        where = f"{checkpoint.directory / MANIFEST}: part {name!r}"
+        self.state = checkpoint.read(name)
+        found = saved_parameters(where, self.state)
+        if found is None:
+            raise CheckpointError(
+                f"{where}: the parameters of the optimizer have no names, because it was saved without its modules or "
+                "by an earlier version. Load it with Saver.load, or save it again together with its modules."
+            )
+        self.parameters = found
+        """Index, and dtype and shape."""
+
+
+def _prepare_optimizer(
+    name: str, part: OptimizerPart, saved: _SavedOptimizer, selection: Selection, result: Loaded
+) -> Callable[[], None]:
+    """Compare the parameters of an optimizer, by the names of each module, and return a function that loads those."""
+    if different := part.class_differences(saved.state):
+        result.unfit.extend(f"{name}: {text}" for text in different)
+        return lambda: None
+    specs = part.specs
+    index_of = {key: index for index, key in enumerate(specs)}
+    indices: dict[int, int] = {}
+    for module in dict.fromkeys(key[0] for key in (*saved.parameters, *specs)):
+        names = selection.live_names(own for key, own in saved.parameters if key == module)
+        for own, old in names.items():
+            index, spec = saved.parameters[module, old]
+            if (module, own) not in specs:
+                result.unused.append(f"{name}: {module}.{old}")
+            elif specs[module, own] != spec:
+                result.unfit.append(f"{name}: {module}.{own}: checkpoint {spec}, live object {specs[module, own]}")
+            else:
+                indices[index_of[module, own]] = index
+                result.loaded.append(f"{name}: {module}.{own}")
+        live = [own for key, own in specs if key == module]
+        result.missing.extend(f"{name}: {module}.{own}" for own in live if own not in names and selection.takes(own))
+    return lambda: part.load_parameters(saved.state, indices)
 
 
 def _prepare_tables(

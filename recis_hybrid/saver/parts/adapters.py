@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -11,29 +13,38 @@ from recis_hybrid.saver.format.json_values import checked_json
 from recis_hybrid.saver.format.manifest import KINDS, TensorSpec
 from recis_hybrid.saver.parts.compare import named_differences, refuse_differences
 from recis_hybrid.saver.parts.frozen_weights import KEY, read_frozen, specs_in_files, without_frozen
-from recis_hybrid.saver.parts.module_names import own_names
-from recis_hybrid.saver.parts.optimizer_part import OptimizerPart
+from recis_hybrid.saver.parts.module_names import own_names, without_wrappers
+from recis_hybrid.saver.parts.optimizer_part import Name, OptimizerPart
 from recis_hybrid.saver.parts.part import Part, SaveablePart
 from recis_hybrid.saver.parts.per_rank import PerRank
 from recis_hybrid.saver.parts.stateful_part import GeneratorPart, Stateful, StatefulPart
 
 
-def part_of(name: str, value: object, *, save_frozen: bool = True) -> Part:
-    """Return the adapter of a value.
+def parts_of(values: Mapping[str, object], *, save_frozen: bool = True) -> dict[str, Part]:
+    """Return the adapters of values.
 
     Args:
-        name: Name of the part, for messages.
-        value: Object that the user passed.
+        values: Objects that the user passed, by the names of their parts. The modules among them name the parameters of
+            the optimizers among them.
         save_frozen: Whether to save the frozen parameters of modules that are still as in the files they came from.
 
     Returns:
-        The adapter. An object that is both a Saveable and a module is treated as a Saveable.
+        The adapters. An object that is both a Saveable and a module is treated as a Saveable.
 
     Raises:
-        CheckpointError: The value cannot be saved.
+        CheckpointError: A value cannot be saved.
     """
-    if isinstance(value, PerRank):
-        value = value.value
+    values = {name: value.value if isinstance(value, PerRank) else value for name, value in values.items()}
+    names: dict[int, Name] = {}
+    for part, value in sorted(values.items()):
+        if isinstance(value, torch.nn.Module):
+            parameters = dict(value.named_parameters())
+            for own, parameter in zip(without_wrappers(value, list(parameters)), parameters.values(), strict=True):
+                names.setdefault(id(parameter), (part, own))
+    return {name: _part_of(name, value, names, save_frozen) for name, value in values.items()}
+
+
+def _part_of(name: str, value: object, names: Mapping[int, Name], save_frozen: bool) -> Part:
     if isinstance(value, Saveable) and not isinstance(value, type):
         part = SaveablePart(value)
         if part.kind not in KINDS:
@@ -44,7 +55,7 @@ def part_of(name: str, value: object, *, save_frozen: bool = True) -> Part:
     if isinstance(value, torch.nn.Module):
         return ModulePart(name, value, save_frozen=save_frozen)
     if isinstance(value, torch.optim.Optimizer):
-        return OptimizerPart(name, value)
+        return OptimizerPart(name, value, names)
     if value is None or isinstance(value, bool | int | float | str | list | dict):
         return JsonPart(name, value)
     if isinstance(value, torch.Generator):

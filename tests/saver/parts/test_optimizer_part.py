@@ -107,6 +107,154 @@ def test_groups_keep_their_own_values(tmp_path: Path) -> None:
     assert_same(restored.state_dict(), optimizer.state_dict())
 
 
+class Tower(nn.Module):
+    """Layers in the given order, all of the same shape."""
+
+    def __init__(self, *names: str) -> None:
+        super().__init__()
+        self.layers = nn.ModuleDict({name: nn.Linear(3, 3) for name in names})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers.values():
+            x = layer(x)
+        return x
+
+
+def state_of(net: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
+    return {name: optimizer.state[p] for name, p in net.named_parameters() if p in optimizer.state}
+
+
+def saved_tower(root: Path, make: Build = Adam) -> tuple[Tower, Optimizer]:  # type: ignore[assignment]
+    net = Tower("a", "b", "c")
+    optimizer = make(net.parameters())
+    train(net, optimizer, 3)
+    Saver(root).save(1, {"model": net, "dense": optimizer})
+    return net, optimizer
+
+
+@pytest.mark.parametrize("wrap", [lambda net: net, nn.DataParallel])
+def test_state_follows_the_names_of_parameters(tmp_path: Path, wrap: Callable[[nn.Module], nn.Module]) -> None:
+    net, optimizer = saved_tower(tmp_path)
+    other = Tower("c", "a", "b")
+    groups = [{"params": other.layers["c"].parameters(), "lr": 0.7}, {"params": []}]
+    restored = Adam(
+        [*groups, {"params": [*other.layers["a"].parameters(), *other.layers["b"].parameters()], "lr": 3.0}]
+    )
+    restored.param_groups[1]["lr"] = 0.9
+    Saver(tmp_path).load({"model": wrap(other), "dense": restored})
+    assert_same(state_of(other, restored), state_of(net, optimizer))
+    # The hyperparameters are those of the parameters' group in the checkpoint; a group without parameters has none.
+    assert [group["lr"] for group in restored.param_groups] == [1e-3, 0.9, 1e-3]
+
+
+def test_a_new_layer_loses_no_moments_of_the_others(tmp_path: Path) -> None:
+    net, optimizer = saved_tower(tmp_path)
+    other = Tower("new", "c", "a")
+    restored = Adam(other.parameters(), lr=0.5)
+    train(other, restored, 1)
+    fresh = {name: dict(state) for name, state in state_of(other, restored).items()}
+    saver = Saver(tmp_path)
+    with pytest.raises(
+        CheckpointMismatch,
+        match=r"'dense' does not fit .* parameter 'model.layers.b.bias' is in the checkpoint only \(float32 \[3\]\); .*"
+        r"parameter 'model.layers.new.bias' is in the live object only \(float32 \[3\]\)",
+    ):
+        saver.load({"dense": restored, "model": other})
+    with pytest.raises(CheckpointMismatch, match=r"dense: model.layers.b.* is in the checkpoint only"):
+        saver.load_some({"dense": restored, "model": other})
+    loaded = saver.load_some({"dense": restored, "model": other}, strict=False)
+    assert set(loaded.loaded) == {
+        f"{part}layers.{layer}.{kind}"
+        for part in ("model: ", "dense: model.")
+        for layer in "ac"
+        for kind in ("weight", "bias")
+    }
+    assert "dense: model.layers.new.weight" in loaded.missing
+    assert "dense: model.layers.b.weight" in loaded.unused
+    found, expected = state_of(other, restored), state_of(net, optimizer)
+    for name, state in found.items():
+        assert_same(state, fresh[name] if ".new." in name else expected[name])
+    assert restored.param_groups[0]["lr"] == 0.5  # hyperparameters stay
+    train(other, restored, 1)
+    assert {float(state["step"]) for state in state_of(other, restored).values()} == {2.0, 4.0}
+
+
+def test_state_is_loaded_under_other_names_and_by_pattern(tmp_path: Path) -> None:
+    net, optimizer = saved_tower(tmp_path)
+    other = Tower("x", "b")
+    restored = Adam(other.parameters())
+    parts = {"dense": restored, "model": other}
+    Saver(tmp_path).load_some(parts, only="layers.a.*", rename={"layers.a.*": "layers.x.*"})
+    expected = {name.replace(".a.", ".x."): s for name, s in state_of(net, optimizer).items() if ".a." in name}
+    assert_same(state_of(other, restored), expected)
+    wide = Tower("a", "b", "c")
+    wide.layers["b"] = nn.Linear(3, 3).double()
+    loaded = Saver(tmp_path).load_some({"dense": Adam(wide.parameters()), "model": wide}, strict=False)
+    assert "dense: model.layers.b.bias: checkpoint float32 [3], live object float64 [3]" in loaded.unfit
+    for strict in (True, False):
+        sgd = SGD(other.parameters(), momentum=0.9)
+        if strict:
+            with pytest.raises(CheckpointMismatch, match="dense: optimizer: checkpoint Adam, live object SGD"):
+                Saver(tmp_path).load_some({"dense": sgd, "model": other}, only="layers.b.*")
+        else:
+            loaded = Saver(tmp_path).load_some({"dense": sgd, "model": other}, only="layers.b.*", strict=False)
+            assert loaded.unfit == ["dense: optimizer: checkpoint Adam, live object SGD"]
+        assert not sgd.state
+
+
+def test_parameters_of_several_modules_are_told_apart(tmp_path: Path) -> None:
+    net, loss = Tower("a"), Tower("a")
+    optimizer = Adam([*net.parameters(), *loss.parameters()])
+    train(nn.Sequential(net, loss), optimizer, 2)
+    saver = Saver(tmp_path)
+    saver.save(1, {"model": net, "loss": loss, "dense": optimizer})
+    other, another = Tower("a"), Tower("a")
+    restored = Adam([*another.parameters(), *other.parameters()])
+    saver.load({"model": other, "loss": another, "dense": restored})
+    assert_same(state_of(other, restored), state_of(net, optimizer))
+    assert_same(state_of(another, restored), state_of(loss, optimizer))
+    restored = Adam([*another.parameters(), *other.parameters()])
+    saver.load_some({"model": other, "loss": another, "dense": restored})
+    assert_same(state_of(another, restored), state_of(loss, optimizer))
+
+
+def test_groups_saved_with_different_hyperparameters_are_not_merged(tmp_path: Path) -> None:
+    saved_tower(tmp_path, lambda p: Adam([{"params": [each], "lr": 0.1 + n} for n, each in enumerate(p)]))
+    other = Tower("a", "b", "c")
+    with pytest.raises(
+        CheckpointMismatch,
+        match=r"'model.layers.a.weight' and 'model.layers.a.bias' share a parameter group .* differ in \['lr'\] in",
+    ):
+        Saver(tmp_path).load({"model": other, "dense": Adam(other.parameters())})
+
+
+def test_a_checkpoint_without_names_is_loaded_by_order(tmp_path: Path) -> None:
+    net, optimizer = saved_tower(tmp_path)
+    edit_manifest(tmp_path / "step_000001", lambda d: d["parts"]["dense"]["meta"].pop("names"))
+    other = Tower("c", "a", "b")
+    restored = Adam(other.parameters())
+    Saver(tmp_path).load({"model": other, "dense": restored})
+    assert_same(list(restored.state.values()), list(optimizer.state.values()))
+    with pytest.raises(
+        CheckpointError, match="part 'dense': the parameters of the optimizer have no names, because it"
+    ):
+        Saver(tmp_path).load_some({"model": other, "dense": restored})
+    with pytest.raises(CheckpointMismatch, match="group 0: checkpoint 6 parameters, live object 2"):
+        Saver(tmp_path).load({"model": other, "dense": Adam(other.layers["a"].parameters())})
+
+
+@pytest.mark.parametrize(
+    "names", [3, [], [[["model", "a"]]], [[["model", "layers.a.bias"]] * 6], [[["model"]] * 6], [[["model", 1]] * 6]]
+)
+def test_forged_names_are_refused(tmp_path: Path, names: Any) -> None:
+    saved_tower(tmp_path)
+    edit_manifest(tmp_path / "step_000001", lambda d: d["parts"]["dense"]["meta"].update(names=names))
+    other = Tower("a", "b", "c")
+    for load in (Saver(tmp_path).load, Saver(tmp_path).load_some):
+        with pytest.raises(CorruptCheckpoint, match="part 'dense': meta.names must have a part and a name for each"):
+            load({"model": other, "dense": Adam(other.parameters())})
+
+
 def test_state_wider_than_its_parameter_stays_wide(tmp_path: Path) -> None:
     # torch's load_state_dict casts such state to the parameter's dtype.
     nets = [nn.Linear(3, 2).bfloat16() for _ in range(2)]
