@@ -145,7 +145,7 @@ def test_the_plot(
 
 @pytest.mark.slow
 def test_two_ranks_print_once(arguments: list[str], tmp_path: Path, root: Path) -> None:
-    options = [*arguments, "--epochs", "2"]
+    options = [*arguments, "--rows", "1500", "--epochs", "2"]
     program = f"import sys\nsys.argv = ['minilm.py', *{options!r}]\nfrom examples import minilm\nminilm.main()\n"
     done = on_two_ranks(program, tmp_path, root)
     assert done.returncode == 0, done.stderr[-3000:]
