@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -66,7 +67,7 @@ def test_the_code_blocks_on_jax_towers_run(tmp_path: Path, monkeypatch: pytest.M
 def test_the_code_blocks_of_the_jax_page_run() -> None:
     pytest.importorskip("jax", reason="jax is not installed")
     blocks = re.findall(r"^```python\n(.*?)^```$", (DOCS / "jax_led.md").read_text(), re.MULTILINE | re.DOTALL)
-    assert len(blocks) == 6
+    assert len(blocks) == 7
     names: dict[str, Any] = {"__name__": "guide"}
     for block in blocks:
         exec(compile(block, "docs/jax_led.md", "exec"), names)
@@ -75,3 +76,5 @@ def test_the_code_blocks_of_the_jax_page_run() -> None:
     assert names["figures"]["eval"]["auc"] > 0.9
     assert len(names["ranker"].tables[0]) == 9
     assert_near(names["scores"], names["trained"].score(names["asked"])[""])
+    assert names["bucket"].tolist() == [0, 1, 2]
+    assert_near(names["pooled_gradient"][:, 0].tolist(), [(1 - math.tanh(1) ** 2) / n for n in (2, 2, 3, 3, 3)])

@@ -16,6 +16,7 @@ import numpy as np
 
 from recis_hybrid.bridge.ffi.primitives import TableCall, apply, look_up
 from recis_hybrid.bridge.ffi.tables import JitTables, combiner_of
+from recis_hybrid.bridge.ffi.words import words
 from recis_hybrid.validation import check_type, describe_value
 
 
@@ -173,51 +174,28 @@ def _check_names(tables: JitTables, ids: Mapping[str, Any], offsets: Mapping[str
 
 
 def _column(name: str, member: int, config: Any, ids: Any, offsets: Any | None) -> _Column:
-    words, shape = _words(f"feature {name!r}: ids", ids)
+    flat, shape = words(f"feature {name!r}: ids", ids)
     zeros, combiner = config.unknown == "zeros", combiner_of(config)
     if offsets is not None:
-        ends, extent = _words(f"feature {name!r}: offsets", offsets)
+        ends, extent = words(f"feature {name!r}: offsets", offsets)
         if len(shape) != 1 or len(extent) != 1 or extent[0] < 1:
             raise ValueError(
                 f"feature {name!r}: ids with offsets must be [n] and offsets [V + 1], got {list(shape)} and "
                 f"{list(extent)}"
             )
         if config.combiner is None:
-            return _Column(name, member, combiner, zeros, words, None, shape[0], shape[0], (shape[0], config.dim))
+            return _Column(name, member, combiner, zeros, flat, None, shape[0], shape[0], (shape[0], config.dim))
         vectors = extent[0] - 1
-        return _Column(name, member, combiner, zeros, words, ends, shape[0], vectors, (vectors, config.dim))
+        return _Column(name, member, combiner, zeros, flat, ends, shape[0], vectors, (vectors, config.dim))
     if not 1 <= len(shape) <= 3:
         raise ValueError(f"feature {name!r}: ids must be [B], [B, L] or [B, L, K], got {list(shape)}")
     bags, length = (shape, 1) if len(shape) == 1 else (shape[:-1], shape[-1])
     count = int(np.prod(shape))
     if config.combiner is None:
-        return _Column(name, member, combiner, zeros, words, None, count, count, (*shape, config.dim))
+        return _Column(name, member, combiner, zeros, flat, None, count, count, (*shape, config.dim))
     vectors = int(np.prod(bags))
-    ends = None if length == 1 else _words("offsets", np.arange(vectors + 1, dtype=np.int64) * length)[0]
-    return _Column(name, member, combiner, zeros, words, ends, count, vectors, (*bags, config.dim))
-
-
-def _words(where: str, values: Any) -> tuple[Any, tuple[int, ...]]:
-    """Return integers as 64-bit words, flat, and their shape: uint32 ``[n, 2]``, or 64-bit integers ``[n]``."""
-    if isinstance(values, np.ndarray) and values.dtype in (np.int64, np.uint64):
-        values = np.ascontiguousarray(values).view(np.uint32).reshape(*values.shape, 2)
-    dtype = getattr(values, "dtype", None)
-    if dtype in (jnp.int64, jnp.uint64):
-        return values.reshape(-1), tuple(values.shape)
-    if dtype == jnp.int32:
-        words = jnp.stack([values, values >> 31], -1).astype(jnp.uint32)
-        return words.reshape(-1, 2), tuple(values.shape)
-    if dtype != jnp.uint32:
-        raise TypeError(
-            f"{where} must be int32, pairs of uint32 words, or int64 with jax_enable_x64, got "
-            f"{dtype or describe_value(values)}"
-        )
-    if values.ndim < 2 or values.shape[-1] != 2:
-        raise ValueError(
-            f"{where}: uint32 must be pairs of words, (…, 2), got {list(values.shape)}; make them of int64 in numpy by "
-            "ids.view(numpy.uint32).reshape(*ids.shape, 2)"
-        )
-    return values.reshape(-1, 2), tuple(values.shape[:-1])
+    ends = None if length == 1 else words("offsets", np.arange(vectors + 1, dtype=np.int64) * length)[0]
+    return _Column(name, member, combiner, zeros, flat, ends, count, vectors, (*bags, config.dim))
 
 
 def _table_call(chain: int, number: int, table: Any, columns: Sequence[_Column], inserts: bool) -> TableCall:

@@ -26,7 +26,7 @@ def handlers() -> Any:
             "`pip install jax pybind11`, then `pip install --no-build-isolation -e .` in the source folder. Lookups "
             "outside jit need no handlers: use bridge.jax_led.JaxTables"
         ) from error
-    _xla.use_cpu_kernels(ops.table_kernels())
+    _xla.use_cpu_kernels(ops.table_kernels(), ops.feature_kernels())
     for name, handler in _xla.cpu_handlers().items():
         jax.ffi.register_ffi_target(name, handler, platform="cpu")
     return _xla

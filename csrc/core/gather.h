@@ -216,6 +216,25 @@ struct SpreadMax {
   }
 };
 
+// Backward of a sum: the gradient of each row of a bag is that of the combined row times the bag's factor.
+struct SpreadSum {
+  Bags bags;
+  const float* gradient;  // [bags, dim]
+  int64_t dim;
+  float* out;  // [rows, dim]
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t b, Lanes lanes) const {
+    const Range bag = bags.range(b);
+    const float norm = bags.norm(bag);
+    for (int64_t p = bag.begin; p < bag.end; ++p) {
+      const float factor = bags.weight(p) * norm;
+      // A sum of one product, as in reduce.h: it has no negative zeros.
+      for (int64_t d = lanes.rank; d < dim; d += lanes.size) out[p * dim + d] = 0.0f + factor * gradient[b * dim + d];
+    }
+  }
+};
+
 // The source of a position's gradient: a feature in the high bits and one of its vectors in the low bits.
 inline constexpr int kSourceShift = 40;
 inline constexpr int64_t kSourceVector = (int64_t{1} << kSourceShift) - 1;

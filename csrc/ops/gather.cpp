@@ -1,9 +1,12 @@
 #include "ops/gather.h"
 
+#include <algorithm>
+#include <numeric>
 #include <unordered_set>
 
 #include "core/distinct.h"
 #include "core/insert.h"
+#include "ops/feature_kernels.h"
 #include "ops/group.h"
 #include "ops/id_map.h"
 #include "ops/table_kernels.h"
@@ -157,6 +160,32 @@ Outcome lookup_cpu(const Pool& pool, const TableRef& table, const LookupCall& ca
     if (!has_room(table, spans)) return Outcome::kNoRoom;
     insert_call(device, table, call, spans);
     see_call(device, table, call, spans.positions);
+    return Outcome::kDone;
+  });
+}
+
+Outcome combine_bags_cpu(const Pool& pool, const BagsCall& call, const float* values, float* out, int32_t* winners,
+                         char* reason) {
+  return without_exceptions(reason, [&] {
+    check_bags(call);
+    if (call.dim == 0) return Outcome::kDone;
+    CpuDevice device(pool);
+    const auto numbers = detail::room<int64_t>(call.rows);
+    std::iota(numbers.get(), numbers.get() + call.rows, int64_t{0});
+    const auto address = static_cast<int64_t>(reinterpret_cast<intptr_t>(values));
+    combine_call(device, call, &address, numbers.get(), out, winners);
+    return Outcome::kDone;
+  });
+}
+
+Outcome spread_bags_cpu(const Pool& pool, const BagsCall& call, const float* gradients, const int32_t* winners,
+                        float* out, char* reason) {
+  return without_exceptions(reason, [&] {
+    check_bags(call);
+    // Rows outside all bags.
+    std::fill(out, out + call.offsets[0] * call.dim, 0.0f);
+    std::fill(out + call.offsets[call.bags] * call.dim, out + call.rows * call.dim, 0.0f);
+    spread_call(CpuDevice(pool), call, gradients, winners, out);
     return Outcome::kDone;
   });
 }

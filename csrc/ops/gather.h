@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "core/feature_kernels.h"
 #include "core/gather.h"
 #include "core/table_kernels.h"
 #include "ops/blocks.h"
@@ -126,6 +127,37 @@ void spread_max(const Tensor& offsets, const Tensor& winners, const Tensor& grad
                   SpreadMax{offsets.numel() == 0 ? nullptr : data<int64_t>(offsets, "offsets"),
                             data<int32_t>(winners, "winners"), static_cast<const float*>(memory(gradient, "gradient")),
                             gradient.stride(0), dim, data<float>(out, "out")});
+}
+
+// Checks the offsets of bags of rows on the CPU.
+inline void check_bags(const BagsCall& call) {
+  const int64_t* at = call.offsets;
+  RECIS_CHECK(at[0] >= 0 && at[call.bags] <= call.rows && ascend(at, call.bags),
+              "segment_reduce: offsets must not decrease and must be within the ", call.rows, " rows of the values");
+}
+
+// Combines bags of rows of an array, which is read like the records of a block.
+template <class Device>
+void combine_call(Device& device, const BagsCall& call, const int64_t* address, const int64_t* numbers, float* out,
+                  int32_t* winners) {
+  const bool aligned = call.dim % 4 == 0 && reinterpret_cast<uintptr_t>(out) % 16 == 0 &&
+                       reinterpret_cast<uintptr_t>(winners) % 16 == 0 && *address % 16 == 0;
+  const bool streams =
+      call.dim % 16 == 0 && reinterpret_cast<uintptr_t>(out) % 64 == 0 && call.bags * call.dim * 4 > kStreamFrom;
+  const BagSpan span{0, 0, {call.offsets, nullptr, call.combiner, 0}, nullptr, out, winners, nullptr};
+  gather_spans(device, {span}, BlocksRef{address, kRowBits, 16, call.dim * 4}, 0, call.dim, numbers, call.bags, aligned,
+               streams);
+}
+
+template <class Device>
+void spread_call(const Device& device, const BagsCall& call, const float* gradients, const int32_t* winners,
+                 float* out) {
+  if (call.combiner == Combiner::kMax) {
+    device.for_each(call.bags, call.dim, SpreadMax{call.offsets, winners, gradients, call.dim, call.dim, out});
+  } else {
+    device.for_each(call.bags, call.dim,
+                    SpreadSum{{call.offsets, nullptr, call.combiner, 0}, gradients, call.dim, out});
+  }
 }
 
 // The outputs of grouping; RECIS_GROUPS declares the tensors in a schema, starting with the letter `b`.

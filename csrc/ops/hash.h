@@ -1,6 +1,7 @@
 // Operators that hash strings and ids (kernels: core/hash.h).
 #pragma once
 
+#include "core/feature_kernels.h"
 #include "core/hash.h"
 #include "ops/common.h"
 #include "ops/fault_word.h"
@@ -38,12 +39,16 @@ Tensor hash_bytes(const Tensor& values, const Tensor& offsets, int64_t kind, con
 }
 
 template <class Device>
+void hash_call(const Device& device, const HashCall& call) {
+  with_known_hasher(
+      call.kind, [&](auto hasher) { device.for_each(call.count, 1, HashIds<decltype(hasher)>{call.ids, call.out}); });
+}
+
+template <class Device>
 Tensor hash_ids(const Tensor& ids, int64_t kind) {
   Device device(ids);
   Tensor out = torch::stable::new_empty(ids, ids.sizes(), ScalarType::Long);
-  with_known_hasher(kind, [&](auto hasher) {
-    device.for_each(ids.numel(), 1, HashIds<decltype(hasher)>{data<int64_t>(ids, "ids"), data<int64_t>(out, "out")});
-  });
+  hash_call(device, {kind, data<int64_t>(ids, "ids"), ids.numel(), data<int64_t>(out, "out")});
   return out;
 }
 

@@ -1,6 +1,7 @@
 // Element-wise operators of features (kernels: core/transform.h).
 #pragma once
 
+#include "core/feature_kernels.h"
 #include "core/transform.h"
 #include "ops/common.h"
 #include "ops/fault_word.h"
@@ -26,29 +27,55 @@ struct Refusal {
   const std::optional<Tensor>& faults;  // see ops/fault_word.h
 };
 
-// Applies a map of core/maps.h, and raises on the CPU for an element that it refuses.
-template <class In, class Out, class Device, class Map>
-void apply_map(Device& device, const Tensor& values, const Map& map, const Tensor& out, const Refusal& refusal) {
+// Calls launch(used, width, fault) with the arguments of a kernel that refuses elements (see MapValues), and raises on
+// the CPU if it has refused one.
+template <class F>
+void refusing(const Tensor& values, const Refusal& refusal, F&& launch) {
   const FaultWord refused(values, refusal.faults);
   RECIS_CHECK(!refusal.used.has_value() || refusal.used->numel() > 0, refusal.name, ": used must not be empty");
   const int64_t* rows = data_or_null<int64_t>(refusal.used, "used");
   if (rows != nullptr) rows += refusal.used->numel() - 1;
-  const int64_t width = values.dim() > 0 && values.size(0) > 0 ? values.numel() / values.size(0) : 1;
-  device.for_each(
-      values.numel(), 1,
-      MapValues<Map, In, Out>{data<In>(values, "values"), map, data<Out>(out, "out"), rows, width, refused.word()});
+  launch(rows, values.dim() > 0 && values.size(0) > 0 ? values.numel() / values.size(0) : 1, refused.word());
   RECIS_CHECK(refused.fault() == 0, refusal.name, ": element ", refused.fault() - 1, " ", refusal.why);
 }
 
+// Applies a map of core/maps.h, and raises on the CPU for an element that it refuses.
+template <class In, class Out, class Device, class Map>
+void apply_map(Device& device, const Tensor& values, const Map& map, const Tensor& out, const Refusal& refusal) {
+  refusing(values, refusal, [&](const int64_t* rows, int64_t width, int64_t* const* fault) {
+    device.for_each(
+        values.numel(), 1,
+        MapValues<Map, In, Out>{data<In>(values, "values"), map, data<Out>(out, "out"), rows, width, fault});
+  });
+}
+
 inline Tensor new_ids(const Tensor& like) { return torch::stable::new_empty(like, like.sizes(), ScalarType::Long); }
+
+// Calls f with the type of integer results.
+template <class F>
+void with_integers(NumberType type, F&& f) {
+  if (type == NumberType::kInt32) return f.template operator()<int32_t>();
+  RECIS_CHECK(type == NumberType::kInt64, "results must be int64 or int32");
+  f.template operator()<int64_t>();
+}
+
+template <class Device>
+void mod_call(const Device& device, const ModCall& call) {
+  RECIS_CHECK(call.modulus != 0, "mod_ids: the modulus must not be 0");
+  with_integers(call.out_type, [&]<class Out>() {
+    device.for_each(call.count, 1,
+                    MapValues<ModOf, int64_t, Out>{call.ids, ModOf{Divisor::of(call.modulus)},
+                                                   static_cast<Out*>(call.out), nullptr, 1, nullptr});
+  });
+}
 
 // `modulus` holds the bits of an unsigned integer.
 template <class Device>
 Tensor mod_ids(const Tensor& ids, int64_t modulus) {
   Device device(ids);
-  RECIS_CHECK(modulus != 0, "mod_ids: the modulus must not be 0");
   Tensor out = new_ids(ids);
-  apply_map<int64_t, int64_t>(device, ids, ModOf{Divisor::of(static_cast<uint64_t>(modulus))}, out);
+  mod_call(device, {static_cast<uint64_t>(modulus), data<int64_t>(ids, "ids"), ids.numel(), data<int64_t>(out, "out"),
+                    NumberType::kInt64});
   return out;
 }
 
@@ -74,6 +101,39 @@ Tensor cross_pairs(const Tensor& x, const Tensor& y) {
   return out;
 }
 
+// Finds buckets. The other arguments are those of MapValues; elements are refused only if call.refuse_nan.
+template <class Device>
+void bucketize_call(const Device& device, const BucketizeCall& call, const int64_t* used, int64_t width,
+                    int64_t* const* fault) {
+  const auto launch = [&]<class T, class Out, bool kRight>() {
+    using Map = BucketOf<T, kRight>;
+    device.for_each(
+        call.count, 1,
+        MapValues<Map, T, Out>{static_cast<const T*>(call.values),
+                               Map{static_cast<const T*>(call.boundaries), call.boundary_count},
+                               static_cast<Out*>(call.out), used, width, call.refuse_nan ? fault : nullptr});
+  };
+  const auto find = [&]<class T>() {
+    with_integers(call.out_type, [&]<class Out>() {
+      if (call.right) {
+        launch.template operator()<T, Out, true>();
+      } else {
+        launch.template operator()<T, Out, false>();
+      }
+    });
+  };
+  switch (call.type) {
+    case NumberType::kFloat32:
+      return find.template operator()<float>();
+    case NumberType::kFloat64:
+      return find.template operator()<double>();
+    case NumberType::kInt64:
+      return find.template operator()<int64_t>();
+    default:
+      RECIS_CHECK(false, "bucketize: values must be int64, float32 or float64");
+  }
+}
+
 // Refuses NaN only if `refuse_nan`.
 template <class Device>
 Tensor bucketize(const Tensor& values, const Tensor& boundaries, bool right, bool refuse_nan,
@@ -81,31 +141,31 @@ Tensor bucketize(const Tensor& values, const Tensor& boundaries, bool right, boo
   Device device(values);
   RECIS_CHECK(boundaries.dim() == 1, "bucketize takes boundaries [buckets - 1]");
   Tensor out = new_ids(values);
-  const auto apply = [&]<class T>(const auto& map) {
-    if (refuse_nan) {
-      apply_map<T, int64_t>(device, values, map, out, {"bucketize", "is NaN", used, faults});
-    } else {
-      apply_map<T, int64_t>(device, values, map, out);
-    }
-  };
-  const auto launch = [&]<class T>() {
-    const T* at = data<T>(boundaries, "boundaries");
-    const int64_t count = boundaries.numel();
-    if (right) {
-      apply.template operator()<T>(BucketOf<T, true>{at, count});
-    } else {
-      apply.template operator()<T>(BucketOf<T, false>{at, count});
-    }
+  const Refusal refusal{"bucketize", "is NaN", used, faults};
+  const auto find = [&]<class T>(NumberType type) {
+    const BucketizeCall call{data<T>(values, "values"),
+                             data<T>(boundaries, "boundaries"),
+                             values.numel(),
+                             boundaries.numel(),
+                             data<int64_t>(out, "out"),
+                             type,
+                             NumberType::kInt64,
+                             right,
+                             refuse_nan};
+    if (!refuse_nan) return bucketize_call(device, call, nullptr, 1, nullptr);
+    refusing(values, refusal, [&](const int64_t* rows, int64_t width, int64_t* const* fault) {
+      bucketize_call(device, call, rows, width, fault);
+    });
   };
   switch (values.scalar_type()) {
     case ScalarType::Long:
-      launch.template operator()<int64_t>();
+      find.template operator()<int64_t>(NumberType::kInt64);
       break;
     case ScalarType::Float:
-      launch.template operator()<float>();
+      find.template operator()<float>(NumberType::kFloat32);
       break;
     default:
-      launch.template operator()<double>();
+      find.template operator()<double>(NumberType::kFloat64);
   }
   return out;
 }

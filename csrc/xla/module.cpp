@@ -116,19 +116,26 @@ class PyChain {
   int64_t number_ = 0;
 };
 
-void use_cpu_kernels(int64_t address) {
-  const auto* kernels = reinterpret_cast<const TableKernels* (*)()>(address)();
-  if (kernels->version != kKernelsVersion) {
+void use_cpu_kernels(int64_t tables, int64_t features) {
+  const auto* of_tables = reinterpret_cast<const TableKernels* (*)()>(tables)();
+  const auto* of_features = reinterpret_cast<const FeatureKernels* (*)()>(features)();
+  if (of_tables->version != kKernelsVersion || of_features->version != kFeatureKernelsVersion) {
     throw std::runtime_error(
         "recis_hybrid._xla was built from other sources than the native library; build both again");
   }
-  cpu_kernels = kernels;
+  cpu_kernels = of_tables;
+  cpu_features = of_features;
 }
 
 py::dict cpu_handlers() {
   py::dict handlers;
   handlers["recis_lookup"] = capsule_of(&recis_lookup_cpu);
   handlers["recis_update"] = capsule_of(&recis_update_cpu);
+  handlers["recis_hash_ids"] = capsule_of(&recis_hash_ids_cpu);
+  handlers["recis_mod_ids"] = capsule_of(&recis_mod_ids_cpu);
+  handlers["recis_bucketize"] = capsule_of(&recis_bucketize_cpu);
+  handlers["recis_combine_bags"] = capsule_of(&recis_combine_bags_cpu);
+  handlers["recis_spread_bags"] = capsule_of(&recis_spread_bags_cpu);
   return handlers;
 }
 
@@ -138,7 +145,8 @@ py::dict cpu_handlers() {
 PYBIND11_MODULE(_xla, m) {
   using recis::PyChain;
   m.doc() = "XLA FFI handlers of recis_hybrid; use recis_hybrid.bridge.ffi.";
-  m.def("use_cpu_kernels", &recis::use_cpu_kernels, "Take the address of recis_table_kernels in the native library.");
+  m.def("use_cpu_kernels", &recis::use_cpu_kernels,
+        "Take the addresses of recis_table_kernels and recis_feature_kernels in the native library.");
   m.def("cpu_handlers", &recis::cpu_handlers, "Return the handlers as capsules, by target name.");
   m.def("context_words", &recis::Context::words, "Return the int64 words of the context of a training lookup.");
   py::class_<PyChain>(m, "Chain")

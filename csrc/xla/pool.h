@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <exception>
 #include <memory>
 #include <mutex>
@@ -12,6 +13,36 @@
 #include "xla/ffi/api/ffi.h"
 
 namespace recis {
+
+// While it exists, its thread computes with subnormal numbers, as torch's threads do: XLA's treat them as zeros.
+class Subnormals {
+ public:
+  Subnormals() : before_(control()) { set_control(before_ & ~kFlush); }
+  ~Subnormals() { set_control(before_); }
+  Subnormals(const Subnormals&) = delete;
+  Subnormals& operator=(const Subnormals&) = delete;
+
+ private:
+#if defined(__x86_64__)
+  static constexpr uint64_t kFlush = 0x8040;  // MXCSR: results to zero, arguments as zeros
+  static uint64_t control() { return __builtin_ia32_stmxcsr(); }
+  static void set_control(uint64_t word) { __builtin_ia32_ldmxcsr(static_cast<uint32_t>(word)); }
+#elif defined(__aarch64__)
+  static constexpr uint64_t kFlush = uint64_t{1} << 24;  // FPCR.FZ
+  static uint64_t control() {
+    uint64_t word;
+    asm volatile("mrs %0, fpcr" : "=r"(word));
+    return word;
+  }
+  static void set_control(uint64_t word) { asm volatile("msr fpcr, %0" : : "r"(word)); }
+#else
+  static constexpr uint64_t kFlush = 0;
+  static uint64_t control() { return 0; }
+  static void set_control(uint64_t) {}
+#endif
+
+  uint64_t before_;
+};
 
 // The thread that calls a handler belongs to the same threads, all of which may be waiting for others. So it works on
 // its ranges itself, and waits only for ranges that another thread has begun.
@@ -60,7 +91,10 @@ class XlaPool {
     work->body = body;
     work->argument = argument;
     for (int64_t helper = 1; helper < std::min(count, work->chunks); ++helper) {
-      threads.Schedule([work] { work->help(); });
+      threads.Schedule([work] {
+        const Subnormals subnormals;
+        work->help();
+      });
     }
     work->help();
     std::unique_lock lock(work->mutex);
@@ -69,6 +103,7 @@ class XlaPool {
   }
 
   xla::ffi::ThreadPool threads_;
+  Subnormals subnormals_;
 };
 
 }  // namespace recis

@@ -19,4 +19,4 @@ from recis_hybrid.ops import (
     transform as transform,
     update as update,
 )
-from recis_hybrid.ops._library import table_kernels as table_kernels
+from recis_hybrid.ops._library import feature_kernels as feature_kernels, table_kernels as table_kernels

@@ -22,7 +22,16 @@ def _cpu_library() -> Path:
 
 def table_kernels() -> int:
     """Return the address of ``recis_table_kernels`` in the CPU library (``csrc/core/table_kernels.h``)."""
-    address = ctypes.cast(ctypes.CDLL(str(_cpu_library())).recis_table_kernels, ctypes.c_void_p).value
+    return _address("recis_table_kernels")
+
+
+def feature_kernels() -> int:
+    """Return the address of ``recis_feature_kernels`` in the CPU library (``csrc/core/feature_kernels.h``)."""
+    return _address("recis_feature_kernels")
+
+
+def _address(function: str) -> int:
+    address = ctypes.cast(getattr(ctypes.CDLL(str(_cpu_library())), function), ctypes.c_void_p).value
     assert address is not None
     return address
 

@@ -229,6 +229,25 @@ def test_large_calls_run_in_several_threads_alike() -> None:
     assert_equal_tables(ours, theirs)
 
 
+def test_subnormal_numbers_are_kept() -> None:
+    """XLA's threads treat them as zeros."""
+    ours, theirs = engine_of(optim.Adam, dim=64), engine_of(optim.Adam, dim=64)
+    tables = ffi.JitTables(ours, ours.make_optimizer(lr=0.1))
+    outside = JaxTables(theirs, theirs.make_optimizer(lr=0.1))
+    ids, tiny = np.arange(2000), jnp.full((2000, 64), 1e-21)  # the squares are subnormal
+
+    @jax.jit
+    def step(token: Any) -> Any:
+        _, ctx, token = ffi.lookup(tables, {"item": ids}, None, token)
+        return ffi.update(tables, ctx, {"item": tiny}, token)
+
+    tables.end(step(tables.begin(room=2000)))
+    _, found = outside.lookup({"item": ids})
+    outside.apply_gradients(found, {"item": tiny})
+    assert rows_of(ours)[0]["exp_avg_sq"].min() > 0
+    assert_equal_tables(ours, theirs)
+
+
 def test_empty_batches() -> None:
     engine = engine_of(optim.Adagrad)
     tables = ffi.JitTables(engine, engine.make_optimizer())
