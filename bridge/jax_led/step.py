@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ from recis_hybrid.bridge.jax_led.objectives import metrics_of, objectives_of
 from recis_hybrid.bridge.jax_led.tables import JaxTables
 from recis_hybrid.bridge.optimizer import GradientTransformation
 from recis_hybrid.bridge.state import JaxState
-from recis_hybrid.validation import check_type, describe_value
+from recis_hybrid.validation import check_flag, check_type, describe_value
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +66,8 @@ class JaxStep:
             use ``lambda outputs: outputs``.
         metrics: Training metrics: by name, for every objective; or by objective and name. They are updated with each
             training batch, and Trainer computes and resets them for each record of the log.
+        check_gradients: Check all gradients before each update, and raise an error that names tables, features and ids,
+            or parameters, if some are not finite. Waits for the device in each step.
 
     Attributes:
         state: A :class:`JaxState` of ``(params, state of the optimizer)``.
@@ -94,7 +97,9 @@ class JaxStep:
         inputs: Sequence[str] = (),
         link: Callable[[Any], Any] = jax.nn.sigmoid,
         metrics: Mapping[str, Any] | None = None,
+        check_gradients: bool = False,
     ) -> None:
+        check_flag("JaxStep", "check_gradients", check_gradients)
         for name, function in (("tower", tower), ("link", link)):
             if isinstance(function, type) or not callable(function):
                 raise TypeError(f"JaxStep: {name} must be a function, got {describe_value(function)}")
@@ -113,7 +118,7 @@ class JaxStep:
         self.state = JaxState((params, jax.jit(optimizer.init)(params)))
         self.observer: Any = None
         """Times phases, if Trainer sets it."""
-        self._tower, self._optimizer = tower, optimizer
+        self._tower, self._optimizer, self._checks = tower, optimizer, check_gradients
         self._all_reduce: GradientAllReduce | None = None
         self._train = jax.jit(self._train_alone)
         self._differentiate, self._apply = jax.jit(self._gradients), jax.jit(self._update)
@@ -152,6 +157,7 @@ class JaxStep:
             ``loss``, a scalar tensor; with several objectives, ``loss/NAME`` of each; and the training metrics.
 
         Raises:
+            FloatingPointError: with ``check_gradients``, if a gradient is not finite; nothing is updated.
             KeyError: if the batch lacks a column, or the tower returns no outputs for an objective.
             TypeError: if a column is not dense.
             ValueError: if there are several batches, or a loss is neither a scalar nor ``[B]``.
@@ -171,12 +177,16 @@ class JaxStep:
             arguments = vectors, inputs, labels, None if mask is None else as_array("mask", mask)
             params, opt_state = self.state.tree
             if self._all_reduce is None:
-                self.state.tree, losses, gradients, scores = self._train(params, opt_state, *arguments)
+                state, losses, gradients, scores, finite = self._train(params, opt_state, *arguments)
             else:
                 weight = np.float32(self.tables.engine.share)
-                buckets, losses, gradients, scores = self._differentiate(params, *arguments, weight)
+                buckets, losses, gradients, scores, finite = self._differentiate(params, *arguments, weight)
             # Waits for the call on the CPU, so that the batch may be overwritten.
             figures = {name: to_torch(loss) for name, loss in losses.items()}
+            if self._checks:
+                self._refuse_non_finite(finite, figures["loss"], params, arguments, ctx, gradients)
+            if self._all_reduce is None:
+                self.state.tree = state
         if self._all_reduce is not None:
             with self._phase("exchange"):
                 buckets = self._all_reduce.sum(buckets)
@@ -243,11 +253,37 @@ class JaxStep:
             named.update({f"{objective}.{name}".removeprefix("."): metric for name, metric in metrics.items()})
         return named
 
+    def _refuse_non_finite(
+        self, finite: jax.Array, loss: torch.Tensor, params: Any, arguments: Any, ctx: Any, gradients: Any
+    ) -> None:
+        """Raise FloatingPointError if gradients are not finite on a rank; collective if there are several."""
+        faulty = torch.tensor([float(not finite)])
+        if self._all_reduce is not None:
+            dist.all_reduce(faulty, op=dist.ReduceOp.MAX)
+        if not faulty:
+            return
+        where = f"JaxStep: gradients are not finite, with a loss of {float(loss)}, and nothing was updated"
+        if finite:
+            raise FloatingPointError(f"{where}: those of another rank; see its error")
+        found = self.tables.describe_non_finite(ctx, gradients)
+        of_params, _ = jax.jit(jax.grad(self._objective, has_aux=True))(params, *arguments)
+        leaves = [(jax.tree_util.keystr(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(of_params)]
+        found += [f"parameter {name} of the tower" for name, leaf in leaves if not bool(jnp.isfinite(leaf).all())]
+        rows = self.tables.describe_non_finite(ctx, arguments[0])
+        hint = f". Rows were not finite before the step: {rows[0]}" if rows else ""
+        raise FloatingPointError(f"{where}: {', '.join(found)}{hint}")
+
     def _phase(self, name: str) -> AbstractContextManager[None]:
         phase: AbstractContextManager[None] = nullcontext() if self.observer is None else self.observer.phase(name)
         return phase
 
     # The functions below run inside jit.
+
+    def _are_finite(self, gradients: Any) -> jax.Array | None:
+        """Return whether all gradients are finite, bool ``[]``; None if they are not checked."""
+        return (
+            jnp.stack([jnp.isfinite(each).all() for each in jax.tree.leaves(gradients)]).all() if self._checks else None
+        )
 
     def _outputs(self, params: Any, vectors: Any, inputs: Any) -> Any:
         return self._tower(params, vectors, inputs) if inputs else self._tower(params, vectors)
@@ -289,18 +325,20 @@ class JaxStep:
         changes, opt_state = self._optimizer.update(gradients, opt_state, params)
         return jax.tree.map(lambda p, change: (p + change).astype(p.dtype), params, changes), opt_state
 
-    def _train_alone(self, params: Any, opt_state: Any, *arguments: Any) -> tuple[Any, Any, Any, Any]:
-        """Return the new state, the losses, the gradients of the vectors, and scores for metrics."""
+    def _train_alone(self, params: Any, opt_state: Any, *arguments: Any) -> tuple[Any, ...]:
+        """Return the new state, losses, gradients of the vectors, scores for metrics, and whether all are finite."""
         differentiated = jax.grad(self._objective, argnums=(0, 1), has_aux=True)
         (ours, of_vectors), (losses, scores) = differentiated(params, *arguments)
-        return self._update(params, opt_state, ours), losses, of_vectors, scores
+        finite = self._are_finite((ours, of_vectors))
+        return self._update(params, opt_state, ours), losses, of_vectors, scores, finite
 
     def _gradients(self, params: Any, vectors: Any, inputs: Any, labels: Any, mask: Any, weight: Any) -> Any:
-        """Return weighted gradients in buckets, the losses, the gradients of the vectors, and scores for metrics."""
+        """Like :meth:`_train_alone`, with weighted gradients in buckets in place of the new state."""
         assert self._all_reduce is not None
         differentiated = jax.grad(self._objective, argnums=(0, 1), has_aux=True)
         (ours, of_vectors), (losses, scores) = differentiated(params, vectors, inputs, labels, mask)
-        return self._all_reduce.pack(ours, weight), losses, of_vectors, scores
+        finite = self._are_finite((ours, of_vectors))
+        return self._all_reduce.pack(ours, weight), losses, of_vectors, scores, finite
 
 
 def _without_padding(column: torch.Tensor | None, mask: torch.Tensor | None) -> Any:

@@ -47,6 +47,9 @@ class Engine(Protocol):
     def apply_gradients(self, ctx: Any, gradients: Mapping[str, torch.Tensor], optimizer: Any) -> None:
         """Update the rows of a lookup."""
 
+    def describe_non_finite(self, batch: Any, values: Mapping[str, torch.Tensor]) -> list[str]:
+        """Describe the features whose vectors or gradients are not finite."""
+
     def prefetch(self, batch: Any) -> None:
         """Start sending the ids of a later batch."""
 
@@ -61,6 +64,8 @@ class JaxLookup:
     """By feature: the shape of the vectors, and so of their gradient."""
     lookup: Any
     """The engine's own context."""
+    columns: Any
+    """The batch that the engine looked up."""
 
 
 class JaxTables:
@@ -141,7 +146,7 @@ class JaxTables:
         values, found = self.engine.lookup(columns)
         index = {name: to_jax(self._dense(name, place, values[name].shape[0] - 1)) for name, place in places.items()}
         vectors = {name: to_jax(value) for name, value in values.items()}
-        return vectors, JaxLookup(index, {name: vector.shape for name, vector in vectors.items()}, found)
+        return vectors, JaxLookup(index, {name: vector.shape for name, vector in vectors.items()}, found, columns)
 
     def apply_gradients(self, ctx: JaxLookup, gradients: Mapping[str, jax.Array]) -> None:
         """Update the rows of a lookup with one step of the sparse optimizer, outside jit.
@@ -175,6 +180,16 @@ class JaxTables:
                 )
         tensors = {name: to_torch(gradient) for name, gradient in gradients.items()}
         self.engine.apply_gradients(ctx.lookup, tensors, self.optimizer)
+
+    def describe_non_finite(self, ctx: JaxLookup, values: Mapping[str, jax.Array]) -> list[str]:
+        """Describe the features whose vectors or gradients contain NaN or infinities: table, vectors, first ids.
+
+        Args:
+            ctx: The context of the lookup.
+            values: By feature, values in the shape of its vectors.
+        """
+        tensors = {name: to_torch(value) for name, value in values.items()}
+        return self.engine.describe_non_finite(ctx.columns, tensors)
 
     def prefetch(self, batch: Mapping[str, Any]) -> None:
         """Start sending the ids of a later training batch to the ranks that own them; nothing on one process.

@@ -116,6 +116,7 @@ def _step(config: Config, model: ConfigModel, optimizers: dict[str, torch.optim.
         groups=config.data.groups,
         precision=config.train.precision,
         clip_grad_norm=config.optimizer.clip_grad_norm,
+        check_gradients=config.train.check_gradients,
         compile=[model.tower] if config.model.compile else [],
     )
 

@@ -39,6 +39,7 @@ from recis_hybrid.app.template import write_starter
 from recis_hybrid.pipelines.callback import CallbackError
 from recis_hybrid.pipelines.interruption import Terminated
 from recis_hybrid.pipelines.predict import check_output, write_predictions
+from recis_hybrid.pipelines.steps.gradient_guard import NonFiniteGradientError
 from recis_hybrid.pipelines.steps.loss_guard import NonFiniteLossError
 from recis_hybrid.pipelines.trainer import Trainer
 from recis_hybrid.saver import CheckpointError, Saver
@@ -78,6 +79,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (
         CheckpointError,
         CallbackError,
+        NonFiniteGradientError,
         NonFiniteLossError,
         ImportError,
         OSError,

@@ -31,6 +31,7 @@ from recis_hybrid.embedding.distributed.exchange import Exchange, Traffic, group
 from recis_hybrid.embedding.distributed.prefetch import Prefetcher
 from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables, refuse_settings, shard
 from recis_hybrid.embedding.eviction import Eviction
+from recis_hybrid.embedding.gradients import non_finite_features
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, distinct_columns, samples_of
 from recis_hybrid.embedding.optimizer import OptimizerSpec, RowOptimizer
 from recis_hybrid.embedding.placement import output_device
@@ -386,6 +387,25 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             ready.append((table.anchor, table.gradients_of(lookup, rows)))
         for anchor, summed in ready:
             optimizer.update_table(anchor, summed)
+
+    def describe_non_finite(self, batch: Batch, values: Mapping[str, Tensor]) -> list[str]:
+        """Describe the features whose vectors or gradients contain NaN or infinities; waits for the device.
+
+        Args:
+            batch: The batch that was looked up.
+            values: By feature, values in the shape of its output.
+
+        Returns:
+            For each such feature, its table, the number of vectors and the first ids, those with the smallest share of
+            their vectors first; at most a few features. Empty if all values are finite.
+
+        Example:
+            >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=1)})
+            >>> batch, gradient = {"item": torch.tensor([5, 7])}, torch.tensor([[0.0], [torch.nan]])
+            >>> engine.describe_non_finite(batch, {"item": gradient})
+            ["feature 'item' of the table 'item' (1 of 2 vectors, ids [7])"]
+        """
+        return non_finite_features(self._readers, batch, values)
 
     def _empty_gradient(self, name: str) -> Tensor:
         """Return the gradient of a feature without vectors."""

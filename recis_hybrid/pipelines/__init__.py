@@ -26,6 +26,7 @@ from recis_hybrid.pipelines.stages import (
     Stage as Stage,
     Train as Train,
 )
+from recis_hybrid.pipelines.steps.gradient_guard import NonFiniteGradientError as NonFiniteGradientError
 from recis_hybrid.pipelines.steps.loss_guard import NonFiniteLossError as NonFiniteLossError
 from recis_hybrid.pipelines.steps.objective import Objective as Objective, UncertaintyWeights as UncertaintyWeights
 from recis_hybrid.pipelines.steps.schedules import LrSchedule as LrSchedule

@@ -62,6 +62,7 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "train.epochs": (3, True),
     "train.accumulate": (2, True),
     "train.precision": ("bfloat16", True),
+    "train.check_gradients": (True, True),
     "train.device": ("cuda", True),
     "train.checkpoint_steps": (1, True),
     "train.checkpoint_whole_every": (2, True),

@@ -39,6 +39,7 @@ from recis_hybrid.metrics import AUC, Calibration, LogLoss
 from recis_hybrid.pipelines import (
     Evaluate,
     Mixture,
+    NonFiniteGradientError,
     Objective,
     TorchStep,
     Train,
@@ -253,6 +254,20 @@ def check_errors(rank: int, folder: Path) -> None:
         ValueError, match=f"hyperparameters of optimizers differ.* Rank {rank} has .*{dense.defaults['lr']}"
     ):
         Trainer(TorchStep(model, {"a": Objective(loss=bce)}, [dense, sparse]), rank_batches(whole())).fit([Train()])
+    model = Model()
+    optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.1), optim.SGD(model.engine.parameters(), lr=0.1)]
+    step = TorchStep(model, {"a": Objective(loss=bce)}, optimizers, check_gradients=True)
+    batch = rank_batches(whole())[0]
+    step(batch)
+    before = [parameter.clone() for parameter in dense_parameters(model)]
+    label = batch["label"]
+    assert isinstance(label, Tensor)
+    # The gradients of towers are averaged before they are checked, those of rows are not.
+    message = r"updated: on rank 0, parameter .*; on rank 1, feature 'id' of the table 'id' .*columns 'label' .* of the"
+    with pytest.raises(NonFiniteGradientError, match=message):
+        step({**batch, "label": label * math.nan} if rank == 1 else batch)
+    assert all(map(torch.equal, before, dense_parameters(model)))
+    step(batch)
     for stage in (Train(), Evaluate(data="train")):
         data: list[Batch] = whole(3) if rank == 0 else []
         with pytest.raises(ValueError, match=r"ranks \[1\] have no batch, but others do"):

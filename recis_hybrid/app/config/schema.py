@@ -186,6 +186,8 @@ class TrainConfig:
     """Batches per update."""
     precision: Literal["float32", "bfloat16", "float16"] = "float32"
     """Precision of the tower."""
+    check_gradients: bool = False
+    """True to check all gradients before each update; the error names tables, features and ids, or parameters."""
     device: str = "cpu"
     """Device of model and tables."""
     checkpoint_steps: Count | None = None

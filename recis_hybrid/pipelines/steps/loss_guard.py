@@ -74,7 +74,10 @@ def _check(pending: _PendingLoss) -> None:
             f"{where}: the columns {', '.join(found)} of its batch are not finite; fix the data, or apply FillNull and "
             f"Clip before the model"
         )
-    raise NonFiniteLossError(f"{where}: its batch is finite; lower the learning rate, or clip gradients")
+    raise NonFiniteLossError(
+        f"{where}: its batch is finite; lower the learning rate, or clip gradients; a step "
+        f"with check_gradients=True names the tables, features and ids, or the parameters, at fault"
+    )
 
 
 def non_finite_columns(batch: Batch) -> list[str]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -23,6 +23,7 @@ from recis_hybrid.pipelines.arguments import (
 )
 from recis_hybrid.pipelines.metrics_record import RESERVED, is_reserved
 from recis_hybrid.pipelines.steps import model_outputs
+from recis_hybrid.pipelines.steps.gradient_guard import GradientGuard
 from recis_hybrid.pipelines.steps.gradient_sync import GradientSync, unscale_together
 from recis_hybrid.pipelines.steps.metrics import Metrics, by_objective, training_metrics, try_metrics, update_metric
 from recis_hybrid.pipelines.steps.objective import (
@@ -42,7 +43,7 @@ from recis_hybrid.pipelines.steps.step import (
 from recis_hybrid.pipelines.steps.trainable import check_trained, named_parameters, parameters_of
 from recis_hybrid.ragged import Batch, batch_size
 from recis_hybrid.saver.parts.module_names import unwrapped, without_wrappers
-from recis_hybrid.validation import check_choice, check_number, check_type, describe_value
+from recis_hybrid.validation import check_choice, check_flag, check_number, check_type, describe_value
 
 Precision: TypeAlias = Literal["float32", "bfloat16", "float16"]
 
@@ -91,6 +92,9 @@ class TorchStep:
         metrics: Training metrics: by name, for every objective; or by objective and name. They are updated with each
             training batch, and Trainer computes and resets them for each record of the log. :class:`AUC` keeps all
             rows in between, :class:`BinnedAUC` only counts.
+        check_gradients: Check all gradients before each update, and raise an error that names tables, features and ids,
+            or parameters, if some are not finite. Synchronizes the device in each step. With float16, where overflows
+            are part of loss scaling, gradients are only checked once the loss scale has fallen to 1.
 
     Raises:
         TypeError: An argument has the wrong type.
@@ -114,7 +118,9 @@ class TorchStep:
         loss_scale: float = 65536.0,
         freeze: Iterable[Trainable] = (),
         metrics: Metrics | None = None,
+        check_gradients: bool = False,
     ) -> None:
+        check_flag("TorchStep", "check_gradients", check_gradients)
         check_choice("TorchStep", "precision", precision, get_args(Precision))
         expected = "a torch.nn.Module, the first argument of TorchStep(model, loss, [...])"
         check_type("TorchStep", "model", model, nn.Module, expected)
@@ -149,6 +155,7 @@ class TorchStep:
         """Engines that read columns of the batches; None until the first update."""
         if weighting is not None:
             check_weighting("TorchStep", weighting, self.optimizers, self.objectives)
+        self._guard = GradientGuard(self.engines) if check_gradients else None
         self._sync = GradientSync([module for _, module in self._modules()], self.optimizers.values())
         self._check_trained()
         self._without_gradients = [p for p in self._named_parameters().values() if not p.requires_grad]
@@ -207,6 +214,7 @@ class TorchStep:
         Raises:
             KeyError: A batch lacks a label column, or the model returns no output for an objective.
             TypeError: The loss is not a tensor, or the output for metrics is ambiguous.
+            NonFiniteGradientError: With ``check_gradients``, a gradient is not finite; nothing is updated.
             ValueError: Labels do not fit the outputs or the metrics, the loss is not a scalar, parameters without an
                 optimizer require gradients since the last evaluation, or there are no optimizers.
         """
@@ -224,7 +232,7 @@ class TorchStep:
         own = [batch_size(batch) for batch in batches]
         rows = [sum(each) for each in expected] if expected else own
         figures: dict[str, Tensor] = {}
-        with self._freezing():
+        with self._freezing(), nullcontext() if self._guard is None else self._guard.watching():
             for number, (batch, count) in enumerate(zip(batches, rows, strict=True)):
                 share = count / max(sum(rows), 1)
                 # An empty batch among others adds no figures, because means over no rows are NaN.
@@ -249,7 +257,7 @@ class TorchStep:
                 self._prefetching = [engine for engine in self.engines if engine.has_read(batches[-1])]
             self._check_new_parameters()
             with self.observer.phase("update"):
-                figures |= self._update()
+                figures |= self._update(figures.get("loss"), batches)
         return {**figures, **self._take_log()}
 
     def log(self, name: str, value: float | Tensor) -> None:
@@ -448,10 +456,12 @@ class TorchStep:
             for parameter in enabled:
                 parameter.requires_grad_(True)
 
-    def _update(self) -> dict[str, Tensor]:
+    def _update(self, loss: Tensor | None, batches: Sequence[Batch]) -> dict[str, Tensor]:
         if distributed.world_size() > 1:
             with self.observer.phase("exchange"):
                 self._sync.finish()
+        if self._guard is not None and not (self._scaler.is_enabled() and self._scaler.get_scale() > 1):
+            self._guard.check(self.updates + 1, loss, self._named_parameters(), batches)
         groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
         with exchange_gradients([parameter for group in groups for parameter in group["params"]]):
             norm = self._step_optimizers()

@@ -162,6 +162,29 @@ def test_rows_and_dense_inputs() -> None:
     assert_near(scores, pooled.score(batch)[""], 8 * 64)
 
 
+def test_gradients_that_are_not_finite_are_refused() -> None:
+    def tower(params: Any, vectors: Any, inputs: Any) -> Any:
+        x = vectors["item"][inputs["item"]]
+        return (x @ params["w"]).sum(1) + jnp.sqrt(jnp.abs(params["v"][0, 0]))
+
+    step, batch = make(tower, rows=["item"], check_gradients=True), some_batch(3)
+    step(batch)
+    before, table = jax.tree.map(np.asarray, step.state.tree), rows_of(step).clone()
+    ids = batch["item"]
+    assert isinstance(ids, torch.Tensor)
+    faulty = {**batch, "label": torch.where(ids == ids[5], torch.nan, batch["label"])}  # type: ignore[arg-type]
+    named = rf"nothing was updated: feature 'item' of the table 'item' \(\d+ of \d+ vectors, ids \[{int(ids[5])}\]\)"
+    with pytest.raises(FloatingPointError, match=rf"loss of nan, and {named}, parameter \['v'\] of the tower, parame"):
+        step(faulty)
+    jax.tree.map(np.testing.assert_array_equal, step.state.tree, before)
+    assert torch.equal(rows_of(step), table)
+    step(batch)
+    weights, state = step.state.tree
+    step.state.tree = {**weights, "v": weights["v"].at[0, 0].set(0)}, state  # the derivative of the root is infinite
+    with pytest.raises(FloatingPointError, match=r"nothing was updated: parameter \['v'\] of the tower$"):
+        step(batch)
+
+
 def heads(params: Any, vectors: Any) -> Any:
     hidden = jnp.tanh(vectors["item"] @ params["w"])
     return {"click": (hidden @ params["v"])[:, 0], "rating": hidden.sum(1)}
@@ -282,14 +305,16 @@ def mlp(params, vectors, inputs):
     x = vectors["row"][inputs["row"]].sum(1) + vectors["bag"]
     return (jnp.tanh(x @ params["w"]) @ params["v"])[:, 0]
 
+def params_of(rank):
+    random = np.random.default_rng(rank)  # rank 0's count
+    return {"w": jnp.array(random.normal(0, 0.5, (4, 8)), "f"), "v": jnp.array(random.normal(0, 0.5, (8, 1)), "f")}
+
 def train(group, rank, ranks):
     configs = {name: EmbeddingConfig(dim=4, initializer=Normal(0, 0.5)) for name in ("row", "bag")}
     spec = optim.Adagrad.spec(initial_accumulator_value=0.1)
     engine = EmbeddingEngine(configs, optimizer=spec, group=group, seed=1)
-    random = np.random.default_rng(rank)  # rank 0's count
-    params = {"w": jnp.array(random.normal(0, 0.5, (4, 8)), "f"), "v": jnp.array(random.normal(0, 0.5, (8, 1)), "f")}
     tables = JaxTables(engine, engine.make_optimizer(lr=0.1), rows=["row"])
-    step = JaxStep(mlp, params, optax.sigmoid_binary_cross_entropy, optax.adagrad(0.05), tables)
+    step = JaxStep(mlp, params_of(rank), optax.sigmoid_binary_cross_entropy, optax.adagrad(0.05), tables)
     cuts = [0, 30, 48] if ranks == 2 else [0, 48]  # unequal shares
     data = [
         {name: column[cuts[rank]:cuts[rank + 1]] for name, column in {"row": part, "bag": part + 7, "label": y}.items()}
@@ -315,6 +340,17 @@ dist.all_gather_object(rows, [
     dict(zip(columns["ids"].tolist(), columns["embedding"].tolist()))
     for table in engine.tables for member in range(len(table.members)) for columns in [table.export(member)]
 ])
+checked = JaxStep(mlp, params_of(rank), optax.sigmoid_binary_cross_entropy, optax.sgd(0.1), JaxTables(
+    engine, optim.SGD(engine.parameters(), lr=0.1), rows=["row"]), check_gradients=True)
+batch = {"row": ids[0], "bag": ids[0], "label": labels[0]}
+checked(batch)
+try:
+    checked({**batch, "label": labels[0] * (float("nan") if rank else 1.0)})
+except FloatingPointError as error:
+    assert ("feature 'bag'" in str(error)) == (rank == 1) == ("those of another rank" not in str(error)), error
+else:
+    raise AssertionError("no error")
+checked(batch)
 dist.destroy_process_group()
 alone, single = train(False, 0, 1)
 assert_near(shared.state.tree[0], alone.state.tree[0], 4096)
