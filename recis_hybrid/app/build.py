@@ -147,7 +147,12 @@ def refuse_device(name: str) -> None:
         raise ConfigError(f"train.device is {name!r}, but torch {torch.__version__} finds no GPU; use cpu")
 
 
-def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
+def embeddings_of(config: Config, *, trainable: bool = True) -> dict[str, EmbeddingConfig]:
+    """Return the embedding configs of a configuration by feature.
+
+    Raises:
+        ConfigError: No feature has an embedding, or a setting is invalid.
+    """
     try:
         embeddings = {
             name: EmbeddingConfig(
@@ -165,6 +170,14 @@ def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
         }
         if not embeddings:
             raise ConfigError("features: at least one must have a dim, the dimension of its embedding")
+        return embeddings
+    except (TypeError, ValueError) as error:
+        raise error if isinstance(error, ConfigError) else ConfigError(f"features: {error}") from error
+
+
+def _engine(config: Config, *, trainable: bool = True) -> EmbeddingEngine:
+    embeddings = embeddings_of(config, trainable=trainable)
+    try:
         sparse = SPARSE[config.optimizer.sparse] if trainable else None
         return EmbeddingEngine(embeddings, optimizer=sparse, seed=config.seed, device=config.train.device)
     except (TypeError, ValueError) as error:

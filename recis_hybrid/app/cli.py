@@ -17,6 +17,7 @@ COMMANDS = {
         "evaluate": (_APP, "evaluate a trained model on data"),
         "predict": (_APP, "write the scores of a trained model to a file"),
         "report": (_APP, "write the log of a run as one HTML page"),
+        "plan": (_APP, "estimate memory and traffic of a configuration without training"),
     },
     "inspect checkpoints": {
         "inspect": (_SAVER, "show the contents of a checkpoint: parts, tables, rows, bytes"),

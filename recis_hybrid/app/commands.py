@@ -1,4 +1,4 @@
-"""The commands of ``recis-hybrid`` that train and score: init, train, evaluate, predict and report.
+"""The commands of ``recis-hybrid`` that train and score: init, train, evaluate, predict, report and plan.
 
 Exit status: 0 for success, 1 if training or a file fails, 2 for invalid arguments or configurations, 128 plus the
 signal number if interrupted: 130 for Ctrl-C, 143 for SIGTERM.
@@ -26,6 +26,7 @@ from recis_hybrid.app.config import Config, ConfigError, load_config
 from recis_hybrid.app.config.keys import describe_keys
 from recis_hybrid.app.launch import joined
 from recis_hybrid.app.loaded_run import load_run, run_and_step
+from recis_hybrid.app.plan import plan_parser, run_plan
 from recis_hybrid.app.report import write_report
 from recis_hybrid.app.resume import (
     NAME,
@@ -280,4 +281,5 @@ _COMMANDS: dict[str, tuple[Callable[[], Parser], Callable[[argparse.Namespace], 
     "evaluate": (_evaluate_parser, _evaluate),
     "predict": (_predict_parser, _predict),
     "report": (_report_parser, _report),
+    "plan": (plan_parser, run_plan),
 }

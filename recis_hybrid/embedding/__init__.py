@@ -30,6 +30,11 @@ from recis_hybrid.embedding.optimizer import (
     RowOptimizer as RowOptimizer,
 )
 from recis_hybrid.embedding.placement import Placement as Placement
+from recis_hybrid.embedding.planner.estimate import (
+    RankEstimate as RankEstimate,
+    TableEstimate as TableEstimate,
+    plan as plan,
+)
 from recis_hybrid.embedding.planner.sharding import sharding_of as sharding_of
 from recis_hybrid.embedding.statistics import (
     MemberStatistics as MemberStatistics,

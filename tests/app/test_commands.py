@@ -177,6 +177,7 @@ COMMANDS = (
     "evaluate",
     "predict",
     "report",
+    "plan",
     "inspect",
     "verify",
     "diff",

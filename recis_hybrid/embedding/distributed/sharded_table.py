@@ -41,8 +41,8 @@ from recis_hybrid.embedding.distributed.dedup import Kind
 from recis_hybrid.embedding.distributed.exchange import WIRE_DTYPES, Exchange, Transfer
 from recis_hybrid.embedding.distributed.gradient_exchange import GradientExchange, Reduce, SharedLookup
 from recis_hybrid.embedding.distributed.id_exchange import Route, RoutedBatch, Router, Shapes, TableRouting
-from recis_hybrid.embedding.planner.coalesce import TablePlan
-from recis_hybrid.embedding.planner.sharding import columns_of, deal
+from recis_hybrid.embedding.planner.coalesce import TablePlan, owners_of
+from recis_hybrid.embedding.planner.sharding import columns_of
 from recis_hybrid.embedding.table.gradients import gradient_part
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.lookup import Lookup, Request, gradient_bags
@@ -326,11 +326,7 @@ def shard(
         deduplicate: Send distinct ids only; False sends the id of every position.
         seed: Seed of the tables.
     """
-    table_wise = [
-        (number, k) for number, plan in enumerate(plans) if plan.sharding == "table" for k in range(len(plan.members))
-    ]
-    loads = [plans[number].layout.dim * list(plans[number].features.values()).count(k) for number, k in table_wise]
-    owners: dict[tuple[int, int], int | None] = dict(zip(table_wise, deal(loads, exchange.size), strict=True))
+    owners = owners_of(plans, exchange.size)
     sharded = []
     for number, (table, plan) in enumerate(zip(tables, plans, strict=True)):
         everywhere = plan.sharding in ("replicated", "column")

@@ -11,7 +11,7 @@ import torch
 from recis_hybrid.embedding.config import TABLE_SETTINGS, EmbeddingConfig
 from recis_hybrid.embedding.initializers import QUAD, refuse_unrepresentable
 from recis_hybrid.embedding.placement import Placement
-from recis_hybrid.embedding.planner.sharding import Sharding, columns_of, sharding_of
+from recis_hybrid.embedding.planner.sharding import Sharding, columns_of, deal, sharding_of
 from recis_hybrid.embedding.table.record_layout import MemberTable, RecordLayout, StateField
 
 COUNTS = ".admission"
@@ -102,6 +102,15 @@ def layout_on(plan: TablePlan, rank: int, ranks: int) -> RecordLayout:
         return plan.layout
     widths = columns_of(plan.layout.dim, ranks)
     return plan.layout.columns(sum(widths[:rank]), widths[rank])
+
+
+def owners_of(plans: Sequence[TablePlan], ranks: int) -> dict[tuple[int, int], int]:
+    """Return the rank of each member table with the sharding ``table``, by numbers of logical and member table."""
+    table_wise = [
+        (number, k) for number, plan in enumerate(plans) if plan.sharding == "table" for k in range(len(plan.members))
+    ]
+    loads = [plans[number].layout.dim * list(plans[number].features.values()).count(k) for number, k in table_wise]
+    return dict(zip(table_wise, deal(loads, ranks), strict=True))
 
 
 def describe_plans(

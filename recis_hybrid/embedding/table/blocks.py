@@ -46,7 +46,7 @@ class EmbeddingBlocks:
         cache_bytes: int = 0,
     ) -> None:
         if block_rows is None:
-            block_rows = 1 << max(10, (_BLOCK_BYTES // layout.record_bytes).bit_length() - 1)
+            block_rows = _rows_of_a_block(layout)
         if block_rows <= 0 or block_rows & (block_rows - 1):
             raise ValueError(f"block_rows must be a power of two, got {block_rows}")
         if pinned and not is_accelerator(device):
@@ -186,6 +186,16 @@ class EmbeddingBlocks:
             addresses, self.block_rows.bit_length() - 1, self.layout.meta_offset, self.layout.record_bytes
         )
         """The blocks, followed by those of the cache, in the form kernels expect."""
+
+
+def blocks_for(layout: RecordLayout, rows: int) -> int:
+    """Return the bytes of the blocks of default size for a number of rows."""
+    block_rows = _rows_of_a_block(layout)
+    return -(-rows // block_rows) * block_rows * layout.record_bytes
+
+
+def _rows_of_a_block(layout: RecordLayout) -> int:
+    return 1 << max(10, (_BLOCK_BYTES // layout.record_bytes).bit_length() - 1)
 
 
 def _synchronize_and_free(blocks: list[Tensor], device: torch.device) -> None:

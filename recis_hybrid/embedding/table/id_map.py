@@ -15,6 +15,7 @@ from recis_hybrid.accelerator import is_accelerator, record_event
 MAX_LOAD = 0.75
 MAX_MEMBERS = 1 << 16
 MAX_ROWS = 1 << 40
+_FIRST_SLOTS = 1024
 
 
 class Entries(NamedTuple):
@@ -40,7 +41,7 @@ class IdMap:
         capacity: Initial number of slots; rounded up to a power of two.
     """
 
-    def __init__(self, device: torch.device, capacity: int = 1024) -> None:
+    def __init__(self, device: torch.device, capacity: int = _FIRST_SLOTS) -> None:
         self.slots = _empty_slots(_power_of_two(max(capacity, 16)), device)
         """int64 ``[S, 2]``."""
         # A tensor created in inference mode cannot be written outside of it.
@@ -106,7 +107,7 @@ class IdMap:
 
     def rehash(self, ids: int) -> None:
         """Rebuild the slots with room for ``ids`` ids."""
-        slots = _empty_slots(_power_of_two(max(int(ids / MAX_LOAD) + 1, 16)), self.device)
+        slots = _empty_slots(_power_of_two(_slots_for(ids)), self.device)
         ops.id_map.rehash(self.slots, slots)
         self.slots = slots
         self.counters[ops.id_map.USED_SLOTS] = self.counters[ops.id_map.LIVE]
@@ -231,6 +232,17 @@ def list_entries(slots: Tensor, live: int) -> Entries:
     return entries
 
 
+def bytes_for(ids: int, more: int) -> int:
+    """Return the bytes of a map to which training lookups of ``more`` ids each have added ``ids`` ids."""
+    slots, used = _FIRST_SLOTS, 0
+    while used <= ids:
+        if used + more > MAX_LOAD * slots:
+            slots = _power_of_two(_slots_for(min((used + more) * 5 // 4, MAX_ROWS)))
+        # The number of ids in use beyond which a lookup makes the map grow again.
+        used = max(int(MAX_LOAD * slots) - more + 1, used + 1)
+    return 16 * slots + 8 * ops.id_map.COUNTERS
+
+
 class CounterBounds:
     """Upper bounds of device counters that the host can read at any time.
 
@@ -303,6 +315,11 @@ def _checked(counters: Tensor) -> list[int]:
 
 def _total(ids: Sequence[Tensor]) -> int:
     return sum(part.numel() for part in ids)
+
+
+def _slots_for(ids: int) -> int:
+    """Return the least number of slots for a number of ids."""
+    return max(int(ids / MAX_LOAD) + 1, 16)
 
 
 def _power_of_two(n: int) -> int:

@@ -54,6 +54,14 @@ def _bytes_of_a_set(record_bytes: int) -> int:
     return WAYS * (record_bytes + BYTES_OF_A_WAY)
 
 
+def bytes_of_cache(record_bytes: int, nbytes: int) -> int:
+    """Return the bytes that a cache of at most ``nbytes`` takes, counters included; 0 for no cache."""
+    if not nbytes:
+        return 0
+    size = _bytes_of_a_set(record_bytes)
+    return nbytes // size * size + 8 * ops.cache.COUNTER_COPIES * ops.cache.COUNTERS
+
+
 class RecordCache:
     """A set-associative cache of records; allocated when it is first needed, at once.
 

@@ -20,7 +20,7 @@ META_BITS = {"updated_step": 40, "seen_step": 40, "frequency": 48}
 
 MAX_STATE_FIELDS = 8
 _ALIGN = 16
-_META_BYTES = 16
+META_BYTES = 16
 _LINE = 64
 _LONG = 256
 
@@ -201,7 +201,7 @@ class RecordLayout:
     def _offsets(self) -> dict[str, int]:
         offsets, at = {"embedding": 0}, _padded(self.dim * self.dtype.itemsize)
         offsets[""] = at
-        at += _META_BYTES
+        at += META_BYTES
         for field in self.state:
             offsets[field.name] = at
             at += _padded(self.width(field.name) * self.part_dtype(field.name).itemsize)
