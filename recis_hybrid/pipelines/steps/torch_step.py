@@ -461,7 +461,7 @@ class TorchStep:
             with self.observer.phase("exchange"):
                 self._sync.finish()
         if self._guard is not None and not (self._scaler.is_enabled() and self._scaler.get_scale() > 1):
-            self._guard.check(self.updates + 1, loss, self._named_parameters(), batches)
+            self._guard.check(self.updates + 1, loss, self._trained(), self._named_parameters, batches)
         groups = [group for optimizer in self.optimizers.values() for group in optimizer.param_groups]
         with exchange_gradients([parameter for group in groups for parameter in group["params"]]):
             norm = self._step_optimizers()
