@@ -109,7 +109,7 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             2^-14 have an absolute error of at most 2^-25, and numbers beyond 65,504 become infinite.
         deduplicate: Send distinct ids only; False sends the id of every position. Results are the same.
         prefetch_depth: Maximum number of batches that :meth:`prefetch` sends ahead; 0 disables it. None: 2 if there is
-            or can be a process group for it, otherwise 0.
+            or can be a process group for it, or if records are on disk, otherwise 0.
         staleness: 1 allows :meth:`prefetch_rows`.
         prefetch_group: A second process group of the same ranks, for prefetching alone; None makes one, if ``group`` is
             all ranks.
@@ -242,11 +242,14 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
 
     def _build_prefetcher(self, depth: int | None, staleness: Literal[0, 1], group: dist.ProcessGroup | None) -> None:
         sharded = self._sharded
+        on_disk = any(table.store.on_disk for table in self.tables)
         if depth is None:
             all_ranks = sharded is not None and sharded.exchange.size == distributed.world_size()
-            depth = 2 if group is not None or all_ranks else 0
-        self.prefetch_depth = 0 if sharded is None else depth
-        """Maximum number of batches that :meth:`prefetch` sends ahead; 0 on one process."""
+            depth = 2 if group is not None or all_ranks or (on_disk and sharded is None) else 0
+        self._reads_ahead = on_disk and depth > 0
+        self._last: Batch | None = None
+        self.prefetch_depth = 0 if sharded is None and not on_disk else depth
+        """Maximum number of batches that :meth:`prefetch` sends ahead; 0 on one process without records on disk."""
         self._prefetcher: Prefetcher | None = None
         if sharded is not None and depth > 0:
             self._prefetcher = Prefetcher(sharded, list(self.configs), depth=depth, staleness=staleness, group=group)
@@ -420,6 +423,7 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         """Yield the lookups of a batch, table by table."""
         refuse_recording()
         if self._sharded is None:
+            self._last = batch if self._reads_ahead else None
             for table, reader in zip(self.tables, self._readers, strict=True):
                 request, shapes = reader(batch, table.device)
                 outputs = Outputs.of(request.bags.vectors, shapes, table, self.device)
@@ -441,7 +445,10 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             prefetched = sharded.router.route(lambda: self._read(batch), train=self.training, grad=grad), None
         routed, lookups = prefetched
         self._samples = routed.samples
-        return sharded.lookups(routed) if lookups is None else lookups
+        lookups = sharded.lookups(routed) if lookups is None else lookups
+        if self._reads_ahead and self._prefetcher is not None:
+            self._prefetcher.read_records()
+        return lookups
 
     def _read(self, batch: Batch) -> tuple[list[tuple[Request, list[tuple[int, ...]]]], int]:
         """Return the request to each table with the shapes of its outputs, and the number of samples."""
@@ -478,9 +485,10 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
     def prefetch(self, batch: Batch) -> None:
         """Start sending the ids of a later batch to the ranks that own them, and return at once.
 
-        Results are the same as without it. All ranks must pass batches to the engine in the order in which they were
-        prefetched, and in the same mode. Lookups of other batches may come between. With ``prefetch_depth=0``, and on
-        one process, nothing is done.
+        Where records are on disk, this starts to read those of the batch. Results are the same as without it. All ranks
+        must pass batches to the engine in the order in which they were prefetched, and in the same mode. Lookups of
+        other batches may come between. With ``prefetch_depth=0``, and on one process without records on disk, nothing
+        is done.
 
         Args:
             batch: As for :meth:`forward`, which is later called with the same columns.
@@ -491,12 +499,19 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         if self._sharded is not None and self._prefetcher is not None:
             self._sharded.router.agree()
             self._prefetcher.send(batch, lambda: self._read(batch), train=self.training, grad=torch.is_grad_enabled())
+            if self._reads_ahead:
+                self._prefetcher.read_records()
+        elif self._sharded is None and self._reads_ahead:
+            for table, (request, _) in zip(self.tables, self._read(batch)[0], strict=True):
+                table.prefetch(request)
 
     def has_read(self, batch: Batch) -> bool:
         """Return whether the last lookup read the columns of a batch, the same objects, so that prefetching pays.
 
-        False where nothing can be prefetched: with ``prefetch_depth=0``, and on one process.
+        False where nothing can be prefetched: with ``prefetch_depth=0``, and on one process without records on disk.
         """
+        if (last := self._last) is not None:
+            return all(batch.get(name) is last.get(name) for name in self.configs)
         return self._prefetcher is not None and self._prefetcher.has_read(batch)
 
     def drop_prefetched(self) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Literal
 
@@ -29,34 +30,67 @@ class Placement:
     With pinned blocks, a table may be larger than the GPU's memory. With ``cache_bytes``, the records that are looked
     up most often are also in a cache on the GPU; results are bitwise the same.
 
+    With blocks on disk, a table may be larger than the memory: ``cache_bytes`` of memory hold the records that are
+    looked up most often, and the others are in a file in the folder ``path``; results are bitwise the same. The file
+    has no name and vanishes with the process: only checkpoints survive it. Each rank has a file of its own.
+
     Example:
         >>> Placement(id_map="cpu", blocks="cpu").blocks
         'cpu'
         >>> large = Placement(id_map="cuda", blocks="pinned", cache_bytes=8 << 30)
+        >>> larger = Placement(blocks="disk", path="/local_ssd", cache_bytes=64 << 30)
     """
 
-    id_map: Literal["cpu", "cuda"]
+    id_map: Literal["cpu", "cuda"] = "cpu"
     """Device on which ids are looked up."""
-    blocks: Literal["cpu", "cuda", "pinned"]
-    """Memory of the records: host memory, used by the CPU; GPU memory; or pinned host memory, used by the GPU."""
+    blocks: Literal["cpu", "cuda", "pinned", "disk"]
+    """Memory of the records: host memory, used by the CPU; GPU memory; pinned host memory, used by the GPU; or a
+    disk, used by the CPU."""
     cache_bytes: int = 0
-    """GPU memory for copies of pinned records on each rank, allocated at the first training lookup; 0: none.
+    """Memory for records on each rank: with blocks on disk, host memory, which must hold all rows of a batch; with
+    pinned blocks, GPU memory for copies, allocated at the first training lookup, 0 for none.
 
     Training lookups copy the records of their ids, optimizer state included, into the cache, where they replace those
     that are used least often; changed records are written back when they are replaced. Lookups in evaluation mode or in
-    tables with ``trainable=False`` never change the cache. Coalesced tables share one. ``HashTable.cache_statistics``
-    and the log of a Trainer have the hit rate."""
+    tables with ``trainable=False`` never change the GPU cache. Coalesced tables share one.
+    ``HashTable.cache_statistics`` and the log of a Trainer have the hit rate."""
+    path: str | os.PathLike[str] | None = None
+    """Existing folder of the file of records on disk, on a local SSD; several ranks may share the folder."""
 
     def __post_init__(self) -> None:
         if self.id_map not in ("cpu", "cuda"):
             raise ValueError(f"Placement: id_map must be 'cpu' or 'cuda', got {self.id_map!r}")
-        if self.blocks not in ("cpu", "cuda", "pinned"):
-            raise ValueError(f"Placement: blocks must be 'cpu', 'cuda' or 'pinned', got {self.blocks!r}")
+        if self.blocks not in ("cpu", "cuda", "pinned", "disk"):
+            raise ValueError(f"Placement: blocks must be 'cpu', 'cuda', 'pinned' or 'disk', got {self.blocks!r}")
         check_integer("Placement", "cache_bytes", self.cache_bytes, low=0)
-        if self.cache_bytes and self.blocks != "pinned":
+        if self.cache_bytes and self.blocks not in ("pinned", "disk"):
             raise ValueError(
                 f"Placement: cache_bytes={self.cache_bytes} needs blocks='pinned', got blocks={self.blocks!r}; "
-                f"use blocks='pinned', or cache_bytes=0"
+                f"use blocks='pinned' or 'disk', or cache_bytes=0"
+            )
+        if self.path is not None:
+            object.__setattr__(self, "path", self._checked_path(self.path))
+        if self.blocks == "disk":
+            self._check_disk()
+
+    def _checked_path(self, path: object) -> str:
+        if not isinstance(path, str | os.PathLike) or not isinstance(found := os.fspath(path), str):
+            raise TypeError(f"Placement: path must be a str or a Path, got {path!r}")
+        if self.blocks != "disk":
+            raise ValueError(
+                f"Placement: path={found!r} needs blocks='disk', got blocks={self.blocks!r}; leave out path, or use "
+                f"blocks='disk'"
+            )
+        return found
+
+    def _check_disk(self) -> None:
+        if self.id_map != "cpu":
+            raise ValueError(f"Placement: blocks='disk' needs id_map='cpu', got id_map={self.id_map!r}")
+        if self.path is None:
+            raise ValueError("Placement: blocks='disk' needs path=, the folder of the file of records, got None")
+        if not self.cache_bytes:
+            raise ValueError(
+                "Placement: blocks='disk' needs cache_bytes=, the memory for records that are in use, got 0"
             )
 
     @staticmethod
@@ -72,7 +106,7 @@ class Placement:
 
     def blocks_device(self, index: int | None = None) -> torch.device:
         """Return the device whose kernels work on the blocks."""
-        return torch.device("cpu") if self.blocks == "cpu" else accelerator(index)
+        return torch.device("cpu") if self.blocks in ("cpu", "disk") else accelerator(index)
 
 
 def output_device(device: torch.device | str) -> torch.device:

@@ -9,6 +9,7 @@ from recis_hybrid.ops import (
     blocks as blocks,
     cache as cache,
     checksum as checksum,
+    disk as disk,
     faults as faults,
     gather as gather,
     hash as hash,

@@ -33,11 +33,22 @@ def test_every_operator_has_a_kernel_a_fake_and_an_opcheck(operator: str, root: 
     assert any(use.search(text) for text in checks), "check it with torch.library.opcheck in tests/ops"
 
 
+_ON_DISK = "Records on disk are used by the CPU."
 # Operators without a kernel for accelerators, and the reason.
 HOST_ONLY = {
     "recis::blocks_export": "Fills buffers that are written to files; blocks on a GPU are read part by part "
     "(`blocks_read`) and copied to pinned memory.",
     "recis::crc32_pages": "Checks bytes that are read from or written to files, which are in host memory.",
+    "recis::disk_fetch": _ON_DISK,
+    "recis::disk_figures": _ON_DISK,
+    "recis::disk_forget": _ON_DISK,
+    "recis::disk_open": _ON_DISK,
+    "recis::disk_pin": _ON_DISK,
+    "recis::disk_read": _ON_DISK,
+    "recis::disk_read_pinned": _ON_DISK,
+    "recis::disk_stage": _ON_DISK,
+    "recis::disk_touched": _ON_DISK,
+    "recis::disk_unpin": _ON_DISK,
     "recis::file_order": "Orders rows that are written to files; their ids are copied to the host first.",
     "recis::first_bad_offsets": "Raises for offsets that were overwritten; on a GPU the host would have to wait, so "
     "kernels check the offsets that they follow.",

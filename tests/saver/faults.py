@@ -34,7 +34,7 @@ from torch import nn
 
 from recis_hybrid import optim
 from recis_hybrid.columnio import ColumnDataset
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused, dense_parameters
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Placement, Unused, dense_parameters
 from recis_hybrid.saver import CheckpointError, Saver
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.storage.lease import LEASE
@@ -47,10 +47,15 @@ PATIENCE_S = 120
 class Run(nn.Module):
     """Objects of a training program."""
 
-    def __init__(self, data: Path) -> None:
+    def __init__(self, data: Path, *, on_disk: bool = True) -> None:
         super().__init__()
         torch.manual_seed(0)
-        configs = {"user": EmbeddingConfig(dim=8), "item": EmbeddingConfig(dim=8, admission=MinFrequency(2))}
+        # A cache for a third of the rows, and a little more than those of a batch.
+        disk = Placement(blocks="disk", path=data.parent, cache_bytes=26_000) if on_disk else None
+        configs = {
+            "user": EmbeddingConfig(dim=8, placement=disk),
+            "item": EmbeddingConfig(dim=8, admission=MinFrequency(2)),
+        }
         self.engine = EmbeddingEngine(configs, optimizer=optim.Adam)
         self.tower = nn.Sequential(nn.Linear(16, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
         self.sparse = optim.Adam(self.engine.parameters(), lr=0.01)
@@ -80,9 +85,10 @@ def train(
     *,
     asynchronous: bool = False,
     latest: int | None = None,
+    on_disk: bool = True,
 ) -> None:
     """Resume from the latest checkpoint (or ``latest``), and save the final state to ``end``."""
-    run, saver = Run(data), Saver(root, keep=4, async_save=asynchronous)
+    run, saver = Run(data, on_disk=on_disk), Saver(root, keep=4, async_save=asynchronous)
     tell("l")
     wanted = saver.latest() if latest is None else latest
     step = 0 if wanted is None else saver.load(run.parts(), wanted)
@@ -246,7 +252,8 @@ def disk_full(t: Trial) -> None:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             limit = t.draw.randrange(1000, 20_000)
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        text = refusal(lambda: train(t.root, t.data, t.folder / "unused", tell))
+        # The limit would be one of the records on disk, too.
+        text = refusal(lambda: train(t.root, t.data, t.folder / "unused", tell, on_disk=mounted.returncode == 0))
         assert "could not be written" in (text or "could not be written"), text
         os._exit(0 if text is None else 7)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Normal, Uniform
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Normal, Placement, Uniform
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support import rank_processes
 from tests.support.devices import EDGE_IDS
@@ -120,13 +120,14 @@ class Job:
     functional: bool = False
     samples: int = 24
     prefetch: int = 0
+    placement: Placement | None = None
 
 
 def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     """Train; return losses, predictions, the tower and this rank's rows."""
     rank, ranks = dist.get_rank(group), dist.get_world_size(group)
     engine = EmbeddingEngine(
-        configs(job.sharding, job.dim),
+        {name: replace(config, placement=job.placement) for name, config in configs(job.sharding, job.dim).items()},
         optimizer=OPTIMIZERS[job.rule],
         seed=3,
         group=group,
@@ -177,6 +178,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
         "tables": rows_of(engine),
         "tower": model.tower.weight.detach(),
         "predictions": predictions(model, rank, ranks),
+        "evicted": sum(use.written_back for table in engine.tables if (use := table.cache_statistics()) is not None),
     }
 
 

@@ -316,6 +316,11 @@ def _counts(table: HashTable) -> int:
 
 
 def _load_rows(table: HashTable, number: int, columns: Mapping[str, Tensor]) -> None:
+    piece = table.store.blocks.piece_rows
+    if columns["ids"].numel() > piece:
+        for parts in zip(*(values.split(piece) for values in columns.values()), strict=True):
+            _load_rows(table, number, dict(zip(columns, parts, strict=True)))
+        return
     layout = table.layout
     # State of another width belongs to another optimizer, even if its name is the same.
     widths = {part: (layout.whole.width(part),) for part in layout.parts}

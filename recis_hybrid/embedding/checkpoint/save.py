@@ -27,6 +27,7 @@ from recis_hybrid.embedding.checkpoint.state import (
     watch_tables,
 )
 from recis_hybrid.embedding.planner.coalesce import COUNTS
+from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot, in_one_block
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.id_map import list_entries
 from recis_hybrid.embedding.table.record_layout import META, RecordLayout
@@ -74,7 +75,7 @@ class _Source:
     table: HashTable
     slots: Tensor
     live: int
-    handle: ops.blocks.Blocks
+    handle: ops.blocks.Blocks | DiskSnapshot
     memory: tuple[Tensor, ...]
     """Memory that ``handle`` points into, kept alive with it."""
     device: torch.device
@@ -99,8 +100,7 @@ def _live_state(tables: Sequence[HashTable], shares: BucketShares | None) -> Par
             table,
             table.store.id_map.slots,
             len(table),
-            table.store.blocks.whole(),
-            tuple(table.store.blocks.blocks),
+            *_live_records(table),
             table.device,
             _counts(table),
             _saved_buckets(table, shares, place),
@@ -110,8 +110,15 @@ def _live_state(tables: Sequence[HashTable], shares: BucketShares | None) -> Par
     return _state(sources, _split(tables, shares), tables_meta(tables))
 
 
+def _live_records(table: HashTable) -> tuple[ops.blocks.Blocks | DiskSnapshot, tuple[Tensor, ...]]:
+    blocks = table.store.blocks
+    if isinstance(blocks, DiskBlocks):
+        return blocks.snapshot(), ()
+    return blocks.whole(), tuple(blocks.blocks)
+
+
 def _snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: BucketShares | None) -> Callable[[], PartState]:
-    """Copy records and slots into host memory, unsorted.
+    """Copy slots, and records that are not on disk, into host memory, unsorted.
 
     Args:
         tables: This rank's tables.
@@ -155,6 +162,12 @@ def _saved_buckets(table: HashTable, shares: BucketShares | None, place: int) ->
 def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) -> _Source:
     table.record_lookup()
     layout, blocks, used = table.layout, table.store.blocks, table.store.id_map.row_bound
+    flat = table.store.id_map.slots.view(-1).view(torch.uint8)
+    if isinstance(blocks, DiskBlocks):
+        slots = memory.take(flat.numel())
+        _copy([(slots, flat)])
+        words = slots.view(torch.int64).view(-1, 2)
+        return _Source(table, words, len(table), blocks.snapshot(), (), _CPU, _counts(table), buckets)
     handle = blocks.whole()
     pinned = is_accelerator(table.device)
 
@@ -169,7 +182,6 @@ def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) 
     handle = ops.blocks.Blocks(addresses, *handle[1:])
     if blocks.pinned:
         torch.accelerator.synchronize(table.device)  # the CPU reads what queued kernels still write
-    flat = table.store.id_map.slots.view(-1).view(torch.uint8)
     slots = memory.take(flat.numel(), pinned=pinned)
     _copy([*pairs, (slots, flat)])
     copies = tuple(target for target, _ in pairs)
@@ -235,18 +247,21 @@ class _RecordReader:
     def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
         """Write rows ``first`` to ``stop`` of some columns into ``out``."""
         source, layout = self._source, self._source.table.layout
-        rows = self._rows[first:stop]
+        rows, handle = self._rows[first:stop], source.handle
+        if isinstance(handle, DiskSnapshot):
+            records = handle.read(rows)
+            handle, rows = in_one_block(layout, records)
         if rows.is_cpu and {*layout.parts, *META} <= out.keys():
             offsets = [layout.offset(part) for part in layout.parts]
             parts = [out[part] for part in layout.parts]
-            ops.blocks.export(source.handle, rows, offsets, parts, [out[name] for name in META])
+            ops.blocks.export(handle, rows, offsets, parts, [out[name] for name in META])
             return
         for part in layout.parts:
             if part in out:
                 values = out[part] if rows.is_cpu else torch.empty_like(out[part], device=rows.device)
-                ops.blocks.read(source.handle, rows, layout.offset(part), values)
+                ops.blocks.read(handle, rows, layout.offset(part), values)
                 if not rows.is_cpu:
                     out[part].copy_(values)
         if META[0] in out:
-            for name, values in zip(META, ops.blocks.read_meta(source.handle, rows), strict=True):
+            for name, values in zip(META, ops.blocks.read_meta(handle, rows), strict=True):
                 out[name].copy_(values)

@@ -43,6 +43,10 @@ class _Work(Generic[T]):
                     tensor.record_stream(stream)
         return value
 
+    def has_succeeded(self) -> bool:
+        """Return whether the result is there, without waiting."""
+        return self.future.done() and self.future.exception() is None
+
     def finish(self) -> None:
         """Wait for the thread, and for what it has queued; its failure is dropped with its result."""
         if self.future.exception() is None:
@@ -88,6 +92,8 @@ class PrefetchedBatch:
     """Its lookups, if :meth:`Prefetcher.look_up` made them early."""
     step: int = 0
     """Steps of the tables when they were made."""
+    is_read: bool = False
+    """True if the records of its ids are being read from disk."""
 
 
 class Prefetcher:
@@ -148,6 +154,13 @@ class Prefetcher:
             return self._tables.router.route(read, train=train, grad=grad, exchange=self.exchange)
 
         self._queue.append(PrefetchedBatch(batch, (train, grad), self._thread.submit(route)))
+
+    def read_records(self) -> None:
+        """Start to read the records of prefetched batches from disk, as far as their ids have arrived."""
+        for each in self._queue:
+            if not each.is_read and each.lookups is None and each.routed.has_succeeded():
+                each.is_read = True
+                self._tables.prefetch(each.routed.result())
 
     def look_up(self) -> None:
         """Look up the next batch early, and start sending its rows; collective.

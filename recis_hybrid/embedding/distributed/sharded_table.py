@@ -127,16 +127,8 @@ class ShardedTable:
 
     def look_up(self, route: Route, weight: float, *, train: bool) -> Reply:
         """Look up the received ids, and read their rows unless the table is replicated."""
-        ranks, lengths = self.exchange.size, route.lengths
-        members, unknown = [kind.member for kind in self.routing.kinds], [kind.unknown for kind in self.routing.kinds]
-        request = Request(
-            list(route.ids.split(lengths)),
-            members * ranks,
-            Bags.single(lengths),
-            unknown * ranks,
-            counts=route.counts,
-        )
-        owned = self.table.find(request, train=train)
+        lengths = route.lengths
+        owned = self.table.find(self._request(route), train=train)
         shared = SharedLookup(owned, route.send, route.receive, weight, route.groups)
         if self.replicated:
             return Reply(route, shared, None)
@@ -144,6 +136,20 @@ class ShardedTable:
         rows = ops.memory.empty((route.ids.numel(), dim), torch.float32, self.device)
         self.table.gather(owned, rows.view(-1), [dim * start for start in accumulate(lengths[:-1], initial=0)])
         return Reply(route, shared, rows.to(self.wire_dtype))
+
+    def prefetch(self, route: Route) -> None:
+        """Start to read the records of the received ids, if they are on disk."""
+        self.table.prefetch(self._request(route))
+
+    def _request(self, route: Route) -> Request:
+        ranks, kinds = self.exchange.size, self.routing.kinds
+        return Request(
+            list(route.ids.split(route.lengths)),
+            [kind.member for kind in kinds] * ranks,
+            Bags.single(route.lengths),
+            [kind.unknown for kind in kinds] * ranks,
+            counts=route.counts,
+        )
 
     def send_rows(self, reply: Reply, exchange: Exchange) -> Transfer | None:
         """Start sending the rows to the ranks that requested them, and receiving the rows of this rank's ids."""
@@ -254,6 +260,11 @@ class ShardedTables:
             replies.append(self._look_up(routed, number))
             transfers.append(table.send_rows(replies[-1], self.exchange))  # overlaps with the next table's lookup
         return self._finish(replies, transfers)
+
+    def prefetch(self, routed: RoutedBatch) -> None:
+        """Start to read the records of the received ids of a later batch, if they are on disk."""
+        for table, route in zip(self.tables, routed.routes, strict=True):
+            table.prefetch(route)
 
     def look_up(self, routed: RoutedBatch) -> list[Reply]:
         """Look up the received ids in every table; :meth:`fetch` continues."""

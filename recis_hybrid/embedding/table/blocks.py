@@ -13,7 +13,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.accelerator import is_accelerator, numbers_on
 from recis_hybrid.embedding.table.record_cache import CacheStatistics, RecordCache
-from recis_hybrid.embedding.table.record_layout import RecordLayout
+from recis_hybrid.embedding.table.record_layout import META, RecordLayout
 from recis_hybrid.ops.blocks import Blocks
 from recis_hybrid.ops.gather import RowGroups
 
@@ -59,6 +59,8 @@ class EmbeddingBlocks:
         self.block_rows = block_rows
         self.blocks: list[Tensor] = []
         """uint8 ``[block_rows, record_bytes]`` each; up to date after :meth:`whole`."""
+        self.piece_rows = 1 << 62
+        """Rows that bulk writes change at a time: all."""
         self.cache = RecordCache(layout.record_bytes, cache_bytes, device) if cache_bytes else None
         if pinned:
             # Kernels may still be queued when the table is dropped.
@@ -74,6 +76,10 @@ class EmbeddingBlocks:
     def nbytes(self) -> int:
         """Bytes of all blocks, without the cache."""
         return self.capacity * self.layout.record_bytes
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of each part."""
+        return {"blocks": self.nbytes, "cache": 0 if self.cache is None else self.cache.nbytes}
 
     def reserve(self, rows: int) -> None:
         """Make room for rows 0 to ``rows`` - 1. If memory runs out, nothing changes."""
@@ -130,6 +136,16 @@ class EmbeddingBlocks:
         if self.cache is not None:
             self.cache.admit(self._handle, self.capacity, groups)
 
+    def prepare(self, rows: Tensor) -> None:
+        """Do nothing; records on disk are brought into memory here."""
+
+    def stage(self, rows: Tensor) -> None:
+        """Do nothing; records on disk are read ahead here."""
+
+    def forget(self, rows: Tensor) -> None:
+        """Write cached records back, because other ids may get the rows (int64 ``[n]``)."""
+        self.uncache()
+
     def uncache(self) -> None:
         """Write cached records back, and empty the cache."""
         if self.cache is not None:
@@ -148,6 +164,11 @@ class EmbeddingBlocks:
         values = torch.empty(rows.numel(), layout.width(part), dtype=layout.part_dtype(part), device=self.device)
         ops.blocks.read(*self.at(rows), layout.offset(part), values)
         return values
+
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return all parts of the records of rows (int64 ``[n]``), and their metadata."""
+        parts = {part: self.read(rows, part) for part in self.layout.parts}
+        return {**parts, **dict(zip(META, self.read_meta(rows), strict=True))}
 
     def write(self, rows: Tensor, part: str, values: Tensor) -> None:
         """Overwrite a part of the records of ``rows`` (int64 ``[n]``, distinct) with ``[n, width]``."""

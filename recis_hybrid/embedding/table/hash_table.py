@@ -192,6 +192,10 @@ class HashTable:
         self._unrecorded = lookup
         return lookup
 
+    def prefetch(self, request: Request) -> None:
+        """Start to read the records of a later lookup, if they are on disk; results are the same as without it."""
+        self.store.stage(request)
+
     def record_lookup(self) -> None:
         """Record the last training lookup in the metadata of its rows.
 
@@ -240,7 +244,8 @@ class HashTable:
             take_back: Called before the table is used again; it must wait for the program, and call :meth:`take_back`.
 
         Raises:
-            RuntimeError: If gradients are pending, which the program could not apply, or ids are counted.
+            RuntimeError: If gradients are pending, which the program could not apply, ids are counted, or records are
+                on disk.
         """
         self.refuse_pending("a lookup inside jax.jit")
         if self.tracker is not None:
@@ -251,8 +256,9 @@ class HashTable:
         self.record_lookup()
         if not self.read_only:
             self.store.reserve(more)
+        memory = TableMemory.of(self._store, self.generation, self._step)
         self._borrowed = take_back
-        return TableMemory.of(self._store, self.generation, self._step)
+        return memory
 
     def take_back(self) -> None:
         """End the use by another program."""
@@ -546,10 +552,12 @@ class HashTable:
         self.store.compact()
 
     def memory(self) -> dict[str, int]:
-        """Return the bytes of each part: ``id_map``, ``blocks``, ``cache``, ``free_rows``, ``admission``, ``total``.
+        """Return the bytes of each part.
 
-        Pending gradients are not counted, nor up to 1 GiB of host memory that the process keeps for reuse after tables
-        and batches have freed it.
+        Of a table whose records are on disk, ``cache`` and ``locations`` are the memory for them, and ``disk`` are the
+        bytes on disk. ``total`` is the sum of ``id_map``, ``blocks``, ``cache``, ``locations``, ``free_rows`` and
+        ``admission``, without ``disk``. Pending gradients are not counted, nor up to 1 GiB of host memory that the
+        process keeps for reuse after tables and batches have freed it.
         """
         return self.store.memory()
 

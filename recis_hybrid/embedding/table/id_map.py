@@ -13,6 +13,7 @@ from recis_hybrid import ops
 from recis_hybrid.accelerator import is_accelerator, record_event
 
 MAX_LOAD = 0.75
+_TAG_BITS = 6  # of an entry, below the row; see csrc/core/table.h
 MAX_MEMBERS = 1 << 16
 MAX_ROWS = 1 << 40
 _FIRST_SLOTS = 1024
@@ -191,6 +192,12 @@ class IdMap:
         slots = torch.empty(_total(ids), dtype=torch.int64, device=self.device)
         ops.id_map.find(self.slots, ids, members, slots, numbers=True)
         return slots
+
+    def rows_in(self, slots: Tensor) -> Tensor:
+        """Return the rows of the ids in slots (int64 ``[n]``, negative: none), int64 ``[n]``, negative for none."""
+        entries = self.slots[slots.clamp(min=0), 1]
+        rows = entries >> _TAG_BITS & MAX_ROWS - 1
+        return torch.where(slots < 0, slots, rows)
 
     def move(self, moved: Tensor, rows: int) -> None:
         """Move each id from its row to ``moved[row]`` (int64), all below ``rows``; no row is free afterwards."""

@@ -5,6 +5,7 @@ Letters: n ids, N positions (ids of a call over all features), R rows.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from recis_hybrid.embedding.eviction import Eviction, Rows, unwanted_rows
 from recis_hybrid.embedding.initializers import initializer_words, refuse_unrepresentable
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.blocks import EmbeddingBlocks
+from recis_hybrid.embedding.table.disk_blocks import DiskBlocks
 from recis_hybrid.embedding.table.id_map import MAX_MEMBERS, Entries, IdMap
 from recis_hybrid.embedding.table.lookup import Request, gradient_bags
 from recis_hybrid.embedding.table.record_cache import refuse_small_cache
@@ -62,7 +64,7 @@ class RowStore:
         self.device = self.placement.blocks_device(device.index)
         """Device whose kernels access the records."""
         self.admission = admission
-        if self.placement.cache_bytes:
+        if self.placement.cache_bytes and not self.on_disk:
             refuse_small_cache(f"table {self.name}", self.placement.cache_bytes, layout.record_bytes)
         self.reseed(seed)
         self.reset()
@@ -76,6 +78,11 @@ class RowStore:
         """Names of the member tables, for messages."""
         return ", ".join(member.name for member in self.members)
 
+    @property
+    def on_disk(self) -> bool:
+        """True if records are on disk, with a cache in memory."""
+        return self.placement.blocks == "disk"
+
     def reseed(self, seed: int) -> None:
         """Set the seed of first values for rows inserted from now on."""
         self.seed = seed
@@ -86,9 +93,15 @@ class RowStore:
     def reset(self) -> None:
         """Remove all rows, and free their memory and the admission state."""
         self.id_map = IdMap(self.map_device)
-        pinned, cache_bytes = self.placement.blocks == "pinned", self.placement.cache_bytes
-        self.blocks = EmbeddingBlocks(self.layout, self.device, pinned=pinned, cache_bytes=cache_bytes)
+        self.blocks = self._new_blocks()
         self.gate = None if self.admission is None else self.admission.gate(self.map_device)
+
+    def _new_blocks(self) -> EmbeddingBlocks | DiskBlocks:
+        pinned, cache_bytes = self.placement.blocks == "pinned", self.placement.cache_bytes
+        if self.on_disk:
+            assert self.placement.path is not None
+            return DiskBlocks(self.name, self.layout, path=os.fspath(self.placement.path), cache_bytes=cache_bytes)
+        return EmbeddingBlocks(self.layout, self.device, pinned=pinned, cache_bytes=cache_bytes)
 
     def on_map(self, ids: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return tensors on the device of the IDMap."""
@@ -103,6 +116,11 @@ class RowStore:
     def find(self, request: Request) -> Tensor:
         """Return the row of each id of a request, int64 ``[N]``, -1 for an id that has none; changes nothing."""
         return self.on_blocks(self.id_map.find(self.on_map(request.ids), request.members, self.on_map(request.used)))
+
+    def stage(self, request: Request) -> None:
+        """Start to read the records of a later lookup, if they are on disk."""
+        if self.on_disk:
+            self.blocks.stage(self.find(request))
 
     def insert_grouped(
         self, request: Request, out: Tensor | None, starts: Sequence[int]
@@ -121,14 +139,15 @@ class RowStore:
         """
         self._make_cache()
         rows, groups, gathered = self._insert_grouped(request, out, starts)
-        self.blocks.admit(groups)
+        if isinstance(self.blocks, EmbeddingBlocks):
+            self.blocks.admit(groups)
         return rows, groups, gathered
 
     def _insert_grouped(
         self, request: Request, out: Tensor | None, starts: Sequence[int]
     ) -> tuple[Tensor, RowGroups, Tensor | None]:
         ids, members, layout = request.ids, request.members, self.layout
-        if self.gate is not None or self.map_device != self.device:
+        if self.gate is not None or self.map_device != self.device or isinstance(self.blocks, DiskBlocks):
             rows = self.insert(ids, members, self.gate, request.used, request.counts)
             groups = ops.gather.group_rows(rows, members, self.id_map.row_bound, gradient_bags(request.bags))
             return rows, groups, None
@@ -188,6 +207,7 @@ class RowStore:
         map_rows, map_fresh = self.id_map.find_or_insert(map_ids, members, admitted, used)
         try:
             rows, fresh = self.on_blocks(map_rows), self.on_blocks(map_fresh)
+            self.blocks.prepare(rows)
             if self.id_map.may_have_fresh:
                 ops.blocks.init_fresh(
                     self.blocks.new(),
@@ -203,6 +223,8 @@ class RowStore:
                 )
         except BaseException:
             # After an interrupt or without memory for a copy, the records of the new ids are not initialized.
+            if self.on_disk:
+                self.blocks.forget(map_rows[map_fresh[: int(self.id_map.counters[ops.id_map.FRESH])]])
             self.id_map.withdraw(map_ids, members, map_fresh)
             raise
         self.id_map.commit()
@@ -211,7 +233,9 @@ class RowStore:
         return rows
 
     def _make_cache(self) -> None:
-        """Allocate the cache of the blocks, if there is to be one."""
+        """Allocate the cache of the blocks, if there is to be one on a GPU."""
+        if isinstance(self.blocks, DiskBlocks):
+            return
         try:
             self.blocks.make_cache()
         except RuntimeError as error:
@@ -252,6 +276,11 @@ class RowStore:
         Returns:
             The rows, int64 ``[n]``.
         """
+        if ids.numel() > self.blocks.piece_rows:
+            pieces = zip(*(values.split(self.blocks.piece_rows) for values in columns.values()), strict=True)
+            some = ids.split(self.blocks.piece_rows)
+            parts = [dict(zip(columns, piece, strict=True)) for piece in pieces] if columns else [{}] * len(some)
+            return torch.cat([self.write(member, part, piece) for part, piece in zip(some, parts, strict=True)])
         rows = self.insert([ids], [member], None) if ids.numel() else ids
         if self.gate is not None:
             self.gate.forget(member, ids.to(self.map_device))
@@ -287,7 +316,7 @@ class RowStore:
         if bool((rows < 0).any()):
             missing = ids[rows < 0][:5].tolist()
             raise KeyError(f"table {self.members[member].name!r}: no row for the ids {missing}; look them up first")
-        return {"ids": ids, **self._columns(rows)}
+        return {"ids": ids, **self.blocks.columns(rows)}
 
     def export_all(self) -> list[dict[str, Tensor]]:
         """Return the records of each member table, rows by (bucket, id)."""
@@ -295,7 +324,7 @@ class RowStore:
         order = ops.id_map.bucket_order(entries.ids, entries.members)
         ids, rows = self.on_blocks(entries.ids[order]), self.on_blocks(entries.rows[order])
         counts = entries.members.bincount(minlength=len(self.members)).tolist()
-        columns = {"ids": ids, **self._columns(rows)}
+        columns = {"ids": ids, **self.blocks.columns(rows)}
         parts = zip(*(values.split(counts) for values in columns.values()), strict=True)
         return [dict(zip(columns, part, strict=True)) for part in parts]
 
@@ -308,13 +337,12 @@ class RowStore:
         }
         return {"ids": none, **parts, **dict.fromkeys(META, none)}
 
-    def _columns(self, rows: Tensor) -> dict[str, Tensor]:
-        """Return all parts of the records of rows (int64 ``[n]``), and their metadata."""
-        parts = {part: self.blocks.read(rows, part) for part in self.layout.parts}
-        return {**parts, **dict(zip(META, self.blocks.read_meta(rows), strict=True))}
-
     def touched(self, step: int) -> tuple[Tensor, Tensor]:
         """Return ids and member tables, int64 ``[n]`` each, of rows that were looked up or updated after a step."""
+        if isinstance(self.blocks, DiskBlocks):
+            entries, marks = self.id_map.entries(), self.blocks.touched(step)
+            touched = marks[entries.rows].bool()
+            return entries.ids[touched], entries.members[touched]
         ids, members = torch.empty(2, len(self), dtype=torch.int64, device=self.device).unbind()
         count = torch.zeros(1, dtype=torch.int64, device=self.device)
         slots = self.on_blocks(self.id_map.slots)
@@ -332,7 +360,7 @@ class RowStore:
     def erase_slots(self, slots: Tensor) -> int:
         """Erase the ids in slots of the IDMap (int64 ``[n]``, negative: none), and return their number."""
         before = len(self)
-        self.blocks.uncache()  # other ids may get the rows
+        self.blocks.forget(self.id_map.rows_in(slots))  # other ids may get the rows
         self.id_map.erase_slots(slots.contiguous())
         return before - len(self)
 
@@ -378,9 +406,8 @@ class RowStore:
         """Return the bytes of each part; see :meth:`HashTable.memory`."""
         parts = {
             "id_map": self.id_map.nbytes,
-            "blocks": self.blocks.nbytes,
-            "cache": 0 if self.blocks.cache is None else self.blocks.cache.nbytes,
+            **{"blocks": 0, "cache": 0, "locations": 0, "disk": 0, **self.blocks.memory()},
             "free_rows": self.id_map.free_rows.nbytes,
             "admission": 0 if self.gate is None else self.gate.nbytes,
         }
-        return {**parts, "total": sum(parts.values())}
+        return {**parts, "total": sum(parts.values()) - parts["disk"]}

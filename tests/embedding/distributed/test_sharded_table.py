@@ -5,6 +5,8 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,6 +21,7 @@ from recis_hybrid.embedding import (
     EmbeddingConfig,
     EmbeddingEngine,
     MinFrequency,
+    Placement,
     Unused,
     leave_out_of_ddp,
     mean_over_samples,
@@ -38,6 +41,21 @@ def test_one_step_agrees_with_one_process(ranks: Ranks, rule: str, deduplicate: 
     one = ranks.run(1, train, Job(rule=rule))
     for world in (2, 3, 4):
         assert_same(ranks.run(world, train, job), one, OF_ADAM if rule == "Adam" else ROUNDINGS)
+
+
+@pytest.mark.parametrize("sharding", ["row", "column"])
+def test_records_on_disk_are_bitwise_those_in_memory(ranks: Ranks, tmp_path: Path, sharding: str) -> None:
+    # Fewer records in memory than a rank has, and more than a batch uses; with Adam, 64 bytes each and the cache's 22.
+    dim, records = (8, 120) if sharding == "column" else (4, 70)
+    job = Job(rule="Adam", steps=12, sharding=sharding, dim=dim, samples=8, prefetch=2, engine={"prefetch_depth": 2})
+    disk = Placement(blocks="disk", path=tmp_path, cache_bytes=records * 86)
+    found, expected = ranks.run(2, train, replace(job, placement=disk)), ranks.run(2, train, job)
+    assert all(each["evicted"] > 0 for each in found)
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours["losses"] == theirs["losses"]
+        assert torch.equal(ours["predictions"], theirs["predictions"])
+        for name, columns in theirs["tables"].items():
+            assert [key for key in columns if not torch.equal(ours["tables"][name][key], columns[key])] == []
 
 
 @pytest.mark.parametrize(

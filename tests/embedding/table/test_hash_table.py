@@ -562,8 +562,8 @@ def test_every_placement_trains_to_the_same_values(
 def test_pinned_blocks_need_a_gpu() -> None:
     with pytest.raises(ValueError, match="pinned blocks need a CUDA device, got cpu"):
         EmbeddingBlocks(make_table().layout, torch.device("cpu"), pinned=True)
-    with pytest.raises(ValueError, match="blocks must be 'cpu', 'cuda' or 'pinned', got 'disk'"):
-        Placement(id_map="cpu", blocks="disk")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="blocks must be 'cpu', 'cuda', 'pinned' or 'disk', got 'tape'"):
+        Placement(id_map="cpu", blocks="tape")  # type: ignore[arg-type]
 
 
 def test_memory_is_reported_by_part() -> None:

@@ -1,0 +1,267 @@
+#include "ops/disk_io.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <atomic>
+#include <cerrno>
+#include <cstring>
+
+#if defined(__linux__) && __has_include(<linux/io_uring.h>)
+#include <linux/io_uring.h>
+#include <sys/mman.h>
+#include <sys/syscall.h>
+#define RECIS_IO_URING 1
+#endif
+
+namespace recis {
+
+bool TransferBatch::is_done() const {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return left_ == 0;
+}
+
+int TransferBatch::wait() const {
+  std::unique_lock<std::mutex> lock(mutex_);
+  changed_.wait(lock, [this] { return left_ == 0; });
+  return error_;
+}
+
+void TransferBatch::end(int error) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (error != 0 && error_ == 0) error_ = error;
+  if (--left_ == 0) changed_.notify_all();
+}
+
+#if defined(RECIS_IO_URING)
+
+// An io_uring of kDepth entries, used by one thread. Indices are shared with the kernel: each side publishes its own
+// with release and reads the other's with acquire.
+class Ring {
+ public:
+  static std::unique_ptr<Ring> make() {
+    io_uring_params params{};
+    const int file = static_cast<int>(syscall(__NR_io_uring_setup, DiskIo::kDepth, &params));
+    if (file < 0) return nullptr;
+    auto ring = std::unique_ptr<Ring>(new Ring(file));
+    // The kernel has IORING_OP_READ since the version that has this feature.
+    if ((params.features & IORING_FEAT_RW_CUR_POS) == 0 || !ring->map(params)) return nullptr;
+    return ring;
+  }
+
+  ~Ring() {
+    if (entries_ != nullptr) munmap(entries_, entries_bytes_);
+    if (completed_ != nullptr && completed_ != submitted_) munmap(completed_, completed_bytes_);
+    if (submitted_ != nullptr) munmap(submitted_, submitted_bytes_);
+    close(file_);
+  }
+
+  // Adds a transfer to those that the next enter() starts; there must be less than kDepth in flight.
+  void add(int file, const Transfer& transfer, bool writes, uint64_t token) {
+    const unsigned tail = tail_->load(std::memory_order_relaxed);
+    io_uring_sqe& entry = entries_[tail & mask_];
+    std::memset(&entry, 0, sizeof(entry));
+    entry.opcode = writes ? IORING_OP_WRITE : IORING_OP_READ;
+    entry.fd = file;
+    entry.addr = reinterpret_cast<uint64_t>(transfer.memory);
+    entry.len = static_cast<unsigned>(std::min<int64_t>(transfer.bytes, int64_t{1} << 30));
+    entry.off = static_cast<uint64_t>(transfer.offset);
+    entry.user_data = token;
+    array_[tail & mask_] = tail & mask_;
+    tail_->store(tail + 1, std::memory_order_release);
+    ++added_;
+  }
+
+  // Starts the transfers that were added, and waits until at least one in flight has ended. Returns 0 or an errno.
+  int enter() {
+    const auto started = syscall(__NR_io_uring_enter, file_, added_, 1, IORING_ENTER_GETEVENTS, nullptr, 0);
+    if (started < 0) return errno == EINTR || errno == EAGAIN || errno == EBUSY ? 0 : errno;
+    added_ -= static_cast<unsigned>(started);
+    return 0;
+  }
+
+  // Takes the result of a transfer that has ended: bytes, or a negative errno.
+  bool take(uint64_t& token, int& result) {
+    const unsigned head = done_head_->load(std::memory_order_relaxed);
+    if (head == done_tail_->load(std::memory_order_acquire)) return false;
+    const io_uring_cqe& entry = results_[head & done_mask_];
+    token = entry.user_data;
+    result = entry.res;
+    done_head_->store(head + 1, std::memory_order_release);
+    return true;
+  }
+
+ private:
+  explicit Ring(int file) : file_(file) {}
+
+  bool map(const io_uring_params& params) {
+    submitted_bytes_ = params.sq_off.array + params.sq_entries * sizeof(unsigned);
+    completed_bytes_ = params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe);
+    const bool together = (params.features & IORING_FEAT_SINGLE_MMAP) != 0;
+    if (together) submitted_bytes_ = completed_bytes_ = std::max(submitted_bytes_, completed_bytes_);
+    submitted_ = map_at(submitted_bytes_, IORING_OFF_SQ_RING);
+    if (submitted_ == nullptr) return false;
+    completed_ = together ? submitted_ : map_at(completed_bytes_, IORING_OFF_CQ_RING);
+    entries_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
+    entries_ = reinterpret_cast<io_uring_sqe*>(map_at(entries_bytes_, IORING_OFF_SQES));
+    if (completed_ == nullptr || entries_ == nullptr) return false;
+    tail_ = at<std::atomic<unsigned>>(submitted_, params.sq_off.tail);
+    mask_ = *at<unsigned>(submitted_, params.sq_off.ring_mask);
+    array_ = at<unsigned>(submitted_, params.sq_off.array);
+    done_head_ = at<std::atomic<unsigned>>(completed_, params.cq_off.head);
+    done_tail_ = at<std::atomic<unsigned>>(completed_, params.cq_off.tail);
+    done_mask_ = *at<unsigned>(completed_, params.cq_off.ring_mask);
+    results_ = at<io_uring_cqe>(completed_, params.cq_off.cqes);
+    return true;
+  }
+
+  char* map_at(size_t bytes, int64_t offset) const {
+    void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, file_, offset);
+    return memory == MAP_FAILED ? nullptr : static_cast<char*>(memory);
+  }
+
+  template <class T>
+  static T* at(char* memory, unsigned offset) {
+    return reinterpret_cast<T*>(memory + offset);
+  }
+
+  int file_;
+  char* submitted_ = nullptr;
+  char* completed_ = nullptr;
+  io_uring_sqe* entries_ = nullptr;
+  size_t submitted_bytes_ = 0;
+  size_t completed_bytes_ = 0;
+  size_t entries_bytes_ = 0;
+  std::atomic<unsigned>* tail_ = nullptr;
+  std::atomic<unsigned>* done_head_ = nullptr;
+  std::atomic<unsigned>* done_tail_ = nullptr;
+  unsigned* array_ = nullptr;
+  unsigned mask_ = 0;
+  unsigned done_mask_ = 0;
+  unsigned added_ = 0;
+  io_uring_cqe* results_ = nullptr;
+};
+
+#else
+
+class Ring {
+ public:
+  static std::unique_ptr<Ring> make() { return nullptr; }
+  void add(int, const Transfer&, bool, uint64_t) {}
+  int enter() { return ENOSYS; }
+  bool take(uint64_t&, int&) { return false; }
+};
+
+#endif
+
+DiskIo::DiskIo(int file, bool ring) : file_(file), ring_(ring ? Ring::make() : nullptr) {
+  if (ring_ != nullptr) {
+    threads_.emplace_back([this] { run_ring(); });
+    return;
+  }
+  for (int i = 0; i < kThreads; ++i) threads_.emplace_back([this] { run_thread(); });
+}
+
+DiskIo::~DiskIo() {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    closed_ = true;
+  }
+  submitted_.notify_all();
+  for (auto& thread : threads_) thread.join();
+}
+
+TransferBatchPtr DiskIo::submit(std::vector<Transfer> transfers, bool writes, bool urgent) {
+  auto batch = std::make_shared<TransferBatch>(std::move(transfers), writes);
+  if (batch->transfers_.empty()) return batch;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    if (urgent) {
+      batches_.push_front(batch);
+    } else {
+      batches_.push_back(batch);
+    }
+  }
+  submitted_.notify_all();
+  return batch;
+}
+
+// Takes the next transfer to start; false if there is none. With `wait`, false only once the object is being destroyed.
+bool DiskIo::next(Item& item, bool wait) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  if (wait) submitted_.wait(lock, [this] { return closed_ || !batches_.empty(); });
+  if (batches_.empty()) return false;
+  item.batch = batches_.front();
+  item.transfer = item.batch->transfers_[item.batch->started_++];
+  if (item.batch->started_ == item.batch->transfers_.size()) batches_.pop_front();
+  return true;
+}
+
+void DiskIo::run_thread() {
+  Item item;
+  while (next(item, true)) {
+    int error = 0;
+    Transfer& rest = item.transfer;
+    while (rest.bytes > 0 && error == 0) {
+      const ssize_t moved = item.batch->writes_ ? pwrite(file_, rest.memory, rest.bytes, rest.offset)
+                                                : pread(file_, rest.memory, rest.bytes, rest.offset);
+      if (moved < 0) {
+        error = errno == EINTR ? 0 : errno;
+      } else if (moved == 0) {
+        error = ENODATA;
+      } else {
+        rest = {rest.offset + moved, rest.bytes - moved, rest.memory + moved};
+      }
+    }
+    item.batch->end(error);
+    item.batch.reset();
+  }
+}
+
+void DiskIo::run_ring() {
+  std::vector<Item> items(kDepth);
+  std::vector<int> unused;
+  for (int i = kDepth - 1; i >= 0; --i) unused.push_back(i);
+  const auto start = [&](int i) {
+    ring_->add(file_, items[i].transfer, items[i].batch->writes_, static_cast<uint64_t>(i));
+  };
+  const auto end = [&](int i, int error) {
+    items[i].batch->end(error);
+    items[i].batch.reset();
+    unused.push_back(i);
+  };
+  while (true) {
+    while (!unused.empty()) {
+      const int i = unused.back();
+      // With transfers in flight this thread must not sleep here: their results would wait for the next batch.
+      if (!next(items[i], static_cast<int>(unused.size()) == kDepth)) break;
+      unused.pop_back();
+      start(i);
+    }
+    if (static_cast<int>(unused.size()) == kDepth) return;
+    if (const int error = ring_->enter(); error != 0) {
+      for (int i = 0; i < kDepth; ++i) {
+        if (items[i].batch != nullptr) end(i, error);
+      }
+      continue;
+    }
+    uint64_t token = 0;
+    int result = 0;
+    while (ring_->take(token, result)) {
+      const int i = static_cast<int>(token);
+      Transfer& rest = items[i].transfer;
+      if (result == -EINTR || result == -EAGAIN) {
+        start(i);
+      } else if (result <= 0) {
+        end(i, result == 0 ? ENODATA : -result);
+      } else if (result < rest.bytes) {
+        rest = {rest.offset + result, rest.bytes - result, rest.memory + result};
+        start(i);
+      } else {
+        end(i, 0);
+      }
+    }
+  }
+}
+
+}  // namespace recis

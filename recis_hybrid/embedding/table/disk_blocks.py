@@ -1,0 +1,257 @@
+"""DiskBlocks: storage of rows that is on disk, with a cache of records in memory.
+
+Letters: n rows, R rows of the table.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from recis_hybrid import ops
+from recis_hybrid.embedding.table.record_cache import CacheStatistics
+from recis_hybrid.embedding.table.record_layout import META, RecordLayout
+from recis_hybrid.ops.blocks import Blocks
+from recis_hybrid.ops.disk import BYTES_OF_A_FRAME, DiskFigures
+
+_LEAST_FRAMES = 64
+_PIECE_BYTES = 16 << 20
+_MAX_PIECE = 1 << 16
+_CPU = torch.device("cpu")
+
+
+class DiskBlocks:
+    """The methods of EmbeddingBlocks for records on disk.
+
+    Each row has a location: where its record is in memory, or in a log on disk. Kernels get the locations as the
+    addresses of blocks of one row, after :meth:`at` or :meth:`prepare` has brought the records of their rows into
+    memory.
+
+    Args:
+        name: Name of the table, for messages.
+        layout: Memory layout of a record.
+        path: Folder of the log.
+        cache_bytes: Memory for records.
+    """
+
+    def __init__(self, name: str, layout: RecordLayout, *, path: str, cache_bytes: int) -> None:
+        each = layout.record_bytes + BYTES_OF_A_FRAME
+        if cache_bytes < _LEAST_FRAMES * each:
+            raise ValueError(
+                f"table {name}: cache_bytes={cache_bytes} is too small for records on disk: all rows of a batch must "
+                f"fit into it, at {each} bytes each; use at least {_LEAST_FRAMES * each}"
+            )
+        self.name = name
+        self.layout = layout
+        self.device = _CPU
+        frames = cache_bytes // each
+        self.piece_rows = max(1, min(frames // 4, _MAX_PIECE))
+        """Rows that bulk writes change at a time."""
+        self._disk = ops.disk.open_disk(
+            name, path, record_bytes=layout.record_bytes, meta_offset=layout.meta_offset, frames=frames
+        )
+        self._set(torch.zeros(0, dtype=torch.int64))
+
+    @property
+    def capacity(self) -> int:
+        """Number of rows that have a location."""
+        return self.locations.numel()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of blocks in memory: none."""
+        return 0
+
+    def memory(self) -> dict[str, int]:
+        """Return the bytes of each part; ``disk`` is not memory."""
+        figures = self.figures()
+        return {
+            "blocks": 0,
+            "cache": figures.memory_bytes,
+            "locations": self.locations.nbytes,
+            "disk": figures.log_bytes,
+        }
+
+    def reserve(self, rows: int) -> None:
+        """Make room for rows 0 to ``rows`` - 1. If memory runs out, nothing changes."""
+        if rows > self.capacity:
+            locations = torch.zeros(max(rows, self.capacity * 3 // 2), dtype=torch.int64)
+            locations[: self.capacity] = self.locations
+            self._set(locations)
+
+    def truncate(self, rows: int) -> None:
+        """Drop the records of all rows from ``rows`` on."""
+        self.forget(torch.arange(rows, self.capacity))
+        self._set(self.locations[:rows].clone())
+
+    # Access to records by kernels, which must be called next
+
+    def at(self, rows: Tensor, *, count: Tensor | None = None, writes: bool = False) -> tuple[Blocks, Tensor]:
+        """Return the blocks and the places of records, as :meth:`EmbeddingBlocks.at` does.
+
+        Raises:
+            RuntimeError: If there are more distinct rows than fit into the cache, or the disk is full or fails; no
+                record has changed.
+        """
+        ops.disk.fetch(self._disk, self.locations, rows, count=count, writes=writes)
+        return self._handle, rows
+
+    def prepare(self, rows: Tensor) -> None:
+        """Bring the records of a training lookup's rows (int64 ``[n]``, negative for none) into memory like :meth:`at`.
+
+        Raises:
+            RuntimeError: As :meth:`at`.
+        """
+        ops.disk.fetch(self._disk, self.locations, rows, counts=True)
+
+    def stage(self, rows: Tensor) -> None:
+        """Start to read the records of a later lookup's rows (int64 ``[n]``, negative for none)."""
+        ops.disk.stage(self._disk, self.locations, rows)
+
+    def whole(self) -> Blocks:
+        """Raise RuntimeError, because not all records are in memory."""
+        raise RuntimeError(
+            f"table {self.name}: its records are on disk, and programs without torch, such as lookups inside jax.jit, "
+            f"need all of them in memory; use a Placement with blocks='cpu', or look up outside of jax.jit"
+        )
+
+    def new(self) -> Blocks:
+        """Return the blocks for kernels that only access rows that :meth:`prepare` has just got."""
+        return self._handle
+
+    def forget(self, rows: Tensor) -> None:
+        """Drop the records of rows (int64 ``[n]``, negative for none), because other ids may get the rows."""
+        ops.disk.forget(self._disk, self.locations, rows)
+
+    def figures(self) -> DiskFigures:
+        """Return figures of the cache and the log."""
+        return ops.disk.figures(self._disk)
+
+    def cache_statistics(self) -> CacheStatistics:
+        """Return the statistics of the cache."""
+        figures = self.figures()
+        return CacheStatistics(figures.hits, figures.misses, 0, figures.written_back)
+
+    # Bulk access to records
+
+    def read(self, rows: Tensor, part: str) -> Tensor:
+        """Return a part of the records of ``rows`` (int64 ``[n]``): ``[n, width]`` in the dtype of the part."""
+        layout = self.layout
+        values = torch.empty(rows.numel(), layout.width(part), dtype=layout.part_dtype(part))
+        for index, blocks, places in self._pieces(rows):
+            piece = values.new_empty(places.numel(), values.size(1))
+            ops.blocks.read(blocks, places, layout.offset(part), piece)
+            values[index] = piece
+        return values
+
+    def columns(self, rows: Tensor) -> dict[str, Tensor]:
+        """Return all parts of the records of rows (int64 ``[n]``), and their metadata."""
+        layout, n = self.layout, rows.numel()
+        parts = {part: torch.empty(n, layout.width(part), dtype=layout.part_dtype(part)) for part in layout.parts}
+        columns = {**parts, **{name: torch.empty(n, dtype=torch.int64) for name in META}}
+        for index, blocks, places in self._pieces(rows):
+            piece = {name: values.new_empty(places.numel(), *values.shape[1:]) for name, values in columns.items()}
+            export_records(layout, blocks, places, piece)
+            for name, values in columns.items():
+                values[index] = piece[name]
+        return columns
+
+    def read_meta(self, rows: Tensor) -> Tensor:
+        """Return updated step, seen step and frequency of rows (int64 ``[n]``), as int64 ``[3, n]``."""
+        columns = torch.empty(3, rows.numel(), dtype=torch.int64)
+        for index, blocks, places in self._pieces(rows):
+            columns[:, index] = ops.blocks.read_meta(blocks, places)
+        return columns
+
+    def write(self, rows: Tensor, part: str, values: Tensor) -> None:
+        """Overwrite a part of the records of ``rows`` (int64 ``[n]``, distinct) with ``[n, width]``."""
+        expected = (rows.numel(), self.layout.width(part))
+        if tuple(values.shape) != expected:
+            raise ValueError(f"{part}: values must have shape {expected}, got {tuple(values.shape)}")
+        values = values.to(dtype=self.layout.part_dtype(part)).contiguous()
+        for some, piece in zip(rows.split(self.piece_rows), values.split(self.piece_rows), strict=True):
+            ops.blocks.write(*self.at(some, writes=True), self.layout.offset(part), piece)
+
+    def write_meta(self, rows: Tensor, columns: Tensor) -> None:
+        """Overwrite the metadata of rows (int64 ``[n]``, distinct) with int64 ``[3, n]``."""
+        for some, piece in zip(rows.split(self.piece_rows), columns.split(self.piece_rows, dim=1), strict=True):
+            ops.blocks.write_meta(*self.at(some, writes=True), piece.contiguous())
+
+    def copy_records(self, source: Tensor, target: Tensor) -> None:
+        """Copy the records of the rows ``source`` to the rows ``target``, as ``ops.blocks.copy_records`` does."""
+        pairs = zip(source.split(self.piece_rows), target.split(self.piece_rows), strict=True)
+        try:
+            for some, other in pairs:
+                blocks, _ = self.at(torch.cat([some, other]), writes=True)
+                ops.blocks.copy_records(blocks, some, other)
+        except BaseException:
+            self.forget(target)
+            raise
+
+    def touched(self, step: int) -> Tensor:
+        """Return whether each row was updated or seen by a training lookup after a step, uint8 ``[R]``."""
+        return ops.disk.touched(self._disk, self.locations, step)
+
+    def snapshot(self) -> DiskSnapshot:
+        """Return the records of this moment, which later changes leave alone; writes changed records to the disk.
+
+        Raises:
+            RuntimeError: If the disk is full or fails; no record has changed.
+        """
+        slots, number = ops.disk.pin(self._disk, self.locations)
+        return DiskSnapshot(self._disk, number, slots, self.layout)
+
+    def _pieces(self, rows: Tensor) -> Iterator[tuple[Tensor, Blocks, Tensor]]:
+        """Yield copies of the records of rows in pieces: indices into ``rows``, blocks, and the rows in them."""
+        n = max(1, _PIECE_BYTES // self.layout.record_bytes)
+        # In the order of the log, neighboring records are read together; the last piece reads almost all pages.
+        order = self.locations[rows].argsort() if rows.numel() > n else torch.arange(rows.numel())
+        for index in order.split(n):
+            records = ops.memory.empty((index.numel(), self.layout.record_bytes), torch.uint8, _CPU)
+            ops.disk.read(self._disk, self.locations, rows[index], records)
+            yield index, *in_one_block(self.layout, records)
+
+    def _set(self, locations: Tensor) -> None:
+        self.locations = locations
+        """int64 ``[R]``; see ``recis_hybrid.ops.disk``."""
+        self._handle = Blocks(locations, 0, self.layout.meta_offset, self.layout.record_bytes)
+
+
+class DiskSnapshot:
+    """The records of a table on disk at one moment, kept in the log as long as this object lives.
+
+    Args:
+        disk: Handle of the records.
+        number: Number of the pin.
+        slots: int64 ``[R]``: where each row's record is.
+        layout: Memory layout of a record.
+    """
+
+    def __init__(self, disk: Tensor, number: int, slots: Tensor, layout: RecordLayout) -> None:
+        self._disk, self._slots, self._layout = disk, slots, layout
+        weakref.finalize(self, ops.disk.unpin, disk, number)
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return the records of rows (int64 ``[n]``), uint8 ``[n, record_bytes]``; in any thread.
+
+        Raises:
+            RuntimeError: If the disk fails.
+        """
+        records = ops.memory.empty((rows.numel(), self._layout.record_bytes), torch.uint8, _CPU)
+        ops.disk.read_pinned(self._disk, rows, self._slots[rows], records)
+        return records
+
+
+def in_one_block(layout: RecordLayout, records: Tensor) -> tuple[Blocks, Tensor]:
+    """Return records (uint8 ``[n, record_bytes]``), which must stay alive, as blocks, and their rows there."""
+    address = torch.tensor([records.data_ptr()], dtype=torch.int64)
+    return Blocks(address, 40, layout.meta_offset, layout.record_bytes), torch.arange(records.size(0))
+
+
+def export_records(layout: RecordLayout, blocks: Blocks, rows: Tensor, out: dict[str, Tensor]) -> None:
+    """Copy all parts and metadata of records of rows (int64 ``[n]``) into columns ``[n, ...]``."""
+    offsets = [layout.offset(part) for part in layout.parts]
+    ops.blocks.export(blocks, rows, offsets, [out[part] for part in layout.parts], [out[name] for name in META])
