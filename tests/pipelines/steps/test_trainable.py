@@ -342,5 +342,6 @@ def test_applying_gradients_names_the_table_without_an_optimizer() -> None:
         with pytest.raises(TypeError, match=r"apply_gradients: optimizer must be one of recis_hybrid.optim"):
             model.engine.apply_gradients(context, gradients, wrong)  # type: ignore[arg-type]
     assert torch.equal(model.engine.tables[0].export(0)["embedding"], rows)
-    with pytest.raises(ValueError, match=r"Adam needs .*exp_avg.* in every row, but the engine was built with \{\}"):
+    message = r"Adam needs .*exp_avg.* in every row of the table id, but the engine was built with \{\}"
+    with pytest.raises(ValueError, match=message):
         optim.Adam(EmbeddingEngine({"id": EmbeddingConfig(dim=2)}).parameters())
