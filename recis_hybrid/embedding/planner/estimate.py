@@ -104,7 +104,7 @@ def plan(
     Raises:
         TypeError: If a config or a number has the wrong type.
         ValueError: If the rows of a table are missing, a name is no table or feature, a number is out of range, or a
-            placement is not known here.
+            table is on disk.
 
     Example:
         >>> (rank,) = plan({"item": EmbeddingConfig(dim=16)}, rows={"item": 1_000_000}, samples=1000)
@@ -241,7 +241,10 @@ def _memory(
     """Return the bytes of each part of a table with ``rows`` rows, in which ``looked_up`` ids are looked up at once."""
     placement = plan.config.placement or Placement.on(device)
     if placement.blocks not in ("cpu", "cuda", "pinned"):
-        raise ValueError(f"plan: the memory of Placement(blocks={placement.blocks!r}) cannot be estimated")
+        raise ValueError(
+            f"plan: the memory of tables with Placement(blocks={placement.blocks!r}) cannot be estimated, got "
+            f"{[member.name for member in plan.members]}; leave them out: they take cache_bytes and 8 bytes per row"
+        )
     more = looked_up if plan.config.trainable else 0
     blocks = blocks_for(layout, rows + more)
     embedding = rows * layout.width("embedding") * layout.part_dtype("embedding").itemsize
@@ -253,11 +256,13 @@ def _memory(
         "id_map": bytes_for(rows, more),
         "blocks": blocks,
         "cache": bytes_of_cache(layout.record_bytes, placement.cache_bytes) if more else 0,
+        "locations": 0,
         "free_rows": 0,
         "admission": admission,
     }
     return {
         **parts,
+        "disk": 0,
         "total": sum(parts.values()),
         "embedding": embedding,
         "optimizer_state": state,

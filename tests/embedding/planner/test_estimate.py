@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from recis_hybrid.embedding import (
     EmbeddingEngine,
     IdMap,
     MinFrequency,
+    Placement,
     RankEstimate,
     plan,
 )
@@ -180,3 +182,9 @@ def test_the_size_of_a_cache(device: str) -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(**{"configs": configs(), "rows": ROWS, "samples": 10, **arguments})
+
+
+def test_records_on_disk_are_refused(tmp_path: Path) -> None:
+    placement = Placement(blocks="disk", path=tmp_path, cache_bytes=1 << 20)
+    with pytest.raises(ValueError, match=r"blocks='disk'\) cannot be estimated, got \['large'\]; leave them out"):
+        plan({"large": EmbeddingConfig(dim=4, placement=placement)}, rows={"large": 5}, samples=1)
