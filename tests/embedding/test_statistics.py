@@ -20,6 +20,9 @@ from recis_hybrid.embedding import (
     Unused,
 )
 from recis_hybrid.embedding.table import store
+from recis_hybrid.ragged import RaggedTensor
+from tests.support import emulated
+from tests.support.devices import no_synchronization, on_accelerators
 from tests.support.near import assert_near
 from tests.support.rank_processes import Ranks
 
@@ -173,3 +176,30 @@ def test_bad_arguments_are_refused() -> None:
     engine.track()
     with pytest.raises(RuntimeError, match=r"inside jax.jit cannot be counted; call engine.track\(None\)"):
         engine.tables[0].lend(4, lambda: None)
+
+
+@on_accelerators
+@pytest.mark.parametrize(
+    ("config", "counted"), [({}, 40), ({"combiner": "mean", "max_length": 3}, 6), ({"admission": MinFrequency(2)}, 40)]
+)
+def test_a_step_with_tracking_does_not_wait(device: str, config: dict[str, Any], counted: int) -> None:
+    ids = RaggedTensor(torch.arange(40), torch.tensor([0, 10, 40])) if "combiner" in config else torch.arange(40)
+    if device == "emulated":
+        emulated.load()
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4, **config)}, optimizer=optim.Adam, device=device)
+    optimizer, batch = engine.make_optimizer(lr=0.1), {"id": ids.to(device)}
+    engine.track(hottest=5)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        engine(batch)["id"].square().sum().backward()
+        optimizer.step()
+
+    step()
+    step()
+    with no_synchronization(device):
+        for _ in range(3):
+            step()
+    found = engine.stats()[0].members["id"]
+    assert found.ids == 5 * counted
+    assert [each.frequency for each in found.hottest] == [5] * 5
