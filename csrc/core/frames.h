@@ -120,6 +120,9 @@ class Frames {
     used_[frame] = now_;
     ++used_now_;
     uses_[frame] = 0;
+    is_new_[frame] = 0;
+    // While frames are unused, the queue is full of rows that nothing has been given up for.
+    if (static_cast<int64_t>(queue_.size()) > count() / kShareOfNew) return;
     is_new_[frame] = 1;
     queue_.push_back(frame);
   }

@@ -122,17 +122,21 @@ const char* DiskRecords::staged(int64_t slot) {
     const auto found = std::lower_bound(stage.slots.begin(), stage.slots.end(), wanted);
     if (found == stage.slots.end() || *found != wanted) continue;
     log_.wait(stage.read);
-    stage.is_used = true;
+    ++stage.used;
     return stage.read.record(static_cast<size_t>(found - stage.slots.begin()));
   }
   return nullptr;
 }
 
+// Drops the stages of lookups that have taken place, and those before them, of which no lookup has made use. A lookup
+// uses nearly all records of its own stage, and some of those of later lookups, which share rows with it.
 void DiskRecords::drop_used_stages() {
-  while (std::any_of(stages_.begin(), stages_.end(), [](const Stage& stage) { return stage.is_used; })) {
-    stages_.front().read.batch->wait();  // it may still write to its buffer
-    stages_.pop_front();
+  auto end = stages_.begin();
+  for (auto stage = stages_.begin(); stage != stages_.end(); ++stage) {
+    if (2 * stage->used >= stage->slots.size()) end = stage + 1;
   }
+  for (auto stage = stages_.begin(); stage != end; ++stage) stage->read.batch->wait();  // it writes to its buffer
+  stages_.erase(stages_.begin(), end);
 }
 
 // Finds the records of missing rows, from the log's memory, from stages, and by reading the others.
@@ -210,8 +214,8 @@ void DiskRecords::compact(Locations locations) {
 void DiskRecords::stage(Locations locations, const int64_t* rows, int64_t n) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (stages_.size() == kMostStages) {
-    stages_.front().is_used = true;
-    drop_used_stages();
+    stages_.front().read.batch->wait();  // it may still write to its buffer
+    stages_.pop_front();
   }
   std::vector<int64_t> slots;
   for (int64_t i = 0; i < n; ++i) {

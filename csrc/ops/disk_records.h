@@ -65,8 +65,8 @@ class DiskRecords {
   // distinct rows.
   void fetch(Locations locations, const int64_t* rows, int64_t n, bool writes, bool counts);
 
-  // Starts to read the records of rows that are only in the log. What has been read is kept until a counted fetch has
-  // used it, or something that was staged after it.
+  // Starts to read the records of rows that are only in the log. They are kept until counted fetches have used half
+  // of them, or of some that were staged later.
   void stage(Locations locations, const int64_t* rows, int64_t n);
 
   // Drops the records of rows.
@@ -91,7 +91,7 @@ class DiskRecords {
   struct Stage {
     std::vector<std::pair<int64_t, uint64_t>> slots;  // ascending, with their versions
     LogRead read;
-    bool is_used = false;
+    size_t used = 0;  // records that fetches have taken
   };
 
   // A row and the location of its record.
