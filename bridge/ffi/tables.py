@@ -46,7 +46,8 @@ class JitTables:
     Raises:
         ImportError: If the XLA handlers were not built.
         NotImplementedError: If a feature or table has a setting that is not supported inside jit: weights,
-            ``max_length``, the combiners ``max`` and ``tile``, admission, GPU memory, or several ranks.
+            ``max_length``, the combiners ``max`` and ``tile``, admission, a frozen feature of a trained table, GPU
+            memory, or several ranks.
         TypeError: If ``engine`` is not an engine, or the optimizer has no rule for use inside jit.
 
     Example:
@@ -220,6 +221,12 @@ def _refuse_unsupported(engine: Engine) -> None:
         for setting in ("weights", "max_length", "admission"):
             if getattr(config, setting) is not None:
                 raise NotImplementedError(f"JitTables: feature {name!r}: {setting} is not supported in jit; {remedy}")
+    for plan in engine.plans:
+        if plan.frozen:
+            raise NotImplementedError(
+                f"JitTables: feature {plan.frozen[0]!r}: trainable=False in a table that other features train is not "
+                f"supported in jit; {remedy}"
+            )
     for table in engine.tables:
         if table.device.type != "cpu" or table.store.map_device.type != "cpu":
             raise NotImplementedError(f"JitTables: table {table.name}: it must be on the CPU; {remedy}")

@@ -23,7 +23,6 @@ TABLE_SETTINGS = (
     "state_dtype",
     "initializer",
     "admission",
-    "trainable",
     "optimizer",
     "optimizer_overrides",
     "placement",
@@ -67,7 +66,9 @@ class EmbeddingConfig:
     admission: Admission | None = None
     """Rule for which ids get a row; None: every id that occurs in training."""
     trainable: bool = True
-    """False makes the table read-only: nothing is inserted, it takes no gradients, and rows have no optimizer state."""
+    """False freezes the feature: its lookups insert nothing, count nothing and take no gradients, as in evaluation. A
+    table whose features are all frozen is read-only, and its rows have no optimizer state. If features of a table
+    differ, those that are not frozen train it, and in each batch they are looked up first."""
     optimizer: type[Any] | OptimizerSpec | None = None
     """Optimizer of this table, e.g. ``optim.RowwiseAdagrad`` or ``optim.Adagrad.spec(lr=0.1)``; None: that of the
     engine. Its hyperparameters are those of the spec, and otherwise the class's defaults. Any optimizer that is built

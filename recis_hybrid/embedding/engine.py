@@ -35,7 +35,7 @@ from recis_hybrid.embedding.gradients import non_finite_features
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, distinct_columns, samples_of
 from recis_hybrid.embedding.optimizer import OptimizerSpec, RowOptimizer
 from recis_hybrid.embedding.placement import output_device
-from recis_hybrid.embedding.planner.coalesce import TablePlan, describe_plans, layout_on, plan_tables
+from recis_hybrid.embedding.planner.coalesce import TablePlan, describe_plans, layout_on, plan_tables, table_reads
 from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.statistics import TableStatistics, statistics_of
 from recis_hybrid.embedding.table.hash_table import Anchor, HashTable
@@ -47,7 +47,10 @@ from recis_hybrid.validation import check_choice, check_flag, check_integer, che
 
 @dataclass(frozen=True)
 class EngineLookup:
-    """The lookups of a batch, one for each logical table; input of :meth:`EmbeddingEngine.apply_gradients`."""
+    """The lookups of a batch, of each logical table and then of frozen features.
+
+    Input of :meth:`EmbeddingEngine.apply_gradients`.
+    """
 
     lookups: tuple[Lookup | ShardedLookup, ...]
     outputs: tuple[Outputs, ...]
@@ -181,6 +184,7 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             self._sharded = shard(
                 self.tables,
                 self.plans,
+                self._reads,
                 [reader.unknown for reader in self._readers],
                 Exchange(shared, self.device),
                 wire_dtype=wire_dtype,
@@ -233,9 +237,10 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         self.plans = plan_tables(self.configs, row_state, coalesce=coalesce, ranks=ranks)
         self._optional = [name for name, config in self.configs.items() if config.optional]
         self.tables = [self._table(plan, seed, rank, ranks) for plan in self.plans]
+        self._reads = table_reads(self.plans)
         self._readers = [
-            TableReader([FeatureReader(name, member, self.configs[name]) for name, member in plan.features.items()])
-            for plan in self.plans
+            TableReader([FeatureReader(name, member, self.configs[name]) for name, member in read.features.items()])
+            for read in self._reads
         ]
         for number, table in enumerate(self.tables):
             self.register_parameter(f"anchor{number}", table.anchor)
@@ -292,18 +297,19 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             omitted; with ``pass_through``, the batch's other columns are included.
         """
         results: dict[str, Tensor] = {}
-        for plan, (table, lookup, outputs) in zip(self.plans, self._look_up(batch), strict=True):
-            takes_gradient = self.training and plan.config.trainable and torch.is_grad_enabled()
+        for read, (table, lookup, outputs) in zip(self._reads, self._look_up(batch), strict=True):
+            trained = self.plans[read.table].config.trainable and not read.frozen
+            takes_gradient = self.training and trained and torch.is_grad_enabled()
             values = (differentiable if takes_gradient else gather)(table, lookup, outputs)
-            results.update(zip(plan.features, values, strict=True))
-        if len(self.tables) > 1:
+            results.update(zip(read.features, values, strict=True))
+        if len(self._reads) > 1:
             results = {name: results[name] for name in self.configs}
         for name in self._optional:
             if name not in batch:
                 del results[name]
         if self.pass_through:
-            read = {*self.configs, *(config.weights for config in self.configs.values())}
-            results.update({name: column for name, column in batch.items() if name not in read})  # type: ignore[misc]
+            ours = {*self.configs, *(config.weights for config in self.configs.values())}
+            results.update({name: column for name, column in batch.items() if name not in ours})  # type: ignore[misc]
         return results
 
     @torch.no_grad()
@@ -315,8 +321,8 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         """
         found = list(self._look_up(batch))
         results: dict[str, Tensor] = {}
-        for plan, (table, lookup, outputs) in zip(self.plans, found, strict=True):
-            results.update(zip(plan.features, gather(table, lookup, outputs, keep_winners=True), strict=True))
+        for read, (table, lookup, outputs) in zip(self._reads, found, strict=True):
+            results.update(zip(read.features, gather(table, lookup, outputs, keep_winners=True), strict=True))
         _, lookups, outputs_of = zip(*found, strict=True)
         present = [name for name in self.configs if name in batch or name not in self._optional]
         return {name: results[name] for name in present}, EngineLookup(lookups, outputs_of)
@@ -356,7 +362,7 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
 
         Args:
             ctx: Result of :meth:`lookup` in training mode.
-            gradients: Gradients by feature, float32, for the values that :meth:`lookup` returned. Read-only tables and
+            gradients: Gradients by feature, float32, for the values that :meth:`lookup` returned. Frozen features and
                 optional features that the batch lacks need none.
             optimizer: An optimizer of ``recis_hybrid.optim``, built for this engine's parameters.
 
@@ -373,7 +379,7 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             )
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
         gradients = {**{name: self._empty_gradient(name) for name in self._optional}, **gradients}
-        missing = [name for number in trained for name in self.plans[number].features if name not in gradients]
+        missing = [name for number in trained for name in self._reads[number].features if name not in gradients]
         if missing:
             raise KeyError(f"apply_gradients: no gradient for the features {missing}")
         unknown = sorted(gradients.keys() - self.configs.keys())
@@ -386,7 +392,9 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         ready = []
         for number in trained:
             table, lookup = self._rank_tables[number], ctx.lookups[number]
-            rows = spread(table, lookup, ctx.outputs[number], [gradients[name] for name in self.plans[number].features])
+            rows = spread(
+                table, lookup, ctx.outputs[number], [gradients[name] for name in self._reads[number].features]
+            )
             ready.append((table.anchor, table.gradients_of(lookup, rows)))
         for anchor, summed in ready:
             optimizer.update_table(anchor, summed)
@@ -417,18 +425,19 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
     @property
     def _rank_tables(self) -> Sequence[Any]:
         """The tables for lookups and gradients of this rank: each a ShardedTable if ranks share them."""
-        return self.tables if self._sharded is None else self._sharded.tables
+        return self.tables if self._sharded is None else self._sharded.tables[: len(self.tables)]
 
     def _look_up(self, batch: Batch) -> Iterator[tuple[AnyTable, Any, Outputs]]:
-        """Yield the lookups of a batch, table by table."""
+        """Yield the lookups of a batch, in the order of ``_reads``."""
         refuse_recording()
         if self._sharded is None:
             self._last = batch if self._reads_ahead else None
-            for table, reader in zip(self.tables, self._readers, strict=True):
+            for read, reader in zip(self._reads, self._readers, strict=True):
+                table, train = self.tables[read.table], self.training and not read.frozen
                 request, shapes = reader(batch, table.device)
                 outputs = Outputs.of(request.bags.vectors, shapes, table, self.device)
-                room = outputs.room(table) if self.training and request.bags.plain else None
-                yield table, table.find(request, train=self.training, out=room, starts=outputs.starts), outputs
+                room = outputs.room(table) if train and request.bags.plain else None
+                yield table, table.find(request, train=train, out=room, starts=outputs.starts), outputs
             return
         grad = torch.is_grad_enabled()
         lookups = self._look_up_sharded(self._sharded, batch, grad)
@@ -451,8 +460,9 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         return lookups
 
     def _read(self, batch: Batch) -> tuple[list[tuple[Request, list[tuple[int, ...]]]], int]:
-        """Return the request to each table with the shapes of its outputs, and the number of samples."""
-        requests = [reader(batch, table.device) for table, reader in zip(self.tables, self._readers, strict=True)]
+        """Return the request of each lookup with the shapes of its outputs, and the number of samples."""
+        reads = zip(self._reads, self._readers, strict=True)
+        requests = [reader(batch, self.tables[read.table].device) for read, reader in reads]
         return requests, samples_of(batch, self.configs)
 
     @property
@@ -502,8 +512,9 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             if self._reads_ahead:
                 self._prefetcher.read_records()
         elif self._sharded is None and self._reads_ahead:
-            for table, (request, _) in zip(self.tables, self._read(batch)[0], strict=True):
-                table.prefetch(request)
+            for read, (request, _) in zip(self._reads, self._read(batch)[0], strict=True):
+                if not read.frozen:
+                    self.tables[read.table].prefetch(request)
 
     def has_read(self, batch: Batch) -> bool:
         """Return whether the last lookup read the columns of a batch, the same objects, so that prefetching pays.

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency, Unused
 from recis_hybrid.embedding.planner.coalesce import plan_tables
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
@@ -69,10 +69,6 @@ def test_rows_of_read_only_tables_keep_no_optimizer_state() -> None:
 def test_read_only_tables_are_only_coalesced_with_each_other() -> None:
     assert [len(table.members) for table in engine_of(frozen=("old",)).tables] == [2, 1]
     assert [len(table.members) for table in engine_of(frozen=("old", "user")).tables] == [2, 1]
-    with pytest.raises(ValueError, match="share the table 't' but have different settings: trainable=True against tra"):
-        EmbeddingEngine(
-            {"a": EmbeddingConfig(dim=2, table="t"), "b": EmbeddingConfig(dim=2, table="t", trainable=False)}
-        )
 
 
 def test_a_read_only_table_does_not_affect_training() -> None:
@@ -160,3 +156,81 @@ def test_column_sharding_ignores_the_state_of_read_only_tables() -> None:
     configs = {"a": EmbeddingConfig(dim=16, sharding="column", trainable=False)}
     (plan,) = plan_tables(configs, optim.RowwiseAdagrad.row_state(), coalesce=True, ranks=2)
     assert (plan.sharding, plan.layout.state) == ("column", ())
+
+
+def shared(frozen: str | None = None, unknown: Any = "first_value", **more: Any) -> EmbeddingEngine:
+    """Return an engine whose table "t" is trained by "a" and "b", or by one of them if the other is frozen."""
+    configs = {
+        name: EmbeddingConfig(dim=4, table="t", trainable=name != frozen, unknown=unknown, **more) for name in "ab"
+    }
+    return EmbeddingEngine({**configs, "c": EmbeddingConfig(dim=4, **more)}, optimizer=optim.Adam, seed=5)
+
+
+@pytest.mark.parametrize("functional", [False, True])
+@pytest.mark.parametrize("frozen", ["a", "b"])
+def test_a_frozen_feature_of_a_trained_table_only_reads_it(frozen: str, functional: bool) -> None:
+    other = "b" if frozen == "a" else "a"
+    engine, alone = (
+        shared(frozen),
+        EmbeddingEngine(
+            {other: EmbeddingConfig(dim=4, table="t"), "c": EmbeddingConfig(dim=4)}, optimizer=optim.Adam, seed=5
+        ),
+    )
+    assert [len(table.members) for table in engine.tables] == [2]
+    assert f"{frozen} frozen" in engine.describe()
+    optimizers = [each.make_optimizer(lr=0.1) for each in (engine, alone)]
+    for step in range(4):
+        ids = torch.arange(step, step + 4)
+        # The frozen feature reads ids that have rows, ids that get one from the other feature now, and unknown ids.
+        batch: Batch = {other: ids, frozen: torch.tensor([[step - 1, step + 3], [50, 51]]), "c": ids}
+        with torch.no_grad():
+            expected = alone.eval()(
+                {other: torch.cat([torch.tensor([step - 1, step + 3]), torch.tensor([50, 51])]), "c": ids}
+            )
+            alone.train()
+        for each, optimizer in zip((engine, alone), optimizers, strict=True):
+            mine = {name: batch[name] for name in each.configs}
+            if functional:
+                values, ctx = each.lookup(mine)
+                gradients = {name: 2 * value for name, value in values.items() if name != frozen}
+                each.apply_gradients(ctx, gradients, optimizer)
+            else:
+                values = each(mine)
+                assert all(value.requires_grad == (name != frozen) for name, value in values.items())
+                sum(value.square().sum() for value in values.values()).backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            if each is engine:
+                found = values[frozen].detach()
+        assert torch.equal(found, expected[other].view(2, 2, 4).sum(1))
+    assert_same(engine, alone)  # ids, embeddings, moments, and when and how often rows were seen
+    assert not {50, 51} & set(rows_of(engine)["t"]["ids"].tolist())
+    assert engine.evict(Unused(1)) == alone.evict(Unused(1)) > 0
+
+
+def test_a_frozen_feature_is_looked_up_after_the_trained_ones_and_counts_nothing() -> None:
+    engine = shared("a", unknown="zeros", admission=MinFrequency(2))
+    for _ in range(3):
+        values = engine({"a": torch.tensor([1, 7]), "b": torch.tensor([1, 1]), "c": torch.tensor([0])})
+        assert values["a"][0].any()  # admitted in this batch by the trained feature
+        assert not values["a"][1].any()
+    assert rows_of(engine)["t"]["ids"].tolist() == [1]
+    assert rows_of(engine)["t"]["frequency"].tolist() == [6]
+    engine.eval()
+    values = engine({"a": torch.tensor([1, 7]), "b": torch.tensor([1, 7]), "c": torch.tensor([0])})
+    assert torch.equal(values["a"], values["b"])
+
+
+def test_freezing_a_feature_of_a_trained_table_does_not_change_checkpoints(tmp_path: Path) -> None:
+    engine = shared()
+    engine({name: torch.arange(9) for name in "abc"})
+    Saver(tmp_path).save(1, {"engine": engine, "sparse": engine.make_optimizer()})
+    frozen = shared("a")
+    Saver(tmp_path).load({"engine": frozen, "sparse": frozen.make_optimizer()})
+    assert_same(frozen, engine)
+    with pytest.raises(
+        ValueError, match="'a' and 'b' share the table 't' but have different settings: dim=2 against dim=3"
+    ):
+        EmbeddingEngine(
+            {"a": EmbeddingConfig(dim=2, table="t"), "b": EmbeddingConfig(dim=3, table="t", trainable=False)}
+        )

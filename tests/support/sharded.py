@@ -27,7 +27,8 @@ OPTIMIZERS: dict[str, Any] = {
 def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
     """Return configs with all combiners, shared and several logical tables.
 
-    Among them are a table with an admission gate, one with an optimizer of its own, and a read-only one.
+    Among them are a table with an admission gate, one with an optimizer of its own, a read-only one, and a frozen
+    feature of a trained table.
     """
     narrow = "row" if sharding == "column" else sharding
     normal: dict[str, Any] = {"initializer": Normal(0, 0.1), "sharding": sharding}
@@ -41,6 +42,7 @@ def configs(sharding: str = "row", dim: int = 4) -> dict[str, EmbeddingConfig]:
         "narrow": EmbeddingConfig(dim=3, **{**normal, "sharding": narrow}, optimizer=OPTIMIZERS["Adagrad"]),
         "rare": EmbeddingConfig(dim=dim, **normal, admission=MinFrequency(4), unknown="zeros"),
         "frozen": EmbeddingConfig(dim=dim, **normal, trainable=False),
+        "item_frozen": EmbeddingConfig(dim=dim, **normal, table="item", unknown="zeros", trainable=False),
     }
 
 
@@ -70,6 +72,7 @@ def global_batch(seed: int, samples: int = 24, ids: int = 30) -> Batch:
         "rare": draw(samples),
         "frozen": draw(samples),
         "label": torch.rand(samples, generator=generator),
+        "item_frozen": lists(3),
     }
 
 

@@ -41,7 +41,7 @@ from recis_hybrid.embedding.distributed.dedup import Kind
 from recis_hybrid.embedding.distributed.exchange import WIRE_DTYPES, Exchange, Transfer
 from recis_hybrid.embedding.distributed.gradient_exchange import GradientExchange, Reduce, SharedLookup
 from recis_hybrid.embedding.distributed.id_exchange import Route, RoutedBatch, Router, Shapes, TableRouting
-from recis_hybrid.embedding.planner.coalesce import TablePlan, owners_of
+from recis_hybrid.embedding.planner.coalesce import TablePlan, TableRead, owners_of
 from recis_hybrid.embedding.planner.sharding import columns_of
 from recis_hybrid.embedding.table.gradients import gradient_part
 from recis_hybrid.embedding.table.hash_table import HashTable
@@ -92,6 +92,7 @@ class ShardedTable:
         table: This rank's part.
         kinds: Kinds of ids looked up in the table.
         kind_of: For each feature, the number of its kind.
+        frozen: Look up as in evaluation, and take no gradients: the frozen features of a table that others train.
         everywhere: Send all ids to all ranks.
         columns: For each rank, the number of its elements of every row; None: rows are whole.
         exchange: Collectives of the ranks that share the table.
@@ -105,6 +106,7 @@ class ShardedTable:
         kinds: list[Kind],
         kind_of: list[int],
         *,
+        frozen: bool,
         everywhere: bool,
         columns: list[int] | None,
         exchange: Exchange,
@@ -112,7 +114,9 @@ class ShardedTable:
         reduce: Reduce,
     ) -> None:
         self.table = table
-        self.routing = TableRouting(kinds, kind_of, everywhere, columns, not table.read_only, table.device)
+        self.frozen = frozen
+        counted = not (table.read_only or frozen)
+        self.routing = TableRouting(kinds, kind_of, everywhere, columns, counted, table.device)
         self.replicated = everywhere and columns is None
         self.exchange = exchange
         self.wire_dtype = wire_dtype
@@ -123,12 +127,13 @@ class ShardedTable:
         self.gradients = GradientExchange(
             table, exchange, wire_dtype=wire_dtype, reduce=reduce, routing=self.routing, dim=self.layout.dim
         )
-        table.remote = self.gradients
+        if not frozen:
+            table.remote = self.gradients
 
     def look_up(self, route: Route, weight: float, *, train: bool) -> Reply:
         """Look up the received ids, and read their rows unless the table is replicated."""
         lengths = route.lengths
-        owned = self.table.find(self._request(route), train=train)
+        owned = self.table.find(self._request(route), train=train and not self.frozen)
         shared = SharedLookup(owned, route.send, route.receive, weight, route.groups)
         if self.replicated:
             return Reply(route, shared, None)
@@ -139,7 +144,8 @@ class ShardedTable:
 
     def prefetch(self, route: Route) -> None:
         """Start to read the records of the received ids, if they are on disk."""
-        self.table.prefetch(self._request(route))
+        if not self.frozen:
+            self.table.prefetch(self._request(route))
 
     def _request(self, route: Route) -> Request:
         ranks, kinds = self.exchange.size, self.routing.kinds
@@ -249,6 +255,7 @@ class ShardedTables:
     """All tables of an engine, and the path of a batch through them."""
 
     tables: list[ShardedTable]
+    """One for each of :func:`table_reads`, and thus first one for each logical table."""
     router: Router
     exchange: Exchange
     reduce: Reduce
@@ -317,6 +324,7 @@ def refuse_settings(wire_dtype: torch.dtype, reduce: str) -> None:
 def shard(
     tables: Sequence[HashTable],
     plans: Sequence[TablePlan],
+    reads: Sequence[TableRead],
     unknown: Sequence[Sequence[int]],
     exchange: Exchange,
     *,
@@ -330,7 +338,8 @@ def shard(
     Args:
         tables: This rank's tables.
         plans: Their plans.
-        unknown: For each table and feature, the member table whose first values unknown ids get; -1: zeros.
+        reads: Lookups of a batch.
+        unknown: For each lookup and feature, the member table whose first values unknown ids get; -1: zeros.
         exchange: Collectives of the group.
         wire_dtype: Dtype in which rows and gradients are sent.
         reduce: How the ranks' gradients for one row are combined.
@@ -339,11 +348,12 @@ def shard(
     """
     owners = owners_of(plans, exchange.size)
     sharded = []
-    for number, (table, plan) in enumerate(zip(tables, plans, strict=True)):
+    for read, zeros_of in zip(reads, unknown, strict=True):
+        number, table, plan = read.table, tables[read.table], plans[read.table]
         everywhere = plan.sharding in ("replicated", "column")
         kind_of_feature = [
             Kind(member, zeros, exchange.rank if everywhere else owners.get((number, member)))
-            for member, zeros in zip(plan.features.values(), unknown[number], strict=True)
+            for member, zeros in zip(read.features.values(), zeros_of, strict=True)
         ]
         kinds = list(dict.fromkeys(kind_of_feature))
         sharded.append(
@@ -351,6 +361,7 @@ def shard(
                 table,
                 kinds,
                 [kinds.index(kind) for kind in kind_of_feature],
+                frozen=read.frozen,
                 everywhere=everywhere,
                 columns=columns_of(plan.layout.dim, exchange.size) if plan.sharding == "column" else None,
                 exchange=exchange,
@@ -366,6 +377,7 @@ def shard(
             plan.sharding,
             _rule_text(plan.config.admission),
             plan.config.trainable,
+            plan.frozen,
         )
         for plan in plans
     ]

@@ -28,9 +28,34 @@ class TablePlan:
     features: dict[str, int]
     """Number of the member table of each feature."""
     config: EmbeddingConfig
-    """Config of one of its features; all of them have the same table settings."""
+    """Config of one of its features, a trained one if there is one; all of them have the same table settings."""
     sharding: Sharding
     """Distribution of its rows over the ranks."""
+    frozen: tuple[str, ...] = ()
+    """Features with ``trainable=False``, if other features train the table."""
+
+
+@dataclass(frozen=True)
+class TableRead:
+    """Features of a logical table that are looked up together."""
+
+    table: int
+    """Number of the logical table."""
+    features: dict[str, int]
+    """Number of the member table of each feature."""
+    frozen: bool
+    """True for the frozen features of a trained table, which look up as in evaluation."""
+
+
+def table_reads(plans: Sequence[TablePlan]) -> list[TableRead]:
+    """Return the lookups of a batch: one for each table, in order, and then those of frozen features."""
+    reads = []
+    for frozen in (False, True):
+        for number, plan in enumerate(plans):
+            features = {name: m for name, m in plan.features.items() if (name in plan.frozen) == frozen}
+            if features:
+                reads.append(TableRead(number, features, frozen))
+    return reads
 
 
 def plan_tables(
@@ -51,18 +76,17 @@ def plan_tables(
             dtype, or rows cannot be split by column.
     """
     first_of: dict[str, str] = {}
-    groups: dict[tuple[object, ...], list[str]] = {}
+    lead: dict[str, EmbeddingConfig] = {}
     for name, config in configs.items():
-        if not isinstance(config, EmbeddingConfig):
-            raise TypeError(
-                f"feature {name!r}: it must have an EmbeddingConfig, e.g. EmbeddingConfig(dim=16), got {config!r}"
-            )
-        refuse_unrepresentable(f"feature {name!r}", config.initializer, config.dim, config.dtype)
-        table = config.table or name
-        if table.endswith(COUNTS):
-            raise ValueError(f"feature {name!r}: a table's name must not end with {COUNTS!r}, got {table!r}; rename it")
+        table = _checked_table(name, config)
         other = first_of.setdefault(table, name)
         _refuse_disagreement(table, other, configs[other], name, config)
+        if not lead.setdefault(table, config).trainable:
+            lead[table] = config
+    groups: dict[tuple[object, ...], list[str]] = {}
+    for name in configs:
+        table = configs[name].table or name
+        config = lead[table]
         state = _state_of(config, optimizer_state)
         overrides = None if config.optimizer_overrides is None else tuple(sorted(config.optimizer_overrides.items()))
         key = (
@@ -86,13 +110,14 @@ def plan_tables(
             table = configs[name].table or name
             members.setdefault(table, MemberTable(table, configs[name].initializer))
             features[name] = list(members).index(table)
-        config = configs[names[0]]
+        config = lead[configs[names[0]].table or names[0]]
         state = _state_of(config, optimizer_state)
         layout = RecordLayout(config.dim, state, config.dtype, _state_dtype(config))
         sharding = sharding_of(config, ranks, state)
         if sharding == "column":
             _refuse_columns(", ".join(members), layout, ranks)
-        plans.append(TablePlan(layout, tuple(members.values()), features, config, sharding))
+        frozen = tuple(name for name in names if config.trainable and not configs[name].trainable)
+        plans.append(TablePlan(layout, tuple(members.values()), features, config, sharding, frozen))
     return plans
 
 
@@ -135,7 +160,7 @@ def describe_plans(
     for number, (plan, (rows, nbytes), hit_rate) in enumerate(zip(plans, sizes, hit_rates, strict=True)):
         readers: dict[int, list[str]] = {}
         for feature, member in plan.features.items():
-            readers.setdefault(member, []).append(feature)
+            readers.setdefault(member, []).append(f"{feature} frozen" if feature in plan.frozen else feature)
         members = ", ".join(f"{plan.members[member].name} ({', '.join(names)})" for member, names in readers.items())
         layout, placement = plan.layout, plan.config.placement or Placement.on(device)
         dtype, record = str(layout.dtype).removeprefix("torch."), f"{layout.record_bytes} B"
@@ -150,6 +175,19 @@ def describe_plans(
             notes.append(f"cache of {placement.cache_bytes / 2**20:,.1f} MiB, {used}")
         lines.append(line + members + "".join(f"  [{note}]" for note in notes))
     return "\n".join(lines)
+
+
+def _checked_table(name: str, config: object) -> str:
+    """Return the name of a feature's member table."""
+    if not isinstance(config, EmbeddingConfig):
+        raise TypeError(
+            f"feature {name!r}: it must have an EmbeddingConfig, e.g. EmbeddingConfig(dim=16), got {config!r}"
+        )
+    refuse_unrepresentable(f"feature {name!r}", config.initializer, config.dim, config.dtype)
+    table = config.table or name
+    if table.endswith(COUNTS):
+        raise ValueError(f"feature {name!r}: a table's name must not end with {COUNTS!r}, got {table!r}; rename it")
+    return table
 
 
 def _state_of(config: EmbeddingConfig, optimizer_state: tuple[StateField, ...]) -> tuple[StateField, ...]:

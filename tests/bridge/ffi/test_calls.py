@@ -343,6 +343,18 @@ def test_unsupported_settings_are_refused_by_name(settings: dict[str, Any], mess
         ffi.JitTables(engine_of(None, **settings))
 
 
+def test_a_frozen_feature_of_a_trained_table_is_refused_in_jit_but_not_outside() -> None:
+    configs = {name: EmbeddingConfig(dim=4, table="t", trainable=name == "a") for name in "ab"}
+    engine = EmbeddingEngine(configs, optimizer=optim.SGD)
+    with pytest.raises(NotImplementedError, match="feature 'b': trainable=False in a table that other features train"):
+        ffi.JitTables(engine)
+    tables = JaxTables(engine, engine.make_optimizer(lr=1.0))
+    vectors, ctx = tables.lookup({"a": np.array([1]), "b": np.array([1])})
+    tables.apply_gradients(ctx, {name: jnp.ones((1, 4)) for name in "ab"})
+    after, _ = tables.lookup({"a": np.array([1]), "b": np.array([1])}, train=False)
+    assert (after["b"] == vectors["b"] - 1).all()
+
+
 def test_wrong_arguments_are_refused() -> None:
     engine = engine_of(optim.SGD)
     with pytest.raises(TypeError, match="engine must be an EmbeddingEngine"):
