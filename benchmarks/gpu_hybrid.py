@@ -1,6 +1,7 @@
-"""The case of ``benchmarks/gpu.py`` for a training step with tables in torch and a tower in JAX.
+"""The cases of ``benchmarks/gpu.py`` for a training step with tables in torch and a tower in JAX.
 
-Its peer is the same step in JAX alone: one jitted program with the table as an array. JAX is imported when it runs.
+The lookups are outside of the jitted function, or inside of it. The peer is the same step in JAX alone: one jitted
+program with the table as an array. JAX is imported when a case runs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from benchmarks.gpu_workload import Bench, Measured
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 
-CASE = "hybrid/JAX tower"
+TOWER = "hybrid/JAX tower"
+INSIDE = "hybrid/inside jit"
 FEATURES = 26
 DIM = 128
 LR = 0.01
@@ -34,23 +36,26 @@ def hybrid(bench: Bench) -> Iterator[Measured]:
     The peer is given row numbers, and adds gradients to the rows of its table in place; ours looks up 64-bit ids.
     """
     if reason := _reason_to_skip(bench.device):
-        yield Measured(CASE, None, reason)
+        yield from (Measured(case, None, reason) for case in (TOWER, INSIDE))
         return
     work = _Work(bench)
-    ours, fused = _in_torch_and_jax(work), _in_jax(work)
+    inside, end = _inside_jit(work)
+    steps = {TOWER: _in_torch_and_jax(work), INSIDE: inside, "fused": _in_jax(work)}
     for _ in range(2):  # the second loss depends on the first update
-        a, b = float(ours()), float(fused())
-        if abs(a - b) > TOLERANCE * abs(b):
-            raise AssertionError(f"{CASE}: losses differ: {a} in torch and JAX, {b} in JAX alone")
+        losses = {name: float(step()) for name, step in steps.items()}
+        if any(abs(loss - losses["fused"]) > TOLERANCE * abs(losses["fused"]) for loss in losses.values()):
+            raise AssertionError(f"hybrid: losses differ: {losses}; fused is JAX alone")
     calls = bench.sizes.calls
-    rates = bench.rates({"ours": _burst(ours, calls), "fused": _burst(fused, calls)}, calls=1)
+    rates = bench.rates({name: _burst(step, calls) for name, step in steps.items()}, calls=1)
+    end()
     times = {name: 1e3 / calls / rate for name, rate in rates.items()}
     widths = "-".join(map(str, (FEATURES * DIM, *bench.sizes.tower)))
-    yield Measured(
-        CASE,
-        times["ours"] / times["fused"],
-        f"{times['ours']:.3g} against {times['fused']:.3g} ms; {bench.sizes.tower_rows:,} samples, tower {widths}",
-    )
+    for case in (TOWER, INSIDE):
+        yield Measured(
+            case,
+            times[case] / times["fused"],
+            f"{times[case]:.3g} against {times['fused']:.3g} ms; {bench.sizes.tower_rows:,} samples, tower {widths}",
+        )
 
 
 def _reason_to_skip(device: torch.device) -> str:
@@ -84,16 +89,19 @@ class _Work:
         """Numbers of ids, int64 ``[batches, FEATURES, samples]``; feature f has those from ``f * ids_each``."""
         self.ids = [bench.ids(numbers.flatten()).view_as(numbers) for numbers in self.numbers]
         self.labels = torch.from_numpy(random.integers(2, size=(sizes.batches, sizes.tower_rows)).astype(np.float32))
-        names = [f"feature{f:02d}" for f in range(FEATURES)]
-        self.engine = EmbeddingEngine(
-            {name: EmbeddingConfig(dim=DIM) for name in names}, optimizer=optim.SGD, device=bench.device
-        )
-        all_ids = bench.ids(torch.arange(FEATURES * sizes.tower_ids)).split(sizes.tower_ids)
-        (table,) = self.engine.tables
-        for member, ids in enumerate(all_ids):
-            table.insert(member, ids)
-        self.rows = torch.cat([table.export(member, ids)["embedding"] for member, ids in enumerate(all_ids)])
+        self.all_ids = bench.ids(torch.arange(FEATURES * sizes.tower_ids)).split(sizes.tower_ids)
+        (table,) = self.engine().tables
+        self.rows = torch.cat([table.export(member, ids)["embedding"] for member, ids in enumerate(self.all_ids)])
         """First values of the rows by number, float32 ``[FEATURES * ids_each, DIM]``."""
+
+    def engine(self) -> EmbeddingEngine:
+        """Return an engine that holds all ids with their first values."""
+        configs = {f"feature{f:02d}": EmbeddingConfig(dim=DIM) for f in range(FEATURES)}
+        engine = EmbeddingEngine(configs, optimizer=optim.SGD, device=self.device)
+        (table,) = engine.tables
+        for member, ids in enumerate(self.all_ids):
+            table.insert(member, ids)
+        return engine
 
 
 def _mlp(params: Any, inputs: list[Any]) -> Any:
@@ -111,7 +119,7 @@ def _mlp(params: Any, inputs: list[Any]) -> Any:
 def _in_torch_and_jax(work: _Work) -> Callable[[], Tensor]:
     from recis_hybrid.bridge import JaxTower
 
-    engine, tower = work.engine, JaxTower(_mlp, work.params).to(work.device)
+    engine, tower = work.engine(), JaxTower(_mlp, work.params).to(work.device)
     optimizers = [engine.make_optimizer(lr=LR), torch.optim.SGD(tower.parameters(), lr=LR)]
     batches = [dict(zip(engine.configs, ids.unbind(), strict=True)) for ids in work.ids]
     turns = cycle(zip(batches, work.labels.to(work.device), strict=True))
@@ -126,6 +134,43 @@ def _in_torch_and_jax(work: _Work) -> Callable[[], Tensor]:
         return loss.detach()
 
     return step
+
+
+def _inside_jit(work: _Work) -> tuple[Callable[[], Any], Callable[[], None]]:
+    """Return the step, and what ends the use of the tables after the last one."""
+    import jax
+    import jax.numpy as jnp
+
+    from recis_hybrid.bridge import ffi
+
+    engine = work.engine()
+    tables = ffi.JitTables(engine, engine.make_optimizer(lr=LR))
+
+    def loss_of(params: Any, token: Any, ids: Any, label: Any) -> Any:
+        vectors, _, token = ffi.lookup(tables, dict(zip(engine.configs, ids, strict=True)), None, token)
+        logits = _mlp(params, list(vectors.values()))
+        return jnp.mean(jax.nn.softplus(logits) - label * logits)
+
+    def train(params: Any, token: Any, ids: Any, label: Any) -> Any:
+        loss, (slopes, token) = jax.value_and_grad(loss_of, (0, 1))(params, token, ids, label)
+        return jax.tree.map(lambda p, slope: p - LR * slope, params, slopes), token, loss
+
+    jitted = jax.jit(train, donate_argnums=0)
+    state = [jax.tree.map(jnp.array, work.params), tables.begin(room=0)]
+    pairs = [part.cpu().numpy().view(np.uint32).reshape(*part.shape, 2) for part in work.ids]
+    turns = cycle(
+        zip([jnp.array(part) for part in pairs], [jnp.array(label.numpy()) for label in work.labels], strict=True)
+    )
+
+    def step() -> Any:
+        *state[:], loss = jitted(*state, *next(turns))
+        return loss
+
+    def end() -> None:
+        tables.end(state[1])
+        tables.wait()
+
+    return step, end
 
 
 def _in_jax(work: _Work) -> Callable[[], Any]:

@@ -57,10 +57,10 @@ def test_every_case_runs_on_accelerators(group: str, device: str, capsys: pytest
 
 @pytest.mark.jax
 def test_a_step_with_a_tower_in_jax_runs_on_the_cpu(capsys: pytest.CaptureFixture[str]) -> None:
-    (line,) = check_lines(gpu.Run("cpu", tiny=True), "hybrid/", capsys)
-    assert line.verdict == "not judged"
-    assert line.ours is not None
-    assert line.ours > 0
+    for line in check_lines(gpu.Run("cpu", tiny=True), "hybrid/", capsys):
+        assert line.verdict == "not judged"
+        assert line.ours is not None
+        assert line.ours > 0
 
 
 @pytest.mark.parametrize(

@@ -94,7 +94,7 @@ def lookup(
         if not columns:
             continue
         inserts = train and not table.read_only
-        calls.append(_table_call(tables.chain, number, table, columns, inserts))
+        calls.append(_table_call(tables, number, table, columns, inserts))
         trained.append(inserts and tables.trained[number])
         id_words.append(tuple(column.ids for column in columns))
         offset_words.append(tuple(column.offsets for column in columns if column.offsets is not None))
@@ -198,12 +198,24 @@ def _column(name: str, member: int, config: Any, ids: Any, offsets: Any | None) 
     return _Column(name, member, combiner, zeros, flat, ends, count, vectors, (*bags, config.dim))
 
 
-def _table_call(chain: int, number: int, table: Any, columns: Sequence[_Column], inserts: bool) -> TableCall:
+def _table_call(tables: JitTables, number: int, table: Any, columns: Sequence[_Column], inserts: bool) -> TableCall:
     names, members, combiners, zeros, _, offsets, lengths, vectors, _ = zip(*columns, strict=True)
     has_offsets = tuple(part is not None for part in offsets)
     dim = table.layout.dim
     return TableCall(
-        chain, number, table.name, names, members, combiners, zeros, lengths, vectors, has_offsets, dim, inserts
+        tables.chain,
+        number,
+        table.name,
+        names,
+        members,
+        combiners,
+        zeros,
+        lengths,
+        vectors,
+        has_offsets,
+        dim,
+        inserts,
+        tables.platform,
     )
 
 

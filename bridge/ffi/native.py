@@ -1,4 +1,4 @@
-"""Loads the XLA FFI handlers, and registers them with JAX once."""
+"""Loads the XLA FFI handlers, and registers them with JAX once for each platform."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from recis_hybrid import ops
 
 
 @cache
-def handlers() -> Any:
-    """Return the module ``recis_hybrid._xla``, whose handlers JAX knows from now on.
+def handlers(platform: str) -> Any:
+    """Return the module ``recis_hybrid._xla``, whose handlers for a platform JAX knows from now on.
+
+    Args:
+        platform: ``"cpu"`` or ``"cuda"``.
 
     Raises:
         ImportError: If it was not built.
@@ -26,7 +29,9 @@ def handlers() -> Any:
             "`pip install jax pybind11`, then `pip install --no-build-isolation -e .` in the source folder. Lookups "
             "outside jit need no handlers: use bridge.jax_led.JaxTables"
         ) from error
-    _xla.use_cpu_kernels(ops.table_kernels(), ops.feature_kernels())
-    for name, handler in _xla.cpu_handlers().items():
-        jax.ffi.register_ffi_target(name, handler, platform="cpu")
+    if platform == "cpu":
+        _xla.use_feature_kernels(ops.feature_kernels())
+    name = {"cpu": "cpu", "cuda": "CUDA"}[platform]
+    for target, handler in _xla.handlers(name).items():
+        jax.ffi.register_ffi_target(target, handler, platform=name)
     return _xla

@@ -22,7 +22,7 @@ from jax.interpreters import ad, batching, mlir
 
 TOKEN = ShapedArray((2,), jnp.float32)
 """A token: the serial number of the last call, and its status."""
-_LARGEST_HEADER = 3  # Context::kUnique in csrc/xla/chain.h
+_LARGEST_HEADER = 3  # Context::kUnique in csrc/core/chain.h
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,8 @@ class TableCall:
     """D."""
     train: bool
     """True if ids without a row get one."""
+    platform: str
+    """Platform of the tables: ``"cpu"`` or ``"cuda"``."""
 
     @property
     def positions(self) -> int:
@@ -141,14 +143,16 @@ def _define(name: str, shapes: Callable[[TableCall], list[ShapedArray]], ffi: Ca
         return shapes(call)
 
     def lower(ctx: Any, *operands: Any, call: TableCall) -> Any:
+        if tuple(ctx.module_context.platforms) != (call.platform,):
+            return refuse_platform(ctx, *operands, call=call)
         _refuse_several_devices(where, call, ctx.module_context.axis_context)
         return mlir.lower_fun(partial(ffi, call=call), multiple_results=True)(ctx, *operands)
 
     def refuse_platform(ctx: Any, *operands: Any, call: TableCall) -> Any:
         platforms = ", ".join(ctx.module_context.platforms)
         raise NotImplementedError(
-            f"{where}: table {call.name}: inside jit, tables are on the CPU, but the function is compiled for "
-            f"{platforms}; jit it for jax.devices('cpu'), or use bridge.jax_led.JaxTables"
+            f"{where}: table {call.name}: the table is of the platform {call.platform}, but the function is compiled "
+            f"for {platforms}; jit it for jax.devices({call.platform!r}), or use bridge.jax_led.JaxTables"
         )
 
     def refuse_batching(operands: Any, axes: Any, *, call: TableCall) -> Any:
@@ -166,7 +170,8 @@ def _define(name: str, shapes: Callable[[TableCall], list[ShapedArray]], ffi: Ca
     primitive.def_impl(run)  # type: ignore[no-untyped-call]
     primitive.def_abstract_eval(shape)  # type: ignore[no-untyped-call]
     mlir.register_lowering(primitive, refuse_platform)
-    mlir.register_lowering(primitive, lower, platform="cpu")
+    for platform in ("cpu", "cuda"):
+        mlir.register_lowering(primitive, lower, platform=platform)
     batching.primitive_batchers[primitive] = refuse_batching
     ad.primitive_jvps[primitive] = refuse_jvp
     return primitive

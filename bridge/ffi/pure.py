@@ -77,7 +77,7 @@ def spread_bags(gradients: Any, offsets: Any, *winners: Any, combiner: int, rows
 
 
 def _call(primitive: Primitive, *operands: Any, **static: Any) -> Any:
-    handlers()
+    handlers("cpu")
     return primitive.bind(*operands, **static)  # type: ignore[no-untyped-call]
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any, Protocol
 
 import jax
-import jax.numpy as jnp
-import numpy as np
+import torch
 
+from recis_hybrid import ops
+from recis_hybrid.accelerator import is_accelerator
+from recis_hybrid.bridge.ffi.chain import ChainState, Counts
 from recis_hybrid.bridge.ffi.native import handlers
 from recis_hybrid.validation import check_integer, describe_value
 
@@ -28,7 +31,7 @@ class Engine(Protocol):
 
 
 class JitTables:
-    """The tables of an EmbeddingEngine for lookups and updates inside ``jax.jit``, on the CPU.
+    """The tables of an EmbeddingEngine for lookups and updates inside ``jax.jit``, on the CPU or a GPU.
 
     :meth:`begin` lends the tables to JAX: it makes room for new ids, and returns a token for the first call.
     :func:`lookup` and :func:`update` take a token and return the next one, which orders them, so each token is used
@@ -39,18 +42,22 @@ class JitTables:
     Tables, 64-bit ids, optimizer state and checkpoints are those of the engine, and training is bitwise that of
     ``JaxTables``. Hyperparameters are read in :meth:`begin`, and each update counts as a step of the optimizer.
 
+    On a GPU, calls run on the stream of the jitted function and never wait for the host. :meth:`begin` waits for the
+    last token of :meth:`end`, so let it serve many steps.
+
     Args:
-        engine: An ``EmbeddingEngine`` on the CPU, of one process.
+        engine: An ``EmbeddingEngine`` of one process, on the CPU or a GPU that JAX can use.
         optimizer: An optimizer of ``recis_hybrid.optim`` for the engine; None for lookups without updates.
 
     Raises:
         ImportError: If the XLA handlers were not built.
         NotImplementedError: If a feature or table has a setting that is not supported inside jit: weights,
-            ``max_length``, the combiners ``max`` and ``tile``, admission, a frozen feature of a trained table, GPU
-            memory, or several ranks.
+            ``max_length``, the combiners ``max`` and ``tile``, admission, a frozen feature of a trained table, a cache,
+            memory of several devices, or several ranks.
         TypeError: If ``engine`` is not an engine, or the optimizer has no rule for use inside jit.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from recis_hybrid import embedding, optim
         >>> from recis_hybrid.bridge import ffi
         >>> engine = embedding.EmbeddingEngine({"item": embedding.EmbeddingConfig(dim=4)}, optimizer=optim.SGD)
@@ -77,8 +84,17 @@ class JitTables:
         for table, trained in zip(engine.tables, self.trained, strict=True):
             if trained:
                 optimizer.rule(table.anchor)  # raises TypeError if it has no rule for use inside jit
-        self._native = handlers()
-        self._chain = self._native.Chain(len(engine.tables))
+        self.device: torch.device = engine.tables[0].device
+        """Device of the tables."""
+        self.platform = "cuda" if self.device.type == "cuda" else "cpu"
+        """Platform of JAX whose functions may use the tables."""
+        native, count = handlers(self.platform), len(engine.tables)
+        self._state = ChainState(native.state_words(count), count, self.device)
+        number = (self.device.index or 0) if self.platform == "cuda" else -1
+        self._chain = native.Chain(ops.table_kernels(self.device.type), self._state.address, count, number)
+        if is_accelerator(self.device):
+            # Calls that nobody waits for may still be queued when this object is dropped.
+            weakref.finalize(self, torch.accelerator.synchronize, self.device).atexit = False
         self._lent = False
         self._last: jax.Array | None = None
 
@@ -101,9 +117,8 @@ class JitTables:
         """
         check_integer("JitTables.begin", "room", room, low=0)
         self._settle()
-        if self._lent:  # the calls since the last begin were abandoned; none is running, and later ones will be refused
-            self._chain.refuse()
-            self._reclaim()
+        if self._lent:  # the calls since the last begin were abandoned
+            self._stop()
         for number, table in enumerate(self.engine.tables):
             self._chain.set_memory(number, *table.lend(room, self._return))
             if self.trained[number]:
@@ -112,8 +127,10 @@ class JitTables:
                 self._chain.set_rule(
                     number, rule.kind, rule.offsets, rule.lr, beta1, beta2, rule.eps, rule.weight_decay, steps
                 )
+        token = self._state.start()
+        self._chain.lend(True)
         self._lent = True
-        return jnp.asarray(np.array([self._chain.begin(), 0], np.float32))
+        return token
 
     def end(self, token: jax.Array) -> None:
         """Take the last token of the calls since :meth:`begin`, without waiting for them.
@@ -156,41 +173,43 @@ class JitTables:
         token, self._last = self._last, None
         if token is None:
             return
-        token.block_until_ready()
-        without_update = self._reclaim()
-        serial, status, failed, reason = self._chain.state()
-        if status:
-            raise RuntimeError(self._message(status, self.engine.tables[failed].name, reason))
-        if float(token[0]) != serial:
+        try:
+            token.block_until_ready()
+        finally:
+            counts = self._stop()
+        if counts.status:
+            raise RuntimeError(self._message(counts.status, self.engine.tables[counts.failed].name))
+        if float(token[0]) != counts.serial:
             raise RuntimeError(
                 f"JitTables.end: the tables {self._names()} were used after the token that end got; pass the token of "
                 "the last lookup or update"
             )
-        if without_update:
+        if any(counts.unseen):
+            names = [table.name for table, unseen in zip(self.engine.tables, counts.unseen, strict=True) if unseen]
             raise RuntimeError(
-                f"JitTables: training lookups in the tables {'; '.join(without_update)} had no update: the token of "
+                f"JitTables: training lookups in the tables {'; '.join(names)} had no update: the token of "
                 "the update must be an output of the jitted function, or XLA drops the update; use train=False where "
                 "there is none"
             )
 
-    def _reclaim(self) -> list[str]:
-        """Take the tables back, count their steps, and return those with a training lookup without an update."""
-        without_update = []
-        for number, table in enumerate(self.engine.tables):
+    def _stop(self) -> Counts:
+        """Refuse further calls, wait for those that have begun, take the tables back, and count their steps."""
+        self._chain.lend(False)
+        if is_accelerator(self.device):
+            torch.accelerator.synchronize(self.device)  # all streams, also those of JAX
+        counts = self._state.read()
+        for table, trained, steps in zip(self.engine.tables, self.trained, counts.steps, strict=True):
             table.take_back()
-            if self._lent and self.trained[number]:
-                _, steps, unseen = self._chain.counts(number)
-                self.optimizer.count_steps(table.anchor, steps - self.optimizer.rule(table.anchor)[1])
-                if unseen:
-                    without_update.append(table.name)
+            if trained:
+                self.optimizer.count_steps(table.anchor, steps)
         self._lent = False
-        return without_update
+        return counts
 
     def _names(self) -> str:
         return "; ".join(table.name for table in self.engine.tables)
 
     @staticmethod
-    def _message(status: int, name: str, reason: str) -> str:
+    def _message(status: int, name: str) -> str:
         unchanged = "This call and later ones changed no table, earlier ones are complete"
         return {
             1: f"table {name}: a lookup inside jit had more new ids than there was room for. {unchanged}: repeat them "
@@ -200,7 +219,9 @@ class JitTables:
             "keep them out of it",
             3: f"table {name}: an update inside jit got a lookup from before rows of the table were removed or moved. "
             f"{unchanged}: look up again",
-        }.get(status, f"table {name}: a call inside jit failed: {reason}. {unchanged}")
+            4: f"table {name}: in a lookup inside jit, the offsets of a feature must start with 0, must not decrease, "
+            f"and must not exceed the number of ids. {unchanged}",
+        }[status]
 
 
 def combiner_of(config: Any) -> int:
@@ -227,8 +248,29 @@ def _refuse_unsupported(engine: Engine) -> None:
                 f"JitTables: feature {plan.frozen[0]!r}: trainable=False in a table that other features train is not "
                 f"supported in jit; {remedy}"
             )
+    devices = {str(where) for table in engine.tables for where in (table.device, table.store.map_device)}
+    if len(devices) > 1:
+        raise NotImplementedError(f"JitTables: all tables must be on one device, got {sorted(devices)}; {remedy}")
     for table in engine.tables:
-        if table.device.type != "cpu" or table.store.map_device.type != "cpu":
-            raise NotImplementedError(f"JitTables: table {table.name}: it must be on the CPU; {remedy}")
+        where = f"JitTables: table {table.name}"
+        if ops.table_kernels(table.device.type) is None:
+            raise NotImplementedError(f"{where}: it is on {table.device}, for which no library is loaded; {remedy}")
+        if table.store.placement.cache_bytes and not table.store.on_disk:  # lending refuses the latter
+            raise NotImplementedError(f"{where}: a cache of records is not supported inside jit; {remedy}")
         if table.before_read is not None:
-            raise NotImplementedError(f"JitTables: table {table.name}: before_read cannot run inside jit; {remedy}")
+            raise NotImplementedError(f"{where}: before_read cannot run inside jit; {remedy}")
+    if not is_known_to_jax(engine.tables[0].device):
+        raise NotImplementedError(
+            f"JitTables: the tables are on {engine.tables[0].device}, and JAX has no CUDA backend here; install "
+            "jax[cuda13] or jax[cuda12], or put the tables on the CPU"
+        )
+
+
+def is_known_to_jax(device: torch.device) -> bool:
+    """Return whether JAX can run on a device of torch; the emulated one of the tests is its CPU."""
+    if device.type != "cuda":
+        return True
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False

@@ -126,9 +126,11 @@ struct Probe {
 // immediately unless it probably holds their own id; only then do they wait for the id to be published. The claiming
 // thread alone calls row(), which returns the row bits of the new entry.
 //
+// `may_claim`, a bool or what converts to one, is read when the id is absent.
+//
 // Several lanes compare the first line together; lane 0 then goes on alone, and its result counts.
-template <class Row, class Lanes = OneLane>
-RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, bool may_claim, Row&& row,
+template <class Claim, class Row, class Lanes = OneLane>
+RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, const Claim& may_claim, Row&& row,
                              Lanes lanes = {}) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);

@@ -11,12 +11,24 @@
 
 #include "core/bags.h"
 #include "core/blocks.h"
+#include "core/chain.h"
 #include "core/for_each.h"
 #include "core/table.h"
 
 namespace recis {
 
-inline constexpr int64_t kKernelsVersion = 1;
+inline constexpr int64_t kKernelsVersion = 2;
+
+// Where a call runs. On a device it only queues work on the stream.
+struct Launch {
+  const Pool* pool;  // the CPU's threads
+  void* stream;      // of the device, as CUDA's cudaStream_t
+  int32_t device;    // the device's number
+  // Returns memory of the device, aligned to 16 bytes, which lives until the work that the call has queued is done;
+  // null if there is none.
+  void* (*allocate)(void* self, int64_t bytes);
+  void* self;
+};
 
 // A table: all that a lookup or an update may know about it.
 struct TableRef {
@@ -37,7 +49,7 @@ struct TableRef {
 struct FeatureCall {
   const int64_t* ids;      // [length]
   const int64_t* offsets;  // [vectors + 1]; null: one id per vector
-  int64_t length;
+  int64_t length;          // with offsets, an upper bound: ids past the last offset are not used
   int64_t vectors;
   int64_t member;
   int32_t combiner;
@@ -52,15 +64,25 @@ struct GroupsRef {
   int64_t* starts;   // [N + 1]
   int64_t* sources;  // [N]
   float* scales;     // [N]; null if every factor is 1
+
+  // The groups in a lookup's context.
+  static GroupsRef in(int64_t* context, int64_t positions, bool scaled) {
+    int64_t* starts = context + Context::kUnique + positions;
+    int64_t* sources = starts + positions + 1;
+    return {context + 2, context + Context::kUnique, starts, sources,
+            scaled ? reinterpret_cast<float*>(sources + positions) : nullptr};
+  }
 };
 
 struct LookupCall {
+  Turn turn;
   const FeatureCall* features;
   int64_t feature_count;
-  int32_t train;     // whether ids without a row get one, and positions are grouped
-  int32_t sees;      // whether rows are marked as seen, because no update will do it
-  int64_t step;      // the step to mark them with
-  GroupsRef groups;  // of a training lookup
+  int64_t* context;    // Context, words for all ids; null: ids without a row get none
+  int32_t scaled;      // whether factors differ from 1
+  int32_t watched;     // whether an update must follow, which marks rows as seen; otherwise the lookup does
+  int64_t step;        // the step to mark them with
+  int64_t generation;  // of the table
 };
 
 enum class RuleKind : int32_t { kSgd = 0, kMomentum = 1, kAdagrad = 2, kRowwiseAdagrad = 3, kAdam = 4, kAdamW = 5 };
@@ -82,27 +104,29 @@ struct GradientCall {
 };
 
 struct UpdateCall {
+  Turn turn;
   const GradientCall* gradients;
   int64_t feature_count;
-  int64_t positions;
-  GroupsRef groups;
+  const int64_t* context;  // of the lookup
+  int64_t positions;       // ids of the lookup
+  int32_t scaled;          // as in its call
+  uint32_t seed;           // of the stochastic rounding
   RuleCall rule;
-  int64_t t;          // the optimizer's step, from 1
-  int64_t step;       // the table's step, from 1
-  int32_t mark_seen;  // as in UpdateRows
-  uint32_t seed;      // of the stochastic rounding
+  int64_t t;           // the optimizer's step, from 1
+  int64_t step;        // the table's step, from 1
+  int64_t generation;  // of the table
 };
 
-enum class Outcome : int32_t { kDone = 0, kNoRoom = 1, kFailed = 2 };
+enum class Outcome : int32_t { kDone = 0, kFailed = 1 };
 
 inline constexpr int64_t kReasonBytes = 256;
 
-// A lookup without room for its new ids returns kNoRoom and changes nothing. A call with bad arguments, or without
-// memory, returns kFailed and writes a sentence to reason [kReasonBytes].
+// A call that its chain refuses (core/chain.h) writes its token, and zeros to the outputs of a lookup; nothing else. A
+// call without memory returns kFailed and writes a sentence to reason [kReasonBytes]; then no later call can run.
 struct TableKernels {
   int64_t version;
-  Outcome (*lookup)(const Pool&, const TableRef&, const LookupCall&, char* reason);
-  Outcome (*update)(const Pool&, const TableRef&, const UpdateCall&, char* reason);
+  Outcome (*lookup)(const Launch&, const TableRef&, const LookupCall&, char* reason);
+  Outcome (*update)(const Launch&, const TableRef&, const UpdateCall&, char* reason);
 };
 
 // Calls a function, whose exceptions become kFailed and a reason.

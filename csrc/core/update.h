@@ -50,6 +50,7 @@ struct UpdateRows {
   bool mark_seen;  // whether to mark the rows as seen in this step, as SeeRows does
   Rounding rounding;
   Rule rule;
+  const int64_t* repeated = nullptr;  // [1]: whether the rows are marked already, which the host need not know; or null
 
   int64_t fetched_bytes() const { return blocks.record_bytes + dim * 4; }
   int64_t lanes() const { return (dim + W - 1) / W; }
@@ -65,8 +66,9 @@ struct UpdateRows {
     char* record = blocks.record(row);
     if (lanes.rank == 0) {
       RowMeta* meta = blocks.meta(row);
-      const int64_t times = mark_seen ? gradients.offsets[u + 1] - gradients.offsets[u] : 0;
-      *meta = RowMeta::of(step, mark_seen ? step : meta->seen_step(), meta->frequency() + times);
+      const bool marks = mark_seen && (repeated == nullptr || *repeated == 0);
+      const int64_t times = marks ? gradients.offsets[u + 1] - gradients.offsets[u] : 0;
+      *meta = RowMeta::of(step, marks ? step : meta->seen_step(), meta->frequency() + times);
     }
     if constexpr (Rule::kRowwise) {
       rowwise(u, record, lanes);

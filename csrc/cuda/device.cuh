@@ -1,4 +1,4 @@
-// The CUDA device of operators: launches kernels of core/ on torch's current stream.
+// The CUDA device of operators: launches kernels of core/ on torch's current stream, or on that of a Launch.
 #pragma once
 
 #include "cuda/runtime.cuh"
@@ -7,9 +7,12 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 #include <type_traits>
+#include <utility>
 
 #include "core/for_each.h"
+#include "core/table_kernels.h"
 #include "ops/common.h"
 
 namespace recis {
@@ -59,15 +62,17 @@ __device__ __forceinline__ void run_items(const Kernel& kernel, const int64_t n,
   }
 }
 
+// `refused`: nothing runs if it is not null and holds a number other than 0.
 template <class Kernel>
-__global__ void __launch_bounds__(kThreads) for_each_kernel(const Kernel kernel, const int64_t n, const int lanes) {
-  run_items(kernel, n, lanes);
+__global__ void __launch_bounds__(kThreads)
+    for_each_kernel(const Kernel kernel, const int64_t n, const int lanes, const int64_t* refused) {
+  if (refused == nullptr || *refused == 0) run_items(kernel, n, lanes);
 }
 
 template <class Kernel>
 __global__ void __launch_bounds__(kThreads)
-    for_each_counted_kernel(const Kernel kernel, const int64_t* count, const int lanes) {
-  run_items(kernel, *count, lanes);
+    for_each_counted_kernel(const Kernel kernel, const int64_t* count, const int lanes, const int64_t* refused) {
+  if (refused == nullptr || *refused == 0) run_items(kernel, *count, lanes);
 }
 
 // Bytes that travel in the arguments of a kernel, of which CUDA takes 4 KiB.
@@ -90,9 +95,15 @@ class CudaDevice {
  public:
   static constexpr bool kSumsChunks = true;  // see core/reduce.h
 
-  explicit CudaDevice(const Tensor& where) : like_(where), guard_(index_of(where)), scope_(where) {
-    stream_ = current_stream(where.get_device_index());
-  }
+  explicit CudaDevice(const Tensor& where)
+      : like_(where),
+        guard_(index_of(where)),
+        scope_(std::in_place, where),
+        stream_(current_stream(where.get_device_index())) {}
+
+  // For a call without tensors, which must outlive the device.
+  explicit CudaDevice(const Launch& launch)
+      : launch_(&launch), guard_(launch.device), stream_(stream_of(launch.stream)) {}
 
   cudaStream_t stream() const { return stream_; }
 
@@ -100,7 +111,7 @@ class CudaDevice {
   void for_each(int64_t n, int64_t width, const Kernel& kernel) const {
     if (n <= 0) return;
     const int lanes = lanes_of(kernel, width);
-    RECIS_LAUNCH(for_each_kernel<Kernel>, blocks_of(n * lanes), kThreads, stream_, kernel, n, lanes);
+    RECIS_LAUNCH(for_each_kernel<Kernel>, blocks_of(n * lanes), kThreads, stream_, kernel, n, lanes, refused_);
     RECIS_CUDA_CHECK(cudaGetLastError());
   }
 
@@ -112,13 +123,21 @@ class CudaDevice {
     const int lanes = lanes_of(kernel, width);
     static const int64_t resident = resident_blocks(for_each_counted_kernel<Kernel>);  // GPUs of a process are alike
     RECIS_LAUNCH(for_each_counted_kernel<Kernel>, blocks_of(std::min(bound * lanes, resident * kThreads)), kThreads,
-                 stream_, kernel, count, lanes);
+                 stream_, kernel, count, lanes, refused_);
     RECIS_CUDA_CHECK(cudaGetLastError());
   }
 
   template <class Kernel>
   void for_each(int64_t n, int64_t width, bool, const Kernel& kernel) const {
     for_each(n, width, kernel);
+  }
+
+  // The kernels that f launches do nothing if *refused, which is on the device. Calls of CUB run in any case.
+  template <class F>
+  void unless(const int64_t* refused, F&& f) {
+    const int64_t* outer = std::exchange(refused_, refused);
+    f();
+    refused_ = outer;
   }
 
   // One thread per item: the items of these kernels are tiles, which have one element on CUDA.
@@ -134,7 +153,7 @@ class CudaDevice {
   const T* upload(const std::vector<T>& list) {
     static_assert(std::is_trivially_copyable_v<T>);
     const auto bytes = static_cast<int64_t>(list.size() * sizeof(T));
-    auto* buffer = static_cast<uint64_t*>(scratch((bytes + 7) / 8 * 8).data_ptr());
+    auto* buffer = static_cast<uint64_t*>(scratch((bytes + 7) / 8 * 8));
     for (int64_t begin = 0; begin < bytes; begin += ArgumentBytes::kSize) {
       ArgumentBytes part;
       std::memcpy(part.words, reinterpret_cast<const char*>(list.data()) + begin,
@@ -157,11 +176,16 @@ class CudaDevice {
     segments.far = upload(parts);
   }
 
-  // Device memory that lives until the last kernel of the operator is queued.
-  Tensor scratch(int64_t bytes) {
+  // Device memory for the kernels of the operator or call.
+  void* scratch(int64_t bytes) {
     const int64_t sizes[] = {std::max<int64_t>(bytes, 1)};
-    buffers_.push_back(torch::stable::new_empty(like_, {sizes, 1}, ScalarType::Byte));
-    return buffers_.back();
+    if (launch_ != nullptr) {
+      void* start = launch_->allocate(launch_->self, sizes[0]);
+      RECIS_CHECK(start != nullptr, "out of device memory: a call needs ", sizes[0], " bytes of scratch memory");
+      return start;
+    }
+    buffers_.push_back(torch::stable::new_empty(*like_, {sizes, 1}, ScalarType::Byte));
+    return buffers_.back().data_ptr();
   }
 
   // Four floats per lane, one 16-byte access, if rows are aligned.
@@ -211,10 +235,12 @@ class CudaDevice {
     return int64_t{processors} * std::max(blocks, 1);
   }
 
-  Tensor like_;
+  const Launch* launch_ = nullptr;
+  std::optional<Tensor> like_;
   torch::stable::accelerator::DeviceGuard guard_;
-  OnDevice scope_;
-  cudaStream_t stream_{};
+  std::optional<OnDevice> scope_;
+  cudaStream_t stream_;
+  const int64_t* refused_ = nullptr;
   std::vector<Tensor> buffers_;
 };
 

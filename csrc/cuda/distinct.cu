@@ -167,7 +167,7 @@ void distinct_ids(Tensors ids, Ints kinds, Tensors used, Ints owners, int64_t ra
     RECIS_CUDA_CHECK(cudaMemsetAsync(share_sizes, 0, static_cast<size_t>(shares) * sizeof(int64_t), device.stream()));
     return;
   }
-  const auto signed_words = [&](int64_t size) { return static_cast<int64_t*>(device.scratch(size * 8).data_ptr()); };
+  const auto signed_words = [&](int64_t size) { return static_cast<int64_t*>(device.scratch(size * 8)); };
   const auto unsigned_words = [&](int64_t size) { return reinterpret_cast<uint64_t*>(signed_words(size)); };
   std::vector<IdSpan> spans;
   ShareIds share{spans_of(device, {ids, kinds, used}, places, spans),
@@ -178,7 +178,7 @@ void distinct_ids(Tensors ids, Ints kinds, Tensors used, Ints owners, int64_t ra
                  unsigned_words(n),
                  signed_words(n)};
   int64_t* position_sources = signed_words(n);
-  float* position_scales = factors == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4).data_ptr());
+  float* position_scales = factors == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4));
   uint64_t* keys = unsigned_words(n);  // sorted ids, then their shares
   uint64_t* sorted_shares = unsigned_words(n);
   int64_t* by_id = signed_words(n);

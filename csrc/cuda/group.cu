@@ -1,9 +1,12 @@
 // Grouping of equal rows on CUDA; core/group.h is its CPU counterpart. CUB's radix sort is stable, so input order is
 // kept within a row. Positions fit into 32 bits, and so do rows as a rule: the sort then moves half the bytes.
+#include "core/bounded_insert.h"
 #include "cuda/device.cuh"
 #include "cuda/sort.cuh"
+#include "cuda/table_kernels.cuh"
 #include "ops/gather.h"
 #include "ops/id_map.h"
+#include "ops/lookup_call.h"
 
 namespace recis {
 namespace {
@@ -54,7 +57,7 @@ template <class Key>
 void sort_rows(CudaDevice& device, const int64_t* rows, int64_t n, int64_t row_bound, int64_t* unique, int64_t* begins,
                uint32_t* order, int64_t* count) {
   const auto words = [&](int64_t size, auto word) {
-    return static_cast<decltype(word)*>(device.scratch(size * static_cast<int64_t>(sizeof(word))).data_ptr());
+    return static_cast<decltype(word)*>(device.scratch(size * static_cast<int64_t>(sizeof(word))));
   };
   Key* keys = words(n, Key{});
   Key* sorted_keys = words(n, Key{});
@@ -78,6 +81,25 @@ void sort_rows(CudaDevice& device, const int64_t* rows, int64_t n, int64_t row_b
   storage.run(sum);
 }
 
+// Groups positions by row. If the launches are refused, CUB sorts what memory holds, which nothing follows.
+void group_positions(CudaDevice& device, const int64_t* rows, int64_t n, int64_t row_bound, const int64_t* sources,
+                     const float* scales, const GroupsRef& out) {
+  auto* order = static_cast<uint32_t*>(device.scratch(n * 4));
+  if (row_bound < int64_t{1} << 32) {
+    sort_rows<uint32_t>(device, rows, n, row_bound, out.unique, out.starts, order, out.count);
+  } else {
+    sort_rows<uint64_t>(device, rows, n, row_bound, out.unique, out.starts, order, out.count);
+  }
+  device.for_each(n, 1, PermuteSources{order, sources, scales, out.sources, out.scales});
+  device.for_each(1, 1, DropLastGroup{out.unique, row_bound, out.count});
+}
+
+// The groups of no positions.
+void group_nothing(const CudaDevice& device, const GroupsRef& out) {
+  RECIS_CUDA_CHECK(cudaMemsetAsync(out.count, 0, sizeof(int64_t), device.stream()));
+  RECIS_CUDA_CHECK(cudaMemsetAsync(out.starts, 0, sizeof(int64_t), device.stream()));
+}
+
 void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets,
                 Tensors weights, Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts,
                 const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count) {
@@ -85,28 +107,13 @@ void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints length
   const int64_t n = rows.numel();
   check_features(n, members, lengths);
   check_groups(n, unique, starts, sources);
-  int64_t* group_count = data<int64_t>(count, "count");
-  int64_t* begins = data<int64_t>(starts, "starts");
-  float* factors = data_or_null<float>(scales, "scales");
-  if (n == 0) {
-    RECIS_CUDA_CHECK(cudaMemsetAsync(group_count, 0, sizeof(int64_t), device.stream()));
-    RECIS_CUDA_CHECK(cudaMemsetAsync(begins, 0, sizeof(int64_t), device.stream()));
-    return;
-  }
-  auto* position_sources = static_cast<int64_t*>(device.scratch(n * 8).data_ptr());
-  auto* position_scales = factors == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4).data_ptr());
-  auto* order = static_cast<uint32_t*>(device.scratch(n * 4).data_ptr());
+  const GroupsRef out{data<int64_t>(count, "count"), data<int64_t>(unique, "unique"), data<int64_t>(starts, "starts"),
+                      data<int64_t>(sources, "sources"), data_or_null<float>(scales, "scales")};
+  if (n == 0) return group_nothing(device, out);
+  auto* position_sources = static_cast<int64_t*>(device.scratch(n * 8));
+  auto* position_scales = out.scales == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4));
   fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, position_sources, position_scales);
-  const int64_t* position_rows = data<int64_t>(rows, "rows");
-  int64_t* distinct = data<int64_t>(unique, "unique");
-  if (row_bound < int64_t{1} << 32) {
-    sort_rows<uint32_t>(device, position_rows, n, row_bound, distinct, begins, order, group_count);
-  } else {
-    sort_rows<uint64_t>(device, position_rows, n, row_bound, distinct, begins, order, group_count);
-  }
-  device.for_each(n, 1,
-                  PermuteSources{order, position_sources, position_scales, data<int64_t>(sources, "sources"), factors});
-  device.for_each(1, 1, DropLastGroup{distinct, row_bound, group_count});
+  group_positions(device, data<int64_t>(rows, "rows"), n, row_bound, position_sources, position_scales, out);
 }
 
 void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
@@ -141,7 +148,84 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
   }
 }
 
+// Inserts the ids of a training lookup inside jit, and gives new rows their first values.
+template <class E>
+void insert_ids(CudaDevice& device, const TableRef& table, const LookupCall& call, const CallSpans& spans,
+                int64_t* rows, CallFlags* flags) {
+  const int64_t n = spans.positions;
+  const Room room{table.counters, table.max_rows, table.max_slots};
+  // What may raise, for lack of memory, comes before the first launch: once ids are inserted, they must be committed.
+  auto* fresh = static_cast<int64_t*>(device.scratch(n * 8));
+  auto* fresh_slots = static_cast<int64_t*>(device.scratch(n * 8));
+  InsertWithin insert{};
+  device.place(insert.segments, spans.ids);
+  insert.segments.total = n;
+  insert.map = table.map;
+  insert.room = room;
+  insert.free_rows = table.free_rows;
+  insert.rows = rows;
+  insert.fresh = fresh;
+  insert.fresh_slots = fresh_slots;
+  insert.flags = flags;
+  InitFreshRows<E> init{};
+  device.place(init.spans, spans.ids);
+  init.spans.total = n;
+  init.blocks = table.blocks;
+  init.initializers = table.initializers;
+  init.rows = rows;
+  init.fresh = fresh;
+  init.start = table.start;
+  device.unless(&flags->refused, [&] {
+    device.for_each(n, 1, insert);
+    device.for_each(1, 1, CommitWithin{room, call.turn, flags});
+  });
+  device.for_each_counted(&flags->fresh, n, table.blocks.record_bytes / 4, init);
+  device.for_each_counted(&flags->undone, n, 1, UndoInserts{table.map.slots, fresh_slots});
+}
+
+// Groups the positions of a training lookup inside jit.
+void group_call(CudaDevice& device, const TableRef& table, const CallSpans& spans, const int64_t* rows,
+                const GroupsRef& groups) {
+  const int64_t n = spans.positions;
+  if (n == 0) return group_nothing(device, groups);
+  auto* sources = static_cast<int64_t*>(device.scratch(n * 8));
+  auto* scales = groups.scales == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4));
+  fill_sources(device, spans.sources, spans.vectors, sources, scales);
+  group_positions(device, rows, n, table.max_rows, sources, scales, groups);
+}
+
+void lookup_call(CudaDevice& device, const TableRef& table, const LookupCall& call) {
+  const CallSpans spans(table, call, false);
+  RECIS_CHECK(spans.positions < (int64_t{1} << 31), "a lookup must have at most 2^31 - 1 ids, got ", spans.positions);
+  auto* rows = static_cast<int64_t*>(device.scratch(spans.positions * 8));
+  auto* flags = static_cast<CallFlags*>(device.scratch(sizeof(CallFlags)));
+  device.for_each(1, 1, StartLookup{call.turn, flags});
+  device.unless(&flags->refused, [&] { check_offsets(device, call, flags); });
+  if (call.context == nullptr) {
+    device.unless(&flags->refused, [&] { find_call(device, table, spans, rows); });
+  } else {
+    with_element(table.type,
+                 [&](auto element) { insert_ids<decltype(element)>(device, table, call, spans, rows, flags); });
+    device.unless(&flags->refused, [&] {
+      const GroupsRef groups = groups_of(call);
+      group_call(device, table, spans, rows, groups);
+      gather_call(device, table, spans, rows);
+      see_call(device, table, call, groups, spans.positions);
+    });
+  }
+  end_lookup(device, table, call, flags);
+}
+
 }  // namespace
+
+Outcome lookup_device(const Launch& launch, const TableRef& table, const LookupCall& call, char* reason) {
+  return without_exceptions(reason, [&] {
+    CudaDevice device(launch);
+    lookup_call(device, table, call);
+    return Outcome::kDone;
+  });
+}
+
 }  // namespace recis
 
 STABLE_TORCH_LIBRARY_IMPL(recis, RECIS_DEVICE_KEY, m) {

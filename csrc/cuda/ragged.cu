@@ -58,12 +58,12 @@ class RaggedDevice : public CudaDevice {
     RowLengths<Rule> lengths{};
     place(lengths.segments, list);
     lengths.segments.total = total;
-    lengths.lengths = static_cast<int64_t*>(scratch(total * 8).data_ptr());
-    auto* sums = static_cast<int64_t*>(scratch(total * 8).data_ptr());
+    lengths.lengths = static_cast<int64_t*>(scratch(total * 8));
+    auto* sums = static_cast<int64_t*>(scratch(total * 8));
     for_each(total, 1, lengths);
     size_t bytes = 0;
     RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(nullptr, bytes, lengths.lengths, sums, total, stream()));
-    void* temporary = scratch(static_cast<int64_t>(bytes)).data_ptr();
+    void* temporary = scratch(static_cast<int64_t>(bytes));
     RECIS_CUDA_CHECK(cub::DeviceScan::ExclusiveSum(temporary, bytes, lengths.lengths, sums, total, stream()));
     RowOffsets<Rule> offsets{};
     offsets.segments = lengths.segments;

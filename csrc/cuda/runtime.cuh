@@ -26,6 +26,8 @@ inline cudaStream_t current_stream(int32_t device) {
   return static_cast<cudaStream_t>(stream);
 }
 
+inline cudaStream_t stream_of(void* stream) { return static_cast<cudaStream_t>(stream); }
+
 // The largest grid of a kernel that loops over its items.
 inline int64_t max_blocks() { return int64_t{1} << 20; }
 

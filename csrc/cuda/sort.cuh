@@ -37,7 +37,7 @@ class CubStorage {
     size_t* next = needed;
     (check(calls(nullptr, *next++)), ...);
     bytes_ = *std::max_element(needed, next);
-    storage_ = device.scratch(static_cast<int64_t>(bytes_)).data_ptr();
+    storage_ = device.scratch(static_cast<int64_t>(bytes_));
   }
 
   template <class Call>

@@ -71,6 +71,12 @@ class CpuDevice {
     }
   }
 
+  // Calls f, which queues kernels, unless *refused. On CUDA the kernels read it.
+  template <class F>
+  void unless(const int64_t* refused, F&& f) const {
+    if (*refused == 0) f();
+  }
+
   // Computes the new offsets of several columns (core/ragged.h), one column per item, because a running sum is serial.
   template <class Rule>
   void sum_rows(const std::vector<SumPart<Rule>>& parts, int64_t* faults, bool parallel) const {

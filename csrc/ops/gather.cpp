@@ -9,6 +9,7 @@
 #include "ops/feature_kernels.h"
 #include "ops/group.h"
 #include "ops/id_map.h"
+#include "ops/lookup_call.h"
 #include "ops/table_kernels.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
@@ -90,7 +91,7 @@ bool has_room(const TableRef& table, const CallSpans& spans) {
   int64_t count = 0;
   for (size_t f = 0; f < spans.ids.size(); ++f) {
     const IdSpan& span = spans.ids[f];
-    const int64_t end = f + 1 < spans.ids.size() ? spans.ids[f + 1].first : spans.positions;
+    const int64_t end = span.first + spans.length(f);
     if (unknown.size() <= static_cast<size_t>(span.member)) unknown.resize(span.member + 1);
     for (int64_t i = span.first; i < end; ++i) {
       const int64_t id = span.id(i);
@@ -101,11 +102,12 @@ bool has_room(const TableRef& table, const CallSpans& spans) {
 }
 
 void insert_call(CpuDevice& device, const TableRef& table, const LookupCall& call, const CallSpans& spans) {
+  const GroupsRef groups = groups_of(call);
   GroupInputs in{};
   std::vector<float*> outputs;
   for (int64_t f = 0; f < call.feature_count; ++f) {
     const FeatureCall& feature = call.features[f];
-    in.features.push_back({feature.ids, feature.length, feature.member});
+    in.features.push_back({feature.ids, spans.length(static_cast<size_t>(f)), feature.member});
     outputs.push_back(feature.out);
   }
   const int64_t n = spans.positions;
@@ -115,7 +117,7 @@ void insert_call(CpuDevice& device, const TableRef& table, const LookupCall& cal
   if (!spans.plain) {
     sources = detail::room<int64_t>(n);
     rows = detail::room<int64_t>(n);
-    if (call.groups.scales != nullptr) scales = detail::room<float>(n);
+    if (groups.scales != nullptr) scales = detail::room<float>(n);
     fill_sources(device, spans.sources, spans.vectors, sources.get(), scales.get());
     in.sources = sources.get();
     in.scales = scales.get();
@@ -133,33 +135,34 @@ void insert_call(CpuDevice& device, const TableRef& table, const LookupCall& cal
           PlainOutputs{spans.plain ? outputs.data() : nullptr, table.dim, spans.streams},
       };
       group_cpu(device.threads(), in, keys,
-                GroupOutputs{rows.get(), call.groups.unique, call.groups.starts, call.groups.sources,
-                             call.groups.scales, call.groups.count});
+                GroupOutputs{rows.get(), groups.unique, groups.starts, groups.sources, groups.scales, groups.count});
     });
   }
   if (!spans.plain) gather_call(device, table, spans, rows.get());
+  see_call(device, table, call, groups, n);
 }
 
 }  // namespace
 
-Outcome lookup_cpu(const Pool& pool, const TableRef& table, const LookupCall& call, char* reason) {
+Outcome lookup_cpu(const Launch& launch, const TableRef& table, const LookupCall& call, char* reason) {
   return without_exceptions(reason, [&] {
-    CpuDevice device(pool);
-    for (int64_t f = 0; f < call.feature_count; ++f) {
-      const FeatureCall& feature = call.features[f];
-      const int64_t* at = feature.offsets;
-      RECIS_CHECK(at == nullptr || (at[0] >= 0 && at[feature.vectors] <= feature.length && ascend(at, feature.vectors)),
-                  "offsets must not decrease and must be within the ", feature.length, " ids of their feature");
-    }
-    const CallSpans spans(table, call);
-    if (!call.train) {
-      const auto rows = detail::room<int64_t>(spans.positions);
-      find_call(device, table, spans, rows.get());
-      return Outcome::kDone;
-    }
-    if (!has_room(table, spans)) return Outcome::kNoRoom;
-    insert_call(device, table, call, spans);
-    see_call(device, table, call, spans.positions);
+    CpuDevice device(*launch.pool);
+    CallFlags flags;
+    device.for_each(1, 1, StartLookup{call.turn, &flags});
+    device.unless(&flags.refused, [&] { check_offsets(device, call, &flags); });
+    device.unless(&flags.refused, [&] {
+      const CallSpans spans(table, call, true);
+      if (call.context == nullptr) {
+        const auto rows = detail::room<int64_t>(spans.positions);
+        find_call(device, table, spans, rows.get());
+      } else if (has_room(table, spans)) {
+        insert_call(device, table, call, spans);
+      } else {
+        call.turn.fail(Status::kNoRoom);
+        flags.refused = 1;
+      }
+    });
+    end_lookup(device, table, call, &flags);
     return Outcome::kDone;
   });
 }

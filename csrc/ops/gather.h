@@ -5,7 +5,6 @@
 
 #include "core/feature_kernels.h"
 #include "core/gather.h"
-#include "core/table_kernels.h"
 #include "ops/blocks.h"
 #include "ops/common.h"
 
@@ -222,64 +221,6 @@ void fill_sources(Device& device, const Ints& lengths, const Ints& vectors, cons
     positions += lengths[f];
   }
   fill_sources(device, spans, first, sources, scales);
-}
-
-// The features of a lookup without tensors.
-struct CallSpans {
-  std::vector<IdSpan> ids;
-  std::vector<BagSpan> bags;
-  std::vector<SourceSpan> sources;
-  int64_t positions = 0;
-  int64_t vectors = 0;
-  bool plain = true;     // whether each id yields one vector
-  bool aligned = true;   // whether vectors start at multiples of 16 bytes
-  bool streams = false;  // as in GatherBags
-
-  CallSpans(const TableRef& table, const LookupCall& call) {
-    bool aligned64 = table.dim % 16 == 0;
-    aligned = table.dim % 4 == 0;
-    for (int64_t f = 0; f < call.feature_count; ++f) {
-      const FeatureCall& feature = call.features[f];
-      const Bags of_feature{feature.offsets, nullptr, static_cast<Combiner>(feature.combiner), 0};
-      ids.push_back({positions, feature.ids, feature.member, nullptr});
-      bags.push_back({vectors, positions, of_feature, feature.ids, feature.out, nullptr,
-                      feature.unknown_zeros ? nullptr : table.initializers + feature.member});
-      sources.push_back({vectors, positions, of_feature});
-      plain = plain && feature.offsets == nullptr;
-      aligned = aligned && reinterpret_cast<uintptr_t>(feature.out) % 16 == 0;
-      aligned64 = aligned64 && reinterpret_cast<uintptr_t>(feature.out) % 64 == 0;
-      positions += feature.length;
-      vectors += feature.vectors;
-    }
-    streams = aligned64 && vectors * table.dim * 4 > kStreamFrom;
-  }
-};
-
-// Writes the vectors of a lookup whose rows are known.
-template <class Device>
-void gather_call(Device& device, const TableRef& table, const CallSpans& spans, const int64_t* rows) {
-  gather_spans(device, spans.bags, table.blocks, table.type, table.dim, rows, spans.vectors, spans.aligned,
-               spans.streams);
-}
-
-// Finds the rows of a lookup, and writes its vectors; changes nothing in the table.
-template <class Device>
-void find_call(Device& device, const TableRef& table, const CallSpans& spans, int64_t* rows) {
-  FindIds<false> find{};
-  device.place(find.segments, spans.ids);
-  find.segments.total = spans.positions;
-  find.map = table.map;
-  find.rows = rows;
-  device.for_each(spans.positions, 1, find);
-  gather_call(device, table, spans, rows);
-}
-
-// Marks the rows of a lookup that no update follows as seen.
-template <class Device>
-void see_call(Device& device, const TableRef& table, const LookupCall& call, int64_t positions) {
-  if (!call.sees) return;
-  device.for_each_counted(call.groups.count, positions, 1,
-                          SeeRows{table.blocks, call.groups.unique, call.groups.starts, call.step});
 }
 
 template <class Device, class Library>

@@ -6,7 +6,7 @@
 
 namespace recis {
 
-Outcome lookup_cpu(const Pool& pool, const TableRef& table, const LookupCall& call, char* reason);
-Outcome update_cpu(const Pool& pool, const TableRef& table, const UpdateCall& call, char* reason);
+Outcome lookup_cpu(const Launch& launch, const TableRef& table, const LookupCall& call, char* reason);
+Outcome update_cpu(const Launch& launch, const TableRef& table, const UpdateCall& call, char* reason);
 
 }  // namespace recis

@@ -16,8 +16,13 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
         "t) -> ()");
 }
 
-recis::Outcome recis::update_cpu(const Pool& pool, const TableRef& table, const UpdateCall& call, char* reason) {
-  return without_exceptions(reason, [&] { return update_call(CpuDevice(pool), table, call); });
+recis::Outcome recis::update_cpu(const Launch& launch, const TableRef& table, const UpdateCall& call, char* reason) {
+  return without_exceptions(reason, [&] {
+    CpuDevice device(*launch.pool);
+    CallFlags flags;
+    update_call(device, table, call, &flags);
+    return Outcome::kDone;
+  });
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_update<recis::CpuDevice>(m); }

@@ -61,7 +61,7 @@ GroupedGradients with_chunks(Device& device, GroupedGradients grouped, int64_t p
   if constexpr (Device::kSumsChunks) {
     const int64_t chunks = (positions + GroupedGradients::kChunk - 1) / GroupedGradients::kChunk;
     if (chunks > 1) {
-      auto* partials = static_cast<float*>(device.scratch(chunks * dim * 4).data_ptr());
+      auto* partials = static_cast<float*>(device.scratch(chunks * dim * 4));
       device.for_each(chunks, dim, SumChunks<W>{grouped, dim, partials});
       grouped.partials = partials;
     }
@@ -143,6 +143,7 @@ struct Records {
   int64_t step;
   bool mark_seen;
   uint32_t seed;
+  const int64_t* repeated = nullptr;  // as in UpdateRows
 };
 
 // Calls f with values of the types of embedding and state, and the tile width. The state is float32 or of the type of
@@ -175,10 +176,10 @@ void update_records(Device& device, const Records& records, const GroupedGradien
   with_types<Rule>(device, records, aligned, [&](auto element, auto state, auto width) {
     constexpr int W = decltype(width)::value;
     const GroupedGradients summed = with_chunks<W>(device, grouped, positions, records.dim);
-    device.for_each_counted(
-        grouped.count, bound, 4 * records.dim,
-        UpdateRows<Rule, decltype(element), decltype(state), W>{summed, records.blocks, records.dim, records.step,
-                                                                records.mark_seen, Rounding{records.seed}, rule});
+    device.for_each_counted(grouped.count, bound, 4 * records.dim,
+                            UpdateRows<Rule, decltype(element), decltype(state), W>{
+                                summed, records.blocks, records.dim, records.step, records.mark_seen,
+                                Rounding{records.seed}, rule, records.repeated});
   });
 }
 
@@ -231,24 +232,24 @@ RECIS_UPDATE(adam_update,
               double decay, int64_t t),
              (adam_rule(exp_avg_offset, exp_avg_sq_offset, lr, beta1, beta2, eps, decay, t)))
 
-// An update without tensors.
+// Updates the records of a call inside jit.
 template <class Device>
-Outcome update_call(Device&& device, const TableRef& table, const UpdateCall& call) {
+void update_table(Device& device, const TableRef& table, const UpdateCall& call, const CallFlags* flags) {
   std::vector<GradientSpan> spans;
   spans.reserve(call.feature_count);
   for (int64_t f = 0; f < call.feature_count; ++f) spans.push_back({0, call.gradients[f].values, table.dim});
+  const GroupsRef groups = GroupsRef::in(const_cast<int64_t*>(call.context), call.positions, call.scaled != 0);
   GroupedGradients grouped{};
   device.place(grouped.features, spans);
-  grouped.count = call.groups.count;
-  grouped.unique = call.groups.unique;
-  grouped.offsets = call.groups.starts;
-  grouped.sources = call.groups.sources;
-  grouped.scales = call.groups.scales;
-  const Records records{table.blocks, table.type,          table.state_type, table.dim,
-                        call.step,    call.mark_seen != 0, call.seed};
+  grouped.count = groups.count;
+  grouped.unique = groups.unique;
+  grouped.offsets = groups.starts;
+  grouped.sources = groups.sources;
+  grouped.scales = groups.scales;
+  const Records records{table.blocks, table.type, table.state_type, table.dim,
+                        call.step,    true,       call.seed,        &flags->repeated};
   const auto update = [&](const auto& rule) {
     update_records(device, records, grouped, call.positions, call.positions, aligned16(spans, table.dim), rule);
-    return Outcome::kDone;
   };
   const RuleCall& rule = call.rule;
   const auto lr = static_cast<float>(rule.lr);
@@ -272,6 +273,14 @@ Outcome update_call(Device&& device, const TableRef& table, const UpdateCall& ca
     }
   }
   RECIS_CHECK(false, "unknown rule: ", static_cast<int>(rule.kind));
+}
+
+// An update inside jit.
+template <class Device>
+void update_call(Device& device, const TableRef& table, const UpdateCall& call, CallFlags* flags) {
+  device.for_each(1, 1, StartUpdate{call.turn, flags, call.context, call.generation});
+  device.unless(&flags->refused, [&] { update_table(device, table, call, flags); });
+  device.for_each(1, 1, EndUpdate{call.turn, flags});
 }
 
 template <class Device, class Library>

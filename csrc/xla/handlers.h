@@ -1,14 +1,12 @@
-// The XLA FFI handlers of this module, and the kernels that they call.
+// The XLA FFI handlers of this module, and the feature kernels that they call.
 #pragma once
 
 #include "core/feature_kernels.h"
-#include "core/table_kernels.h"
 #include "xla/ffi/api/c_api.h"
 
 namespace recis {
 
-// The kernels of the library that the processor needs; null until the module gets them.
-inline const TableKernels* cpu_kernels = nullptr;
+// The feature kernels of the library that the processor needs; null until the module gets them.
 inline const FeatureKernels* cpu_features = nullptr;
 
 }  // namespace recis
@@ -16,6 +14,8 @@ inline const FeatureKernels* cpu_features = nullptr;
 extern "C" {
 XLA_FFI_Error* recis_lookup_cpu(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* recis_update_cpu(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* recis_lookup_cuda(XLA_FFI_CallFrame* frame);
+XLA_FFI_Error* recis_update_cuda(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* recis_hash_ids_cpu(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* recis_mod_ids_cpu(XLA_FFI_CallFrame* frame);
 XLA_FFI_Error* recis_bucketize_cpu(XLA_FFI_CallFrame* frame);

@@ -25,11 +25,21 @@ T* pointer(int64_t address) {
   return reinterpret_cast<T*>(address);
 }
 
+constexpr const char* kOtherSources =
+    "recis_hybrid._xla was built from other sources than the native library; build both again";
+
+// The kernels of a library, by the address of its recis_table_kernels.
+const TableKernels& kernels_at(int64_t address) {
+  const auto* kernels = reinterpret_cast<const TableKernels* (*)()>(address)();
+  if (kernels->version != kKernelsVersion) throw std::runtime_error(kOtherSources);
+  return *kernels;
+}
+
 // A Chain for Python, which numbers it while it exists.
 class PyChain {
  public:
-  explicit PyChain(int64_t tables) : chain_(std::make_shared<Chain>()) {
-    chain_->tables.resize(static_cast<size_t>(tables));
+  PyChain(int64_t kernels, int64_t state, int64_t tables, int32_t device)
+      : chain_(std::make_shared<Chain>(kernels_at(kernels), ChainRef{pointer<int64_t>(state), tables}, device)) {
     number_ = Chains::all().add(chain_);
   }
   ~PyChain() { Chains::all().remove(number_); }
@@ -38,34 +48,10 @@ class PyChain {
 
   int64_t number() const { return number_; }
 
-  // Refuses all calls until begin(), after waiting for one that is running.
-  void refuse() {
+  // Lets calls run, or refuses them, after waiting for one that is running or being queued.
+  void lend(bool lent) {
     const std::lock_guard lock(chain_->mutex);
-    chain_->fail(Status::kStaleToken, -1);
-  }
-
-  // Forgets a failure, and returns the serial number that the next call's token must carry; older tokens are stale.
-  int64_t begin() {
-    const std::lock_guard lock(chain_->mutex);
-    chain_->status = Status::kOk;
-    chain_->failed = -1;
-    chain_->reason.clear();
-    chain_->serial = chain_->serial % (kSerials - 1) + 1;
-    for (Table& table : chain_->tables) table.unseen.clear();
-    return chain_->serial;
-  }
-
-  // (serial, status, table of the failure or -1, reason)
-  py::tuple state() const {
-    const std::lock_guard lock(chain_->mutex);
-    return py::make_tuple(chain_->serial, static_cast<int>(chain_->status), chain_->failed, chain_->reason);
-  }
-
-  // (steps of the table, steps of the optimizer, training lookups without an update)
-  py::tuple counts(int64_t number) const {
-    const std::lock_guard lock(chain_->mutex);
-    const Table& table = chain_->tables.at(static_cast<size_t>(number));
-    return py::make_tuple(table.step, table.t, table.unseen.size());
+    chain_->lent = lent;
   }
 
   // Describes a table; see TableMemory in recis_hybrid/embedding/table.
@@ -116,26 +102,28 @@ class PyChain {
   int64_t number_ = 0;
 };
 
-void use_cpu_kernels(int64_t tables, int64_t features) {
-  const auto* of_tables = reinterpret_cast<const TableKernels* (*)()>(tables)();
-  const auto* of_features = reinterpret_cast<const FeatureKernels* (*)()>(features)();
-  if (of_tables->version != kKernelsVersion || of_features->version != kFeatureKernelsVersion) {
-    throw std::runtime_error(
-        "recis_hybrid._xla was built from other sources than the native library; build both again");
-  }
-  cpu_kernels = of_tables;
-  cpu_features = of_features;
+void use_feature_kernels(int64_t address) {
+  const auto* kernels = reinterpret_cast<const FeatureKernels* (*)()>(address)();
+  if (kernels->version != kFeatureKernelsVersion) throw std::runtime_error(kOtherSources);
+  cpu_features = kernels;
 }
 
-py::dict cpu_handlers() {
+py::dict handlers(const std::string& platform) {
   py::dict handlers;
-  handlers["recis_lookup"] = capsule_of(&recis_lookup_cpu);
-  handlers["recis_update"] = capsule_of(&recis_update_cpu);
-  handlers["recis_hash_ids"] = capsule_of(&recis_hash_ids_cpu);
-  handlers["recis_mod_ids"] = capsule_of(&recis_mod_ids_cpu);
-  handlers["recis_bucketize"] = capsule_of(&recis_bucketize_cpu);
-  handlers["recis_combine_bags"] = capsule_of(&recis_combine_bags_cpu);
-  handlers["recis_spread_bags"] = capsule_of(&recis_spread_bags_cpu);
+  if (platform == "cpu") {
+    handlers["recis_lookup"] = capsule_of(&recis_lookup_cpu);
+    handlers["recis_update"] = capsule_of(&recis_update_cpu);
+    handlers["recis_hash_ids"] = capsule_of(&recis_hash_ids_cpu);
+    handlers["recis_mod_ids"] = capsule_of(&recis_mod_ids_cpu);
+    handlers["recis_bucketize"] = capsule_of(&recis_bucketize_cpu);
+    handlers["recis_combine_bags"] = capsule_of(&recis_combine_bags_cpu);
+    handlers["recis_spread_bags"] = capsule_of(&recis_spread_bags_cpu);
+  } else if (platform == "CUDA") {
+    handlers["recis_lookup"] = capsule_of(&recis_lookup_cuda);
+    handlers["recis_update"] = capsule_of(&recis_update_cuda);
+  } else {
+    throw std::invalid_argument("platform must be 'cpu' or 'CUDA', got '" + platform + "'");
+  }
   return handlers;
 }
 
@@ -145,17 +133,15 @@ py::dict cpu_handlers() {
 PYBIND11_MODULE(_xla, m) {
   using recis::PyChain;
   m.doc() = "XLA FFI handlers of recis_hybrid; use recis_hybrid.bridge.ffi.";
-  m.def("use_cpu_kernels", &recis::use_cpu_kernels,
-        "Take the addresses of recis_table_kernels and recis_feature_kernels in the native library.");
-  m.def("cpu_handlers", &recis::cpu_handlers, "Return the handlers as capsules, by target name.");
+  m.def("use_feature_kernels", &recis::use_feature_kernels,
+        "Take the address of recis_feature_kernels in the native library.");
+  m.def("handlers", &recis::handlers, "Return the handlers of a platform as capsules, by target name.");
   m.def("context_words", &recis::Context::words, "Return the int64 words of the context of a training lookup.");
+  m.def("state_words", &recis::ChainRef::size, "Return the int64 words of the state of a chain of so many tables.");
   py::class_<PyChain>(m, "Chain")
-      .def(py::init<int64_t>())
+      .def(py::init<int64_t, int64_t, int64_t, int32_t>())
       .def_property_readonly("number", &PyChain::number)
-      .def("begin", &PyChain::begin, py::call_guard<py::gil_scoped_release>())
-      .def("refuse", &PyChain::refuse, py::call_guard<py::gil_scoped_release>())
-      .def("state", &PyChain::state)
-      .def("counts", &PyChain::counts)
+      .def("lend", &PyChain::lend, py::call_guard<py::gil_scoped_release>())
       .def("set_memory", &PyChain::set_memory)
       .def("set_rule", &PyChain::set_rule);
 }

@@ -20,20 +20,18 @@ def _cpu_library() -> Path:
     return _FOLDER / f"librecis_cpu_{level}.so"
 
 
-def table_kernels() -> int:
-    """Return the address of ``recis_table_kernels`` in the CPU library (``csrc/core/table_kernels.h``)."""
-    return _address("recis_table_kernels")
+TABLE_KERNELS: dict[str, int] = {}
+"""By type of device, the address of ``recis_table_kernels`` in its library (``csrc/core/table_kernels.h``)."""
+
+
+def table_kernels(device: str) -> int | None:
+    """Return the address of ``recis_table_kernels`` in the library for a type of device, or None if none is loaded."""
+    return TABLE_KERNELS.get(device)
 
 
 def feature_kernels() -> int:
     """Return the address of ``recis_feature_kernels`` in the CPU library (``csrc/core/feature_kernels.h``)."""
-    return _address("recis_feature_kernels")
-
-
-def _address(function: str) -> int:
-    address = ctypes.cast(getattr(ctypes.CDLL(str(_cpu_library())), function), ctypes.c_void_p).value
-    assert address is not None
-    return address
+    return address_of(_cpu_library(), "recis_feature_kernels")
 
 
 def _load() -> None:
@@ -49,6 +47,7 @@ def _load() -> None:
         f"(1) it was not built: run `pip install --no-build-isolation -e .` in the source folder; (2) it was built for "
         f"another processor architecture; (3) torch {version} is older than 2.11.",
     )
+    TABLE_KERNELS["cpu"] = address_of(_cpu_library(), "recis_table_kernels")
     cuda = _FOLDER / "librecis_cuda.so"
     if cuda.exists() and torch.version.cuda is not None:
         _load_library(
@@ -60,6 +59,14 @@ def _load() -> None:
             f"CUDA version that the driver supports; update the driver, or build with an older CUDA toolkit. To use "
             f"the CPU alone, delete {cuda}.",
         )
+        TABLE_KERNELS["cuda"] = address_of(cuda, "recis_table_kernels")
+
+
+def address_of(library: Path, function: str) -> int:
+    """Return the address of a function of a library."""
+    address = ctypes.cast(ctypes.CDLL(str(library))[function], ctypes.c_void_p).value
+    assert address is not None
+    return address
 
 
 def _load_library(kind: str, library: Path, causes: str) -> None:

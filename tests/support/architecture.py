@@ -80,7 +80,13 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
     },
     "pipelines": {"steps": set(), "callbacks": {"steps"}, "data": {"steps"}},
     "app": {"config": set()},
-    "bridge": {"exchange": set(), "tower": {"exchange"}, "pretrained": set(), "jax_led": {"exchange"}, "ffi": set()},
+    "bridge": {
+        "exchange": set(),
+        "tower": {"exchange"},
+        "pretrained": set(),
+        "jax_led": {"exchange"},
+        "ffi": {"exchange"},
+    },
 }
 # A folder with more modules than this must be divided into sub-packages.
 MODULES_IN_A_FOLDER = 15

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from recis_hybrid import accelerator
+from recis_hybrid.ops import _library as _library_of_ops
 
 LIBRARY = Path(
     os.environ.get("EMULATED_LIBRARY")
@@ -61,6 +62,7 @@ def load() -> None:
     module._is_in_bad_fork = lambda: False
     torch._register_device_module("emulated", module)
     accelerator.KIND = "emulated"
+    _library_of_ops.TABLE_KERNELS["emulated"] = _library_of_ops.address_of(LIBRARY, "emulated_table_kernels")
     configure()
 
 

@@ -261,8 +261,9 @@ class HashTable:
         return memory
 
     def take_back(self) -> None:
-        """End the use by another program."""
+        """End the use by another program; waits for the device."""
         self._borrowed = None
+        self._store.id_map.count_again()
 
     # Gradients and the optimizer's step
 

@@ -149,6 +149,10 @@ class IdMap:
         """Start to copy the counters to the host after an operator that may have inserted ids; does not wait."""
         self._bounds.copy()
 
+    def count_again(self) -> None:
+        """Read the counters after another program may have inserted ids; waits for the device."""
+        self._bounds.exact()
+
     def commit(self) -> None:
         """Complete a :meth:`find_or_insert` after its new rows have got their first values."""
         ops.id_map.commit(self.counters)

@@ -16,8 +16,9 @@ from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
 from recis_hybrid.optim._base import SparseOptimizer
 from recis_hybrid.ragged import RaggedTensor
-from tests.support.devices import EDGE_IDS
-from tests.support.jit_tables import assert_equal_tables, engine_of, rows_of, words
+from tests.support.devices import EDGE_IDS, late_streams, on_devices
+from tests.support.jit_tables import TorchTables, assert_equal_tables, engine_of, rows_of, words
+from tests.support.near import assert_near
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
@@ -65,34 +66,38 @@ def step_of(tables: Any) -> Any:
     @jax.jit
     def step(ids: Any, offsets: Any, token: Any) -> Any:
         vectors, ctx, token = ffi.lookup(tables, ids, {"list": offsets}, token)
-        return vectors, ffi.update(tables, ctx, jax.grad(loss_of)(vectors), token)
+        gradients = jax.grad(loss_of)(vectors)
+        return vectors, gradients, ffi.update(tables, ctx, gradients, token)
 
     return step
 
 
+@on_devices
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=list(OPTIMIZERS))
 @pytest.mark.parametrize(("dtype", "state_dtype"), [(torch.float32, None), (torch.bfloat16, torch.bfloat16)])
-def test_training_is_that_of_jax_tables_outside_jit(
-    optimizer: Any, dtype: torch.dtype, state_dtype: torch.dtype | None
+def test_training_is_that_of_tables_outside_jit(
+    device: str, optimizer: Any, dtype: torch.dtype, state_dtype: torch.dtype | None
 ) -> None:
     configs = features(dtype=dtype, state_dtype=state_dtype)
-    ours, theirs = (EmbeddingEngine(configs, optimizer=optimizer, seed=3) for _ in range(2))
+    ours, theirs = (EmbeddingEngine(configs, optimizer=optimizer, seed=3, device=device) for _ in range(2))
     tables = ffi.JitTables(ours, ours.make_optimizer(lr=0.1))
-    outside = JaxTables(theirs, theirs.make_optimizer(lr=0.1))
-    step, gradient = step_of(tables), jax.jit(jax.grad(loss_of))
+    outside = (JaxTables if device == "cpu" else TorchTables)(theirs, theirs.make_optimizer(lr=0.1))
+    step = step_of(tables)
     random = np.random.default_rng(0)
-    for _ in range(3):
-        ids, offsets = batch_of(random)
-        found, token = step({name: words(part) for name, part in ids.items()}, words(offsets), tables.begin(room=200))
-        tables.end(token)
-        ragged = RaggedTensor(torch.from_numpy(ids["list"]), torch.from_numpy(offsets))
-        expected, ctx = outside.lookup({**ids, "list": ragged})
-        outside.apply_gradients(ctx, gradient(expected))
-        assert sorted(found) == sorted(expected)
-        for name, vectors in expected.items():
-            assert found[name].shape == vectors.shape, name
-            assert (found[name] == vectors).all(), name
-    assert_equal_tables(ours, theirs)
+    with late_streams(device):
+        for _ in range(3):
+            ids, offsets = batch_of(random)
+            inputs = {name: words(part) for name, part in ids.items()}
+            found, gradients, token = step(inputs, words(offsets), tables.begin(room=200))
+            tables.end(token)
+            ragged = RaggedTensor(torch.from_numpy(ids["list"]), torch.from_numpy(offsets))
+            expected, ctx = outside.lookup({**ids, "list": ragged})
+            outside.apply_gradients(ctx, gradients)
+            assert sorted(found) == sorted(expected)
+            for name, vectors in expected.items():
+                assert found[name].shape == vectors.shape, name
+                assert (found[name] == vectors).all(), name
+        assert_equal_tables(ours, theirs)
     assert [table.step for table in ours.tables] == [table.step for table in theirs.tables] == [3, 3]
 
 
@@ -122,8 +127,33 @@ def test_tables_have_their_own_optimizers() -> None:
     assert sorted(engines[0].tables[2].export(0))[1:] == ["frequency", "ids", "seen_step", "sum", "updated_step"]
 
 
-def test_the_optimizer_goes_on_through_torch() -> None:
-    ours, theirs = engine_of(optim.Adam), engine_of(optim.Adam)
+@on_devices
+def test_ids_past_the_last_offset_are_not_used(device: str) -> None:
+    engine = engine_of(optim.SGD, device=device, combiner="mean")
+    tables = ffi.JitTables(engine, engine.make_optimizer(lr=1.0))
+
+    @jax.jit
+    def step(ids: Any, ends: Any, token: Any) -> Any:
+        vectors, ctx, token = ffi.lookup(tables, {"item": ids}, {"item": ends}, token)
+        gradients = {"item": jnp.ones_like(vectors["item"])}
+        return vectors["item"], ffi.update(tables, ctx, gradients, token)
+
+    for first in (10, 20):
+        ids = np.arange(first, first + 6)
+        vectors, token = step(words(ids), jnp.array([0, 1, 1, 3]), tables.begin(room=6))
+        tables.end(token)
+        rows = rows_of(tables.engine)[0]
+        assert rows["ids"].tolist()[-3:] == ids[:3].tolist()
+        after = rows["embedding"][-3:].cpu()
+        before = after + torch.tensor([[1.0], [0.5], [0.5]])
+        expected = torch.stack([before[0], torch.zeros(4), before[1:].mean(0)])
+        assert_near(vectors, expected)
+        assert rows["frequency"].tolist()[-3:] == [1, 1, 1]
+
+
+@on_devices
+def test_the_optimizer_goes_on_through_torch(device: str) -> None:
+    ours, theirs = engine_of(optim.Adam, device=device), engine_of(optim.Adam, device=device)
     mine, other = ours.make_optimizer(lr=0.1), theirs.make_optimizer(lr=0.1)
     tables = ffi.JitTables(ours, mine)
     ids = np.array([1, 2, 2**60], np.int64)
@@ -143,8 +173,9 @@ def _step(tables: Any, ids: Any, token: Any) -> Any:
     return ffi.update(tables, ctx, jax.grad(lambda v: jnp.sin(v["item"]).sum())(vectors), token)
 
 
-def test_learning_rates_are_read_at_each_begin() -> None:
-    engine = engine_of(optim.SGD)
+@on_devices
+def test_learning_rates_are_read_at_each_begin(device: str) -> None:
+    engine = engine_of(optim.SGD, device=device)
     optimizer = engine.make_optimizer(lr=0.5)
     tables = ffi.JitTables(engine, optimizer)
     ids = np.array([7], np.int64)
@@ -164,16 +195,17 @@ def test_learning_rates_are_read_at_each_begin() -> None:
     assert (values[2] == values[1] - 0.25).all()
 
 
-@settings(deadline=None, max_examples=30)
+@on_devices
+@settings(deadline=None, max_examples=15)
 @given(st.lists(st.one_of(st.sampled_from(EDGE_IDS), st.integers(-(2**63), 2**63 - 1)), min_size=1, max_size=12))
-def test_64_bit_ids_survive_while_x64_is_off(ids: list[int]) -> None:
+def test_64_bit_ids_survive_while_x64_is_off(device: str, ids: list[int]) -> None:
     assert not jax.config.jax_enable_x64
     array = np.array(ids, np.int64)
-    tables = ffi.JitTables(engine_of(None))
+    tables = ffi.JitTables(engine_of(None, device=device))
     _, _, token = ffi.lookup(tables, {"item": array}, None, tables.begin(room=len(ids)))
     tables.end(token)
     assert rows_of(tables.engine)[0]["ids"].tolist() == sorted(set(ids))
-    expected, _ = JaxTables(tables.engine).lookup({"item": array}, train=False)
+    expected, _ = TorchTables(tables.engine).lookup({"item": array}, train=False)
     vectors, _, token = ffi.lookup(tables, {"item": words(array)}, None, tables.begin(room=0), train=False)
     tables.end(token)
     assert (vectors["item"] == expected["item"]).all()
@@ -196,22 +228,24 @@ def test_ids_with_x64() -> None:
     assert rows_of(tables.engine)[0]["ids"].tolist() == [-5, -1, 2**62]
 
 
-def test_evaluation_inserts_nothing_and_reads_first_values() -> None:
-    engine = engine_of(None)
+@on_devices
+def test_evaluation_inserts_nothing_and_reads_first_values(device: str) -> None:
+    engine = engine_of(None, device=device)
     tables = ffi.JitTables(engine)
     ids = np.arange(5)
     vectors, ctx, token = ffi.lookup(tables, {"item": ids}, None, tables.begin(room=0), train=False)
     tables.end(token)
     assert len(engine.tables[0]) == 0
-    inserted, _ = JaxTables(engine).lookup({"item": ids})
+    inserted, _ = TorchTables(engine).lookup({"item": ids})
     assert (vectors["item"] == inserted["item"]).all()
     assert ctx.contexts[0].size == 0
 
 
-def test_unknown_ids_may_count_as_zeros() -> None:
-    engine = engine_of(None, unknown="zeros")
+@on_devices
+def test_unknown_ids_may_count_as_zeros(device: str) -> None:
+    engine = engine_of(None, device=device, unknown="zeros")
     tables = ffi.JitTables(engine)
-    JaxTables(engine).lookup({"item": np.array([1])})
+    TorchTables(engine).lookup({"item": np.array([1])})
     vectors, _, token = ffi.lookup(tables, {"item": np.array([1, 2])}, None, tables.begin(room=0), train=False)
     tables.end(token)
     assert (vectors["item"][0] != 0).all()
@@ -248,8 +282,9 @@ def test_subnormal_numbers_are_kept() -> None:
     assert_equal_tables(ours, theirs)
 
 
-def test_empty_batches() -> None:
-    engine = engine_of(optim.Adagrad)
+@on_devices
+def test_empty_batches(device: str) -> None:
+    engine = engine_of(optim.Adagrad, device=device)
     tables = ffi.JitTables(engine, engine.make_optimizer())
     vectors, ctx, token = ffi.lookup(tables, {"item": np.zeros(0, np.int64)}, None, tables.begin(room=0))
     tables.end(ffi.update(tables, ctx, vectors, token))
@@ -258,9 +293,10 @@ def test_empty_batches() -> None:
     assert engine.tables[0].step == 1
 
 
-def test_frozen_features_take_no_gradient() -> None:
+@on_devices
+def test_frozen_features_take_no_gradient(device: str) -> None:
     configs = {"item": EmbeddingConfig(dim=4), "frozen": EmbeddingConfig(dim=4, trainable=False)}
-    engine = EmbeddingEngine(configs, optimizer=optim.SGD)
+    engine = EmbeddingEngine(configs, optimizer=optim.SGD, device=device)
     tables = ffi.JitTables(engine, engine.make_optimizer(lr=1.0))
     ids = np.array([1, 2])
     vectors, ctx, token = ffi.lookup(tables, {"item": ids, "frozen": ids}, None, tables.begin(room=2))
@@ -288,12 +324,15 @@ def test_bad_ids_are_refused_by_name(ids: Any, offsets: Any, kind: type[Exceptio
         ffi.lookup(tables, ids, offsets, token)
 
 
-def test_offsets_outside_the_ids_are_refused() -> None:
-    tables = ffi.JitTables(engine_of(None))
+@on_devices
+def test_offsets_outside_the_ids_are_refused(device: str) -> None:
+    tables = ffi.JitTables(engine_of(None, device=device))
     look_up = jax.jit(lambda ids, ends, token: ffi.lookup(tables, {"item": ids}, {"item": ends}, token)[2])
-    for ends in ([0, 4], [2, 1], [-1, 2]):
+    for ends in ([0, 4], [0, 2, 1], [-1, 2], [1, 2], [1]):
         tables.end(look_up(jnp.arange(3), jnp.array(ends), tables.begin(room=9)))
-        with pytest.raises(RuntimeError, match="table item: a call inside jit failed: .*offsets must not decrease"):
+        with pytest.raises(
+            RuntimeError, match="table item: .* offsets of a feature must start with 0, must not decrease"
+        ):
             tables.wait()
     assert len(tables.engine.tables[0]) == 0
 

@@ -17,19 +17,19 @@ import torch
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
 from recis_hybrid.embedding.eviction import Unused
-from tests.support.jit_tables import assert_equal_tables, engine_of, rows_of, words
+from tests.support.devices import on_devices
+from tests.support.jit_tables import TorchTables, assert_equal_tables, engine_of, rows_of, words
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 jnp = jax.numpy
 from recis_hybrid.bridge import ffi  # noqa: E402
-from recis_hybrid.bridge.jax_led import JaxTables  # noqa: E402
 
 IDS = np.array([3, 3, 5, 2**40], np.int64)
 
 
-def tables_of(optimizer: Any = optim.Adagrad, **settings: Any) -> ffi.JitTables:
-    engine = engine_of(optimizer, **settings)
+def tables_of(optimizer: Any = optim.Adagrad, device: str = "cpu", **settings: Any) -> ffi.JitTables:
+    engine = engine_of(optimizer, device=device, **settings)
     return ffi.JitTables(engine, None if optimizer is None else engine.make_optimizer(lr=0.1))
 
 
@@ -42,9 +42,9 @@ def train(tables: ffi.JitTables, ids: Any, token: Any) -> Any:
     return ffi.update(tables, ctx, gradient_of(vectors), token)
 
 
-def trained_outside(steps: int, ids: Any = IDS, optimizer: Any = optim.Adagrad) -> EmbeddingEngine:
-    engine = engine_of(optimizer)
-    tables = JaxTables(engine, engine.make_optimizer(lr=0.1))
+def trained_outside(steps: int, ids: Any = IDS, optimizer: Any = optim.Adagrad, device: str = "cpu") -> EmbeddingEngine:
+    engine = engine_of(optimizer, device=device)
+    tables = TorchTables(engine, engine.make_optimizer(lr=0.1))
     gradient = jax.jit(gradient_of)
     for _ in range(steps):
         vectors, ctx = tables.lookup({"item": ids})
@@ -55,9 +55,9 @@ def trained_outside(steps: int, ids: Any = IDS, optimizer: Any = optim.Adagrad) 
 def calls_of(tables: ffi.JitTables, function: Any) -> int:
     """Return how many lookups and updates a jitted function of a token runs."""
     token = tables.begin(room=100)
-    before = tables._chain.state()[0]
+    before = tables._state.read().serial
     last = jax.block_until_ready(jax.jit(function)(token))
-    calls = tables._chain.state()[0] - before
+    calls = tables._state.read().serial - before
     tables.end(last)
     return calls
 
@@ -97,16 +97,17 @@ def test_a_call_is_moved_out_of_a_loop_without_a_token_and_not_with_one() -> Non
     assert calls_of(tables, carried) == 5
 
 
-def test_scan_and_fori_loop_update_once_an_iteration() -> None:
+@on_devices
+def test_scan_and_fori_loop_update_once_an_iteration(device: str) -> None:
     batches = np.stack([IDS, IDS + 1, IDS * 7, IDS])
-    expected = engine_of(optim.Adam)
-    outside = JaxTables(expected, expected.make_optimizer(lr=0.1))
+    expected = engine_of(optim.Adam, device=device)
+    outside = TorchTables(expected, expected.make_optimizer(lr=0.1))
     gradient = jax.jit(gradient_of)
     for batch in batches:
         vectors, ctx = outside.lookup({"item": batch})
         outside.apply_gradients(ctx, gradient(vectors))
 
-    scanned, looped = tables_of(optim.Adam), tables_of(optim.Adam)
+    scanned, looped = tables_of(optim.Adam, device), tables_of(optim.Adam, device)
 
     @jax.jit
     def scan(batches: Any, token: Any) -> Any:
@@ -134,8 +135,9 @@ def test_cond_runs_one_branch() -> None:
     assert_equal_tables(tables.engine, trained_outside(2))
 
 
-def test_a_lookup_after_an_update_sees_it() -> None:
-    tables = tables_of(optim.SGD)
+@on_devices
+def test_a_lookup_after_an_update_sees_it(device: str) -> None:
+    tables = tables_of(optim.SGD, device)
 
     @jax.jit
     def step(token: Any) -> Any:
@@ -149,14 +151,15 @@ def test_a_lookup_after_an_update_sees_it() -> None:
     assert (after == expected).all()
 
 
-def test_one_lease_serves_several_functions() -> None:
-    tables = tables_of()
+@on_devices
+def test_one_lease_serves_several_functions(device: str) -> None:
+    tables = tables_of(device=device)
     step = jax.jit(lambda token: train(tables, IDS, token))
     token = tables.begin(room=9)
     for _ in range(3):
         token = step(token)
     tables.end(token)
-    assert_equal_tables(tables.engine, trained_outside(3))
+    assert_equal_tables(tables.engine, trained_outside(3, device=device))
 
 
 # Gradients
@@ -167,8 +170,9 @@ def loss_of(tables: ffi.JitTables, weight: Any, token: Any, ids: Any = IDS) -> A
     return jnp.sin(vectors["item"] * weight).sum()
 
 
-def test_the_gradient_of_the_token_is_the_token_of_the_update() -> None:
-    tables = tables_of()
+@on_devices
+def test_the_gradient_of_the_token_is_the_token_of_the_update(device: str) -> None:
+    tables = tables_of(device=device)
     step = jax.jit(jax.value_and_grad(lambda *arguments: loss_of(tables, *arguments), argnums=(0, 1)))
     loss, (of_weight, token) = step(1.0, tables.begin(room=4))
     tables.end(token)
@@ -176,17 +180,18 @@ def test_the_gradient_of_the_token_is_the_token_of_the_update() -> None:
     position = torch.tensor([0, 0, 1, 2])
     np.testing.assert_allclose(loss, values[position].sin().sum(), rtol=1e-5)
     np.testing.assert_allclose(of_weight, (values[position] * values[position].cos()).sum(), rtol=1e-5)
-    assert_equal_tables(tables.engine, trained_outside(1))
+    assert_equal_tables(tables.engine, trained_outside(1, device=device))
 
 
 def engine_before() -> EmbeddingEngine:
     engine = engine_of(optim.Adagrad)
-    JaxTables(engine).lookup({"item": IDS})
+    TorchTables(engine).lookup({"item": IDS})
     return engine
 
 
-def test_several_lookups_in_a_loss_update_in_reverse_order() -> None:
-    tables = tables_of(optim.SGD)
+@on_devices
+def test_several_lookups_in_a_loss_update_in_reverse_order(device: str) -> None:
+    tables = tables_of(optim.SGD, device)
 
     def loss(token: Any) -> Any:
         first, _, token = ffi.lookup(tables, {"item": IDS[1:3]}, None, token)
@@ -195,7 +200,7 @@ def test_several_lookups_in_a_loss_update_in_reverse_order() -> None:
 
     before = rows_of(engine_before())[0]["embedding"]
     tables.end(jax.jit(jax.grad(loss))(tables.begin(room=3)))
-    after = rows_of(tables.engine)[0]["embedding"]
+    after = rows_of(tables.engine)[0]["embedding"].cpu()
     torch.testing.assert_close(after, before - 0.1 * torch.tensor([[3.0], [3.0], [2.0]]))
     assert tables.engine.tables[0].step == 2
 
@@ -298,14 +303,20 @@ def test_several_devices_are_refused(root: Path) -> None:
 # Failures
 
 
-def test_too_many_new_ids_raise_and_change_nothing() -> None:
-    tables = tables_of(optim.SGD, dim=4)
+@on_devices
+@pytest.mark.parametrize(("limit", "room"), [("slots", 5), ("rows", 1000)])
+def test_too_many_new_ids_raise_and_change_nothing(
+    device: str, limit: str, room: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("recis_hybrid.embedding.table.blocks._BLOCK_BYTES", 1)  # the fewest rows in a block, 1024
+    tables = tables_of(optim.SGD, device)
     table = tables.engine.tables[0]
     step = jax.jit(lambda batches, token: jax.lax.scan(lambda t, ids: (train(tables, ids, t), None), token, batches)[0])
-    tables.end(step(words(np.arange(5)[None]), tables.begin(room=5)))
-    rows = table.store.blocks.capacity
-    free = rows - len(table)
-    before = trained_outside(1, np.arange(5), optim.SGD)
+    tables.end(step(words(np.arange(5)[None]), tables.begin(room=room)))
+    rows, slots = table.store.blocks.capacity, int(0.75 * table.store.id_map.capacity)
+    assert (slots < rows) == (limit == "slots")
+    free = min(rows, slots) - len(table)
+    before = trained_outside(1, np.arange(5), optim.SGD, device)
     assert_equal_tables(tables.engine, before)
     many = np.arange(10, 10 + free + 1)
     token = step(words(many[None]), tables.begin(room=0))
@@ -315,13 +326,16 @@ def test_too_many_new_ids_raise_and_change_nothing() -> None:
         tables.wait()
     assert_equal_tables(tables.engine, before)
     assert table.step == 1
-    tables.end(step(words(many[None]), tables.begin(room=len(many))))
-    assert len(table) == 5 + len(many)
-    assert table.step == 2
+    tables.end(step(words(many[:-1][None]), tables.begin(room=0)))
+    assert len(table) == 5 + free == min(rows, slots)
+    tables.end(step(words(many[None]), tables.begin(room=1)))
+    assert len(table) == 6 + free
+    assert table.step == 3
 
 
-def test_a_full_table_still_takes_known_ids() -> None:
-    tables = tables_of(optim.SGD)
+@on_devices
+def test_a_full_table_still_takes_known_ids(device: str) -> None:
+    tables = tables_of(optim.SGD, device)
     store = tables.engine.tables[0].store
     step = jax.jit(lambda ids, token: train(tables, ids, token))
     tables.end(step(words(np.arange(3)), tables.begin(room=3)))
@@ -352,8 +366,9 @@ def test_no_table_changes_after_the_first_failure() -> None:
         assert all(torch.equal(first[name], second[name]) for name in ("ids", "embedding", "updated_step"))
 
 
-def test_a_token_used_twice_is_found() -> None:
-    tables = tables_of()
+@on_devices
+def test_a_token_used_twice_is_found(device: str) -> None:
+    tables = tables_of(device=device)
 
     @jax.jit
     def step(token: Any) -> Any:
@@ -367,8 +382,9 @@ def test_a_token_used_twice_is_found() -> None:
     assert tables.engine.tables[0].step < 2
 
 
-def test_an_old_token_is_found() -> None:
-    tables = tables_of()
+@on_devices
+def test_an_old_token_is_found(device: str) -> None:
+    tables = tables_of(device=device)
     step = jax.jit(lambda token: train(tables, IDS, token))
     first = tables.begin(room=9)
     tables.end(step(first))
@@ -376,11 +392,12 @@ def test_an_old_token_is_found() -> None:
     tables.end(step(first))
     with pytest.raises(RuntimeError, match="not that of the call before"):
         tables.wait()
-    assert_equal_tables(tables.engine, trained_outside(1))
+    assert_equal_tables(tables.engine, trained_outside(1, device=device))
 
 
-def test_a_dropped_update_is_found() -> None:
-    tables = tables_of()
+@on_devices
+def test_a_dropped_update_is_found(device: str) -> None:
+    tables = tables_of(device=device)
 
     @jax.jit
     def forgetful(token: Any) -> Any:
@@ -394,8 +411,9 @@ def test_a_dropped_update_is_found() -> None:
     assert tables.engine.tables[0].step == 0
 
 
-def test_a_token_that_is_not_the_last_is_found() -> None:
-    tables = tables_of()
+@on_devices
+def test_a_token_that_is_not_the_last_is_found(device: str) -> None:
+    tables = tables_of(device=device)
 
     @jax.jit
     def step(token: Any) -> Any:
@@ -408,13 +426,14 @@ def test_a_token_that_is_not_the_last_is_found() -> None:
         tables.wait()
 
 
-def test_a_lookup_from_before_an_eviction_is_refused() -> None:
-    tables = tables_of()
+@on_devices
+def test_a_lookup_from_before_an_eviction_is_refused(device: str) -> None:
+    tables = tables_of(device=device)
     look_up = jax.jit(lambda token: ffi.lookup(tables, {"item": IDS}, None, token))
     vectors, ctx, token = look_up(tables.begin(room=9))
     update = jax.jit(lambda ctx, vectors, token: ffi.update(tables, ctx, vectors, token))
     tables.end(update(ctx, vectors, token))
-    tables.engine.tables[0].erase(0, torch.tensor([5]))
+    tables.engine.tables[0].erase(0, torch.tensor([5], device=device))
     before = rows_of(tables.engine)[0]
     tables.end(update(ctx, vectors, tables.begin(room=9)))
     with pytest.raises(RuntimeError, match="table item: an update inside jit got a lookup from before rows"):
@@ -441,10 +460,11 @@ def test_a_compiled_function_outlives_its_tables() -> None:
 # Waiting
 
 
-def test_torch_waits_for_the_last_token() -> None:
-    tables = tables_of()
+@on_devices
+def test_torch_waits_for_the_last_token(device: str) -> None:
+    tables = tables_of(device=device)
     engine = tables.engine
-    steps = 200
+    steps = 200 if device == "cpu" else 20
 
     @jax.jit
     def long(token: Any) -> Any:
@@ -453,9 +473,9 @@ def test_torch_waits_for_the_last_token() -> None:
     tables.end(long(tables.begin(room=9)))
     with torch.no_grad():
         engine.eval()
-        found = engine({"item": torch.from_numpy(IDS)})["item"]
-    expected = rows_of(trained_outside(steps))[0]
-    assert torch.equal(found[1:], expected["embedding"][[0, 1, 2]])
+        found = engine({"item": torch.from_numpy(IDS)})["item"].cpu()
+    expected = rows_of(trained_outside(steps, device=device))[0]
+    assert torch.equal(found[1:], expected["embedding"].cpu())
     assert engine.tables[0].step == steps
     assert rows_of(engine)[0]["frequency"].tolist() == [2 * steps, steps, steps]
 
@@ -491,20 +511,22 @@ def test_pending_gradients_are_refused() -> None:
     tables.end(tables.begin(room=1))
 
 
-def test_an_abandoned_call_does_not_block_the_next() -> None:
-    tables = tables_of()
+@on_devices
+def test_an_abandoned_call_does_not_block_the_next(device: str) -> None:
+    tables = tables_of(device=device)
     tables.begin(room=9)  # the program failed before the jitted call
     tables.end(jax.jit(lambda token: train(tables, IDS, token))(tables.begin(room=9)))
-    assert_equal_tables(tables.engine, trained_outside(1))
+    assert_equal_tables(tables.engine, trained_outside(1, device=device))
 
 
-def test_steps_of_abandoned_calls_count() -> None:
-    tables = tables_of(optim.Adam)
+@on_devices
+def test_steps_of_abandoned_calls_count(device: str) -> None:
+    tables = tables_of(optim.Adam, device)
     step = jax.jit(lambda token: train(tables, IDS, token))
     token = jax.block_until_ready(step(tables.begin(room=9)))  # not given to end
     last = step(tables.begin(room=9))
     tables.end(last)
-    assert_equal_tables(tables.engine, trained_outside(2, optimizer=optim.Adam))
+    assert_equal_tables(tables.engine, trained_outside(2, optimizer=optim.Adam, device=device))
     assert tables.engine.tables[0].step == 2
     tables.begin(room=9)
     tables.end(step(token))

@@ -154,6 +154,8 @@ inline bool is_on_device(const torch::stable::Tensor& tensor) {
 
 inline cudaStream_t current_stream(int32_t device) { return torch::stable::accelerator::getCurrentStream(device).id(); }
 
+inline cudaStream_t stream_of(void* stream) { return reinterpret_cast<cudaStream_t>(stream); }
+
 inline int64_t max_blocks() { return emulated::Device::get().settings().max_blocks; }
 
 }  // namespace recis
