@@ -121,8 +121,8 @@ class Frames {
     ++used_now_;
     uses_[frame] = 0;
     is_new_[frame] = 0;
-    // While frames are unused, the queue is full of rows that nothing has been given up for.
-    if (static_cast<int64_t>(queue_.size()) > count() / kShareOfNew) return;
+    // Rows that find unused frames stay, except the last: a queue of all would give up the first for any later row.
+    if (next_unused_ + count() / kShareOfNew < count()) return;
     is_new_[frame] = 1;
     queue_.push_back(frame);
   }
