@@ -17,7 +17,7 @@ _SERIALS = 1 << 24  # kSerials in csrc/core/chain.h
 
 
 class Counts(NamedTuple):
-    """What the calls of a chain have written."""
+    """Results that the calls of a chain have written."""
 
     serial: int
     """Serial number of the last call."""
