@@ -120,7 +120,9 @@ class JaxStep:
         """Times phases, if Trainer sets it."""
         self._tower, self._optimizer, self._checks = tower, optimizer, check_gradients
         self._all_reduce: GradientAllReduce | None = None
+        self._expected_rows: Sequence[Sequence[int]] | None = None
         self._train = jax.jit(self._train_alone)
+        self._add = jax.jit(lambda total, part: jax.tree.map(jnp.add, total, part))
         self._differentiate, self._apply = jax.jit(self._gradients), jax.jit(self._update)
         self._score = jax.jit(lambda *arguments: self._scores_of(self._outputs(*arguments), self.objectives))
 
@@ -139,48 +141,54 @@ class JaxStep:
             params, opt_state = self.state.tree
             self._all_reduce = GradientAllReduce(params)
             self.state.tree = self._all_reduce.broadcast(params), opt_state
+            # New functions, because JAX keeps programs by function, and calls before had no buckets.
+            self._differentiate = jax.jit(lambda *arguments: self._gradients(*arguments))
+            self._apply = jax.jit(lambda *arguments: self._update(*arguments))
 
     def expect(self, rows: Sequence[Sequence[int]]) -> None:
-        """Do nothing, because the engine counts the samples of all ranks itself."""
+        """Receive the number of rows on each rank for each batch of the next update."""
+        self._expected_rows = rows
 
     def prefetch(self, batch: Mapping[str, Any]) -> None:
         """Start sending the ids of a later batch to the ranks that own them."""
         self.tables.prefetch(batch)
 
     def __call__(self, *batches: Mapping[str, Any]) -> dict[str, Any]:
-        """Do one update from one batch.
+        """Do one update with the mean gradient over the rows of the batches of all ranks.
 
         Args:
-            *batches: One batch.
+            *batches: One batch or several, whose gradients are accumulated.
 
         Returns:
             ``loss``, a scalar tensor; with several objectives, ``loss/NAME`` of each; and the training metrics.
 
         Raises:
             FloatingPointError: with ``check_gradients``, if a gradient is not finite; nothing is updated.
-            KeyError: if the batch lacks a column, or the tower returns no outputs for an objective.
-            TypeError: if a column is not dense.
-            ValueError: if there are several batches, or a loss is neither a scalar nor ``[B]``.
+            KeyError: if a batch lacks a column, or the tower returns no outputs for an objective.
+            TypeError: if a column is not dense, or there are several batches and the tables have no optimizer.
+            ValueError: if there is no batch, or a loss is neither a scalar nor ``[B]``.
         """
-        if len(batches) != 1:
-            raise ValueError(
-                f"JaxStep: gradients are not accumulated, so an update must have one batch, got {len(batches)}; set "
-                "Trainer(accumulate=1) and a larger batch size"
-            )
-        (batch,) = batches
+        if not batches:
+            raise ValueError("JaxStep: an update needs at least one batch, got none")
         if dist.is_initialized() and dist.get_world_size() > 1 and self._all_reduce is None:
             self.synchronize()
-        with self._phase("lookup"):
-            vectors, ctx = self.tables.lookup(batch)
+        expected, self._expected_rows = self._expected_rows, None
+        if len(batches) > 1:
+            try:
+                return self._accumulated(batches, expected)
+            except BaseException:
+                if self.tables.optimizer is not None:
+                    self.tables.optimizer.zero_grad()  # of the batches before the one that failed
+                raise
+        (batch,) = batches
+        ctx, arguments, mask = self._looked_up(batch)
         with self._phase("towers"):
-            inputs, labels, mask = self._inputs(batch, ctx.index), self._labels(batch), row_mask(batch)
-            arguments = vectors, inputs, labels, None if mask is None else as_array("mask", mask)
             params, opt_state = self.state.tree
             if self._all_reduce is None:
                 state, losses, gradients, scores, finite = self._train(params, opt_state, *arguments)
             else:
                 weight = np.float32(self.tables.engine.share)
-                buckets, losses, gradients, scores, finite = self._differentiate(params, *arguments, weight)
+                buckets, losses, gradients, scores, finite = self._differentiate(params, *arguments, 1.0, weight)
             # Waits for the call on the CPU, so that the batch may be overwritten.
             figures = {name: to_torch(loss) for name, loss in losses.items()}
             if self._checks:
@@ -195,6 +203,51 @@ class JaxStep:
                 self.state.tree = self._apply(params, opt_state, buckets)
             self.tables.apply_gradients(ctx, gradients)
         return {**figures, **self._updated_metrics(batch, scores, mask)}
+
+    def _accumulated(
+        self, batches: Sequence[Mapping[str, Any]], expected: Sequence[Sequence[int]] | None
+    ) -> dict[str, Any]:
+        """Do one update from several batches, each weighted by its share of the rows."""
+        own = [self._rows(batch) for batch in batches]
+        rows = [sum(each) for each in expected] if expected else own
+        params, opt_state = self.state.tree
+        total: Any = None
+        figures: dict[str, torch.Tensor] = {}
+        metrics: dict[str, Any] = {}
+        for batch, count, mine in zip(batches, rows, own, strict=True):
+            ctx, arguments, mask = self._looked_up(batch)
+            with self._phase("towers"):
+                share = count / max(sum(rows), 1)
+                weight = np.float32(1 if self._all_reduce is None else self.tables.engine.share)
+                part, losses, gradients, scores, finite = self._differentiate(params, *arguments, share, weight)
+                if self._checks:
+                    self._refuse_non_finite(finite, to_torch(losses["loss"]), params, arguments, ctx, gradients)
+                total = part if total is None else self._add(total, part)
+                for name, loss in losses.items():
+                    value = to_torch(loss) * (mine / max(sum(own), 1))
+                    figures[name] = figures[name] + value if name in figures else value
+            self.tables.add_gradients(ctx, gradients)
+            metrics = self._updated_metrics(batch, scores, mask)
+        if self._all_reduce is not None:
+            with self._phase("exchange"):
+                total = self._all_reduce.sum(total)
+        with self._phase("update"):
+            self.state.tree = self._apply(params, opt_state, total)
+            self.tables.optimizer.step()
+        return {**figures, **metrics}
+
+    def _looked_up(self, batch: Mapping[str, Any]) -> tuple[Any, tuple[Any, ...], torch.Tensor | None]:
+        """Return the context of a batch's lookup; the arguments of the objective after the parameters; and the mask."""
+        with self._phase("lookup"):
+            vectors, ctx = self.tables.lookup(batch)
+        with self._phase("towers"):
+            inputs, labels, mask = self._inputs(batch, ctx.index), self._labels(batch), row_mask(batch)
+        return ctx, (vectors, inputs, labels, None if mask is None else as_array("mask", mask)), mask
+
+    def _rows(self, batch: Mapping[str, Any]) -> int:
+        """Return the number of rows of a batch."""
+        column = next((batch[name] for name in self.tables.engine.configs if name in batch), ())
+        return int(column.batch_size) if hasattr(column, "batch_size") else len(column)
 
     def score(self, batch: Mapping[str, Any]) -> dict[str, torch.Tensor]:
         """Return the scores of a batch by objective, ``[B]`` without padding rows; it needs no labels.
@@ -332,13 +385,21 @@ class JaxStep:
         finite = self._are_finite((ours, of_vectors))
         return self._update(params, opt_state, ours), losses, of_vectors, scores, finite
 
-    def _gradients(self, params: Any, vectors: Any, inputs: Any, labels: Any, mask: Any, weight: Any) -> Any:
-        """Like :meth:`_train_alone`, with weighted gradients in buckets in place of the new state."""
-        assert self._all_reduce is not None
+    def _gradients(
+        self, params: Any, vectors: Any, inputs: Any, labels: Any, mask: Any, share: Any, weight: Any
+    ) -> tuple[Any, ...]:
+        """Like :meth:`_train_alone`, with a batch's share of the gradients in place of the new state.
+
+        On several ranks, the gradients of the parameters are in buckets, and multiplied by the rank's weight.
+        """
         differentiated = jax.grad(self._objective, argnums=(0, 1), has_aux=True)
-        (ours, of_vectors), (losses, scores) = differentiated(params, vectors, inputs, labels, mask)
-        finite = self._are_finite((ours, of_vectors))
-        return self._all_reduce.pack(ours, weight), losses, of_vectors, scores, finite
+        gradients, (losses, scores) = differentiated(params, vectors, inputs, labels, mask)
+        # A batch without rows may have a gradient of NaN.
+        shared = jax.tree.map(lambda each: jnp.where(share == 0, 0, each * share).astype(each.dtype), gradients)
+        ours, of_vectors = shared
+        finite = self._are_finite(shared)
+        ours = ours if self._all_reduce is None else self._all_reduce.pack(ours, weight)
+        return ours, losses, of_vectors, scores, finite
 
 
 def _without_padding(column: torch.Tensor | None, mask: torch.Tensor | None) -> Any:

@@ -50,6 +50,9 @@ class Engine(Protocol):
     def describe_non_finite(self, batch: Any, values: Mapping[str, torch.Tensor]) -> list[str]:
         """Describe the features whose vectors or gradients are not finite."""
 
+    def add_gradients(self, ctx: Any, gradients: Mapping[str, torch.Tensor]) -> None:
+        """Add the gradients of a lookup to those of the optimizer's next step."""
+
     def prefetch(self, batch: Any) -> None:
         """Start sending the ids of a later batch."""
 
@@ -165,21 +168,26 @@ class JaxTables:
             TypeError: if a gradient is not a float32 array, or there is no optimizer.
             ValueError: if a gradient has another shape than the vectors.
         """
-        for name, gradient in gradients.items():
-            if not isinstance(gradient, jax.Array) or gradient.dtype != jnp.float32:
-                kind = getattr(gradient, "dtype", None) or describe_value(gradient)
-                raise TypeError(
-                    f"apply_gradients: feature {name!r}: the gradient must be a float32 JAX array, got {kind}; "
-                    "differentiate with respect to the vectors of lookup"
-                )
-            if name in ctx.shapes and gradient.shape != ctx.shapes[name]:
-                raise ValueError(
-                    f"apply_gradients: feature {name!r}: the gradient must have the shape of the vectors, "
-                    f"{list(ctx.shapes[name])}, got {list(gradient.shape)}; differentiate with respect to the vectors "
-                    "of the same lookup"
-                )
-        tensors = {name: to_torch(gradient) for name, gradient in gradients.items()}
-        self.engine.apply_gradients(ctx.lookup, tensors, self.optimizer)
+        self.engine.apply_gradients(ctx.lookup, _tensors("apply_gradients", ctx, gradients), self.optimizer)
+
+    def add_gradients(self, ctx: JaxLookup, gradients: Mapping[str, jax.Array]) -> None:
+        """Add the gradients of a lookup to those of the next ``tables.optimizer.step()``, which applies their sum.
+
+        So several batches share one update; scale each batch's gradients by its share of the samples for their mean.
+
+        Args:
+            ctx: As for :meth:`apply_gradients`.
+            gradients: As for :meth:`apply_gradients`.
+
+        Raises:
+            KeyError: As for :meth:`apply_gradients`.
+            RuntimeError: As for :meth:`apply_gradients`.
+            TypeError: As for :meth:`apply_gradients`.
+            ValueError: As for :meth:`apply_gradients`.
+        """
+        if self.optimizer is None:
+            raise TypeError("add_gradients: the tables have no optimizer; build JaxTables(engine, optimizer)")
+        self.engine.add_gradients(ctx.lookup, _tensors("add_gradients", ctx, gradients))
 
     def describe_non_finite(self, ctx: JaxLookup, values: Mapping[str, jax.Array]) -> list[str]:
         """Describe the features whose vectors or gradients contain NaN or infinities: table, vectors, first ids.
@@ -239,6 +247,24 @@ class JaxTables:
         longest = int(place.lengths().max()) if place.batch_size else 0
         length = self._class_of(f"{name}, length", max(longest - 1, 0))
         return cast(torch.Tensor, place.to_padded(length, padding=missing))
+
+
+def _tensors(where: str, ctx: JaxLookup, gradients: Mapping[str, jax.Array]) -> dict[str, torch.Tensor]:
+    """Return gradients as tensors in the same memory, after checking dtypes and shapes."""
+    for name, gradient in gradients.items():
+        if not isinstance(gradient, jax.Array) or gradient.dtype != jnp.float32:
+            kind = getattr(gradient, "dtype", None) or describe_value(gradient)
+            raise TypeError(
+                f"{where}: feature {name!r}: the gradient must be a float32 JAX array, got {kind}; differentiate with "
+                "respect to the vectors of lookup"
+            )
+        if name in ctx.shapes and gradient.shape != ctx.shapes[name]:
+            raise ValueError(
+                f"{where}: feature {name!r}: the gradient must have the shape of the vectors, "
+                f"{list(ctx.shapes[name])}, got {list(gradient.shape)}; differentiate with respect to the vectors of "
+                "the same lookup"
+            )
+    return {name: to_torch(gradient) for name, gradient in gradients.items()}
 
 
 def _is_pairs(column: object) -> bool:

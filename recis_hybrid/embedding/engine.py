@@ -60,6 +60,8 @@ class EngineLookup:
     "forward",
     "lookup",
     "apply_gradients",
+    "add_gradients",
+    "add_gradients",
     "distinct",
     "prefetch",
     "prefetch_rows",
@@ -377,27 +379,53 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
                 f"apply_gradients: optimizer must be one of recis_hybrid.optim, e.g. optim.Adam(engine.parameters()), "
                 f"got {describe_value(optimizer)}"
             )
+        spreads = self._spread("apply_gradients", ctx, gradients)
+        # Check everything before the first row changes.
+        optimizer.check_tables([table.anchor for table, _, _ in spreads])
+        ready = [(table.anchor, table.gradients_of(lookup, rows)) for table, lookup, rows in spreads]
+        for anchor, summed in ready:
+            optimizer.update_table(anchor, summed)
+
+    @torch.no_grad()
+    def add_gradients(self, ctx: EngineLookup, gradients: Mapping[str, Tensor]) -> None:
+        """Add the gradients of a lookup to those of the optimizer's next ``step()``, as backward does.
+
+        Collective if ranks share the tables.
+
+        Args:
+            ctx: As for :meth:`apply_gradients`.
+            gradients: As for :meth:`apply_gradients`. They must not be changed before the step.
+
+        Raises:
+            KeyError: As for :meth:`apply_gradients`.
+            RuntimeError: As for :meth:`apply_gradients`.
+            ValueError: If a gradient has another shape or dtype than the values.
+        """
+        for table, lookup, rows in self._spread("add_gradients", ctx, gradients):
+            if self._sharded is not None:
+                table.watch(lookup)
+            table.add_gradients(lookup, rows)
+
+    def _spread(
+        self, where: str, ctx: EngineLookup, gradients: Mapping[str, Tensor]
+    ) -> list[tuple[Any, Any, list[Tensor | None]]]:
+        """Return each trained table with its lookup and its gradients, after checking these."""
         trained = [number for number, table in enumerate(self.tables) if not table.read_only]
         gradients = {**{name: self._empty_gradient(name) for name in self._optional}, **gradients}
         missing = [name for number in trained for name in self._reads[number].features if name not in gradients]
         if missing:
-            raise KeyError(f"apply_gradients: no gradient for the features {missing}")
+            raise KeyError(f"{where}: no gradient for the features {missing}")
         unknown = sorted(gradients.keys() - self.configs.keys())
         if unknown:
-            raise KeyError(f"apply_gradients: got gradients for {unknown}, which are not features of this engine")
+            raise KeyError(f"{where}: got gradients for {unknown}, which are not features of this engine")
         if not all(ctx.lookups[number].train for number in trained):
-            raise RuntimeError("apply_gradients: the lookup ran in evaluation mode; call train() before it")
-        # Check everything before the first row changes.
-        optimizer.check_tables([self._rank_tables[number].anchor for number in trained])
-        ready = []
+            raise RuntimeError(f"{where}: the lookup ran in evaluation mode; call train() before it")
+        spreads = []
         for number in trained:
             table, lookup = self._rank_tables[number], ctx.lookups[number]
-            rows = spread(
-                table, lookup, ctx.outputs[number], [gradients[name] for name in self._reads[number].features]
-            )
-            ready.append((table.anchor, table.gradients_of(lookup, rows)))
-        for anchor, summed in ready:
-            optimizer.update_table(anchor, summed)
+            of_features = [gradients[name] for name in self._reads[number].features]
+            spreads.append((table, lookup, spread(table, lookup, ctx.outputs[number], of_features)))
+        return spreads
 
     def describe_non_finite(self, batch: Batch, values: Mapping[str, Tensor]) -> list[str]:
         """Describe the features whose vectors or gradients contain NaN or infinities; waits for the device.

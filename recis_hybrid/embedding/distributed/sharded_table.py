@@ -215,8 +215,9 @@ class ShardedTable:
         lookup.received = received.new_empty(0)  # no longer needed
 
     def watch(self, lookup: ShardedLookup) -> None:
-        """Expect gradients of a lookup until all ranks have dropped it; collective."""
-        self.gradients.watch(lookup.shared, lookup)
+        """Expect gradients of a lookup until all ranks have dropped it; collective unless it is expected already."""
+        if lookup.shared.user is None:
+            self.gradients.watch(lookup.shared, lookup)
 
     def add_gradients(self, lookup: ShardedLookup, gradients: Sequence[Tensor | None]) -> None:
         """Add the gradients of a training lookup, which are exchanged later; None for a feature without one."""

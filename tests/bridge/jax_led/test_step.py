@@ -178,7 +178,15 @@ def test_gradients_that_are_not_finite_are_refused() -> None:
         step(faulty)
     jax.tree.map(np.testing.assert_array_equal, step.state.tree, before)
     assert torch.equal(rows_of(step), table)
+    # The first batch of an update has added its gradients before the second one is refused.
+    with pytest.raises(FloatingPointError, match=rf"loss of nan, and {named}"):
+        step(batch, faulty)
+    jax.tree.map(np.testing.assert_array_equal, step.state.tree, before)
     step(batch)
+    other = make(tower, rows=["item"])
+    other(batch)
+    other(batch)
+    assert torch.equal(rows_of(step), rows_of(other))
     weights, state = step.state.tree
     step.state.tree = {**weights, "v": weights["v"].at[0, 0].set(0)}, state  # the derivative of the root is infinite
     with pytest.raises(FloatingPointError, match=r"nothing was updated: parameter \['v'\] of the tower$"):
@@ -268,6 +276,48 @@ def test_bad_objectives() -> None:
         make(heads, two_objectives())(some_batch(0))
 
 
+def cut(batch: Batch, *ends: int) -> list[Batch]:
+    return [
+        {name: column[a:b] for name, column in batch.items()}  # type: ignore[index]
+        for a, b in zip((0, *ends), (*ends, None), strict=True)
+    ]
+
+
+def test_accumulated_batches_have_the_gradient_of_one_large_batch() -> None:
+    batch = some_batch(0)
+    results = []
+    for batches in ([batch], cut(batch, 20), cut(batch, 7, 7, 20)):
+        step = make(metrics={"auc": AUC()})
+        figures = step(*batches)
+        auc = figures.pop("auc").compute()
+        results.append((figures, step.state.tree[0], rows_of(step), auc))
+        assert step.engines[0].tables[0].step == 1
+    for result in results[1:]:
+        assert_near(result[0], results[0][0])
+        assert_near(result[1], results[0][1], OF_ADAM)
+        assert_near(result[2], results[0][2], OF_ADAM)
+        assert result[3] == results[0][3]
+
+
+def test_a_failed_batch_leaves_no_gradients() -> None:
+    batch = some_batch(0)
+    failed, fresh = make(), make()
+    with pytest.raises(KeyError, match="the label column"):
+        failed(batch, {"item": batch["item"]})
+    failed(*cut(batch, 20))
+    fresh(*cut(batch, 20))
+    assert torch.equal(rows_of(failed), rows_of(fresh))
+
+
+def test_trainer_accumulates() -> None:
+    data = [some_batch(seed) for seed in range(4)]
+    ours, theirs = make(), make()
+    Trainer(ours, data, accumulate=2).fit([Train(epochs=1)])
+    for pair in (data[:2], data[2:]):
+        theirs(*pair)
+    assert torch.equal(rows_of(ours), rows_of(theirs))
+
+
 def test_bad_arguments_and_columns() -> None:
     with pytest.raises(TypeError, match="tables must be JaxTables"):
         JaxStep(mlp, params(), BCE, optax.adam(0.1), tables_of().engine)  # type: ignore[arg-type]
@@ -276,8 +326,10 @@ def test_bad_arguments_and_columns() -> None:
     with pytest.raises(TypeError, match="loss must be a function .* got None"):
         make(loss=None)
     batch = some_batch(0)
-    with pytest.raises(ValueError, match=r"not accumulated.* one batch, got 2; set Trainer\(accumulate=1\)"):
-        make()(batch, batch)
+    with pytest.raises(ValueError, match="an update needs at least one batch, got none"):
+        make()()
+    with pytest.raises(TypeError, match="add_gradients: the tables have no optimizer"):
+        JaxStep(mlp, params(), BCE, optax.adam(0.1), JaxTables(tables_of().engine))(batch, batch)
     with pytest.raises(KeyError, match="the label column 'label' must be a column of the batch"):
         make()({"item": batch["item"]})
     with pytest.raises(TypeError, match="the input column 'price' must be a dense column"):
@@ -326,6 +378,8 @@ def train(group, rank, ranks):
         data[-1] = {name: column[:30] for name, column in data[-1].items()}
     for batch in data * 2:
         step(batch)
+    step.expect([[30, 18]] * 2 if ranks == 2 else [[48]] * 2)
+    step(*data[:2])
     return step, engine
 
 dist.init_process_group("gloo")

@@ -210,6 +210,30 @@ def loss_and_gradients(vectors: dict[str, Any], index: dict[str, Any]) -> Any:
     return sum(jnp.sin(value).sum() for value in sums.values())
 
 
+def test_added_gradients_are_those_of_backward() -> None:
+    random = np.random.default_rng(0)
+    ours, theirs = engine_of(), engine_of()
+    tables, optimizer = JaxTables(ours, ours.make_optimizer(lr=0.1)), theirs.make_optimizer(lr=0.1)
+    for _ in range(2):
+        for count in (9, 5):
+            ids, weights = random.integers(0, 6, count), random.normal(0, 1, (count, 4)).astype(np.float32)
+            vectors, ctx = tables.lookup({"item": ids})
+            tables.add_gradients(ctx, {"item": jnp.asarray(weights)})
+            expected = theirs({"item": torch.from_numpy(ids)})["item"]
+            np.testing.assert_array_equal(vectors["item"], expected.detach())
+            expected.backward(torch.from_numpy(weights))
+        tables.optimizer.step()
+        optimizer.step()
+    assert_equal_tables(ours, theirs)
+    with pytest.raises(KeyError, match=r"add_gradients: no gradient for the features \['item'\]"):
+        tables.add_gradients(ctx, {})
+    with pytest.raises(ValueError, match=r"add_gradients: feature 'item': .* got \[1, 4\]"):
+        tables.add_gradients(ctx, {"item": jnp.zeros((1, 4))})
+    _, ctx = tables.lookup({"item": ids}, train=False)
+    with pytest.raises(RuntimeError, match="add_gradients: the lookup ran in evaluation mode"):
+        tables.add_gradients(ctx, {"item": jnp.zeros((5, 4))})
+
+
 def test_distinct_rows_train_like_pooled_vectors() -> None:
     features = {
         "dense": EmbeddingConfig(dim=4, initializer=Normal(0, 1)),
