@@ -192,7 +192,7 @@ def test_training_is_bitwise_that_of_torch_with_the_same_gradients(rule: Any) ->
         batch = global_batch(step)
         vectors, ctx = tables.lookup(batch)
         gradients = gradients_of(vectors)
-        trained = [name for name in vectors if name != "frozen"]
+        trained = [name for name in vectors if ours.configs[name].trainable]
         tables.apply_gradients(ctx, {name: gradients[name] for name in trained})
         values = theirs(batch)
         again = gradients_of({name: to_jax(value.detach()) for name, value in values.items()})
