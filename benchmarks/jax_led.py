@@ -9,16 +9,19 @@
   is keras-rs's DistributedEmbedding on JAX's CPU backend, if ``make bench-peers`` has installed it. Its tables have
   100,000 rows a feature and take row indices; it updates all rows. ``keras_rs/65k/2M`` and ``keras_rs/4k/2M`` have 4
   features of 2,000,000 rows (not with ``--quick``).
-- ``jit_lookup/65k``, ``jit_lookup/4k``: a training lookup inside jit, d16; the peer is the same kernel as a torch
-  operator, on preallocated outputs. ``jit_lookup/empty``: a lookup of no ids inside jit; the peer is an empty jitted
-  function.
+- ``jit_lookup/65k``, ``jit_lookup/4k``: a training lookup inside jit, d16; the peers are its bare kernel, timed inside
+  other calls like it, and the lookup of an engine in torch. ``jit_lookup/empty``: a lookup of no ids inside jit; the
+  peer is an empty jitted function.
 """
 
 from __future__ import annotations
 
+import ctypes
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -28,7 +31,7 @@ import torch
 
 from benchmarks import harness, workload
 from benchmarks.peers.worker import Worker, installed
-from recis_hybrid import optim
+from recis_hybrid import ops, optim
 from recis_hybrid.bridge import JaxTower, OptaxOptimizer, ffi, init
 from recis_hybrid.bridge.jax_led import JaxStep, JaxTables
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
@@ -38,7 +41,7 @@ CPU = torch.device("cpu")
 DIM = 16
 LR = 0.05
 WIDTH = 64
-OPERATOR, EMPTY = "torch operator", "empty jitted function"
+BARE, EAGER, EMPTY = "bare kernel", "EmbeddingEngine.lookup", "empty jitted function"
 KERAS_RS = "keras-rs DistributedEmbedding"
 
 
@@ -140,31 +143,78 @@ def lookups_of(work: workload.Workload) -> Callable[[], None]:
     return over(batches, step)
 
 
-def jit_lookups_of(work: workload.Workload) -> dict[str, Callable[[], None]]:
-    """Return a training lookup inside jit, and the kernel that it runs as a torch operator."""
-    engine = engine_of(work)
-    tables = ffi.JitTables(engine)  # without an optimizer, so that lookups need no update
+_Kernel = ctypes.CFUNCTYPE(ctypes.c_int32, *[ctypes.c_void_p] * 4)
+
+
+class _TableKernels(ctypes.Structure):
+    """``TableKernels`` of ``csrc/core/table_kernels.h``."""
+
+    _fields_ = (("version", ctypes.c_int64), ("lookup", _Kernel), ("update", _Kernel))
+
+
+_KernelsFunction = ctypes.CFUNCTYPE(ctypes.c_void_p)
+
+
+class TimedKernels:
+    """The kernels of the CPU's library, with the time of each lookup."""
+
+    def __init__(self) -> None:
+        address = ops.table_kernels("cpu")
+        assert address is not None
+        kernels = _TableKernels.from_address(_KernelsFunction(address)())
+        self.seconds = 0.0
+        """Time of the last lookup."""
+
+        def lookup(*arguments: int) -> int:
+            begin = time.perf_counter()
+            outcome: int = kernels.lookup(*arguments)
+            self.seconds = time.perf_counter() - begin
+            return outcome
+
+        self._timed = _TableKernels(kernels.version, _Kernel(lookup), kernels.update)
+        self._function = _KernelsFunction(lambda: ctypes.addressof(self._timed))
+
+    def address(self, device: str) -> int | None:
+        """Return the address of the function that returns the kernels, like ``ops.table_kernels``."""
+        return ctypes.cast(self._function, ctypes.c_void_p).value
+
+
+def jit_lookups_of(work: workload.Workload) -> dict[str, Callable[[], float | None]]:
+    """Return a training lookup inside jit, its bare kernel, and the lookup of an engine in torch."""
     batches = [work.batch(number) for number in range(workload.BATCHES)]
     words = [
         {name: jnp.asarray(ids.numpy().view(np.uint32).reshape(-1, 2)) for name, ids in batch.items()}
         for batch in batches
     ]
-    look_up = jax.jit(lambda ids, token: ffi.lookup(tables, ids, None, token)[::2])
-    token = tables.begin(room=work.step_ids)
 
-    def ours(ids: Any) -> None:
-        nonlocal token
-        vectors, token = look_up(ids, token)
-        jax.block_until_ready((vectors, token))
+    def jitted() -> Callable[[Any], object]:
+        tables = ffi.JitTables(engine_of(work))  # without an optimizer, so that lookups need no update
+        look_up = jax.jit(lambda ids, token: ffi.lookup(tables, ids, None, token)[::2])
+        token = tables.begin(room=work.step_ids)
+
+        def call(ids: Any) -> None:
+            nonlocal token
+            vectors, token = look_up(ids, token)
+            jax.block_until_ready((vectors, token))
+
+        return call
+
+    timed = TimedKernels()
+    with mock.patch.object(ops, "table_kernels", timed.address):
+        around = over(words, jitted())
+
+    def bare() -> float:
+        around()
+        return timed.seconds
 
     other = engine_of(work)
     (table,) = other.tables
 
-    def peer(batch: Any) -> None:
+    def eager(batch: Any) -> None:
         other.lookup(batch)
         table.record_lookup()
 
-    return {"ours": over(words, ours), OPERATOR: over(batches, peer)}
+    return {"ours": over(words, jitted()), BARE: bare, EAGER: over(batches, eager)}
 
 
 def empty_lookups() -> dict[str, Callable[[], None]]:
@@ -233,7 +283,8 @@ def main() -> None:
         if args.cases in (case := f"jit_lookup/{size}"):
             harness.progress(f"{case}, {args.threads} thread(s)")
             rate = harness.rates(jit_lookups_of(workload.make(size, DIM, CPU)), 1, rounds, CPU, burst=3)
-            report(case, rate, OPERATOR)
+            for peer_name in (BARE, EAGER):
+                report(case, rate, peer_name)
     if args.cases in (case := "jit_lookup/empty"):
         harness.progress(case)
         report(case, harness.rates(empty_lookups(), 100, 30, CPU), EMPTY)
