@@ -116,7 +116,7 @@ def test_a_browser_renders_the_page(run: Path, tmp_path: Path) -> None:
         f"--screenshot={tmp_path / 'page.png'}",
         write_report(run).as_uri(),
     ]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert result.returncode == 0, result.stderr[-2000:]
     from PIL import Image
 

@@ -37,13 +37,13 @@ class Rows(Dataset[Any]):
 def test_workers_feed_a_tower(method: str, uses_jax: bool) -> None:
     tower = JaxTower(lambda params, x: x * params["w"], {"w": torch.full((4,), 2.0)})
     tower(torch.zeros(4))  # starts JAX
-    loader = DataLoader(Rows(uses_jax), batch_size=4, num_workers=1, multiprocessing_context=method, timeout=120)
+    loader = DataLoader(Rows(uses_jax), batch_size=4, num_workers=1, multiprocessing_context=method, timeout=300)
     outputs = [tower(batch) for batch in loader]
     assert torch.cat(outputs)[:, 0].tolist() == [2.0 * row for row in range(8)]
 
 
 def test_a_forked_worker_that_would_hang_raises() -> None:
     to_jax(torch.zeros(16))
-    loader = DataLoader(Rows(uses_jax=True), batch_size=4, num_workers=1, multiprocessing_context="fork", timeout=120)
+    loader = DataLoader(Rows(uses_jax=True), batch_size=4, num_workers=1, multiprocessing_context="fork", timeout=300)
     with pytest.raises(RuntimeError, match=r"was forked after JAX had started.*forkserver"):
         next(iter(loader))

@@ -333,7 +333,7 @@ def test_a_new_process_resumes_and_may_exit_early(folder: Path) -> None:
         "passing = iter(data)\nprint(json.dumps([next(passing)['row'].tolist() for _ in range(2)]))\n"
     )
     command = [sys.executable, "-W", "error", "-c", program, str(folder), json.dumps(data.state_dict())]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
     assert json.loads(done.stdout) == whole[3:5]
 

@@ -131,7 +131,7 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank in range(2)
     ]
     try:
-        every = [process.communicate(timeout=90) for process in ranks]
+        every = [process.communicate(timeout=300) for process in ranks]
     finally:
         for process in ranks:
             process.kill()

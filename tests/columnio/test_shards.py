@@ -240,7 +240,7 @@ def test_ranks_of_torch_distributed_share_all_rows_and_no_collective_hangs(folde
     ]
     seen: list[int] = []
     for number, process in enumerate(started):
-        out, err = process.communicate(timeout=120)
+        out, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
         rank, rows = out.strip().split(" ", 1)
         assert int(rank) == 1 - number

@@ -50,7 +50,7 @@ def torchrun(root: Path, folder: Path, *more: str) -> list[dict[str, Any]]:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
         # Otherwise, ranks find the addresses of the previous ranks in torchrun's store (docs/distributed.md).
         env={
             **os.environ,

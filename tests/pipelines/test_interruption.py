@@ -199,7 +199,7 @@ def test_a_signal_ends_a_wait_for_a_batch(tmp_path: Path, root: Path, uninterrup
     assert run.stdout is not None
     assert run.stdout.readline() == "waits\n"
     run.send_signal(signal.SIGTERM)
-    _, stderr = run.communicate(timeout=60)
+    _, stderr = run.communicate(timeout=300)
     assert run.returncode == 143, stderr
     # The process was waiting for a batch of the third step.
     assert Saver(tmp_path).steps() == [2]
@@ -240,7 +240,7 @@ def test_a_second_signal_ends_the_process_immediately(tmp_path: Path, root: Path
     assert run.stdout is not None
     assert run.stdout.readline() == "saves\n"
     run.send_signal(number)
-    run.communicate(timeout=60)
+    run.communicate(timeout=300)
     assert run.returncode == -number  # 130 and 143 in a shell
 
 
@@ -253,7 +253,7 @@ def test_the_command_saves_and_reports_it(tmp_path: Path, root: Path, capsys: py
         while run.poll() is None and not (log.exists() and log.read_text()):
             threading.Event().wait(0.01)
         run.send_signal(signal.SIGTERM)
-        _, stderr = run.communicate(timeout=60)
+        _, stderr = run.communicate(timeout=300)
     assert run.returncode == 143, stderr
     step = Saver(log.parent).latest()
     assert f"ended by SIGTERM after step {step}; the state is saved in {log.parent}" in stderr

@@ -234,7 +234,7 @@ def test_the_command_under_torchrun(tmp_path: Path, root: Path, capsys: pytest.C
 
     def run(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [*torchrun, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
 
     done = run("train", str(config), "train.epochs=1")
     assert done.returncode == 0, done.stderr[-3000:]

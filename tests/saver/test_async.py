@@ -91,7 +91,7 @@ def test_process_exit_waits_and_reports(saver_lives: bool, tmp_path: Path, root:
         "saver.save(3, {'shelf': example_shelf()})\n" + ("" if saver_lives else "del saver\n")
     )
     done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False, timeout=300
     )
     assert f"recis_hybrid: the save of step 3 in {tmp_path} failed: " in done.stderr
     assert done.stderr.count("No space left") == 1

@@ -149,7 +149,7 @@ embed(Tower(kill_after=21), Path(sys.argv[1]))
 
 def test_a_killed_run_continues(tmp_path: Path, root: Path) -> None:
     command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == -signal.SIGKILL, done.stderr
     complete = list(tmp_path.rglob("*.parquet"))
     assert len(complete) == 2

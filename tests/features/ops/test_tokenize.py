@@ -265,7 +265,7 @@ def test_forked_workers_tokenize(small: Path, tmp_path: Path) -> None:
         env={**os.environ, "TOKENIZERS_PARALLELISM": "true"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert (done.returncode, done.stdout) == (0, "1280\n"), done.stderr
