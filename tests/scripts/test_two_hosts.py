@@ -25,6 +25,8 @@ def test_the_loss_of_a_host_raises_on_the_other(root: Path) -> None:
 
 def test_a_machine_without_namespaces_is_skipped_with_a_message(root: Path, tmp_path: Path) -> None:
     command = [sys.executable, str(root / "scripts" / "two_hosts.py")]
-    done = subprocess.run(command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        command, env={"PATH": str(tmp_path)}, capture_output=True, text=True, check=False, timeout=300
+    )
     assert done.returncode == 77
     assert "skipped: " in done.stdout
