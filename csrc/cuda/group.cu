@@ -156,7 +156,7 @@ void insert_ids(CudaDevice& device, const TableRef& table, const LookupCall& cal
   const Room room{table.counters, table.max_rows, table.max_slots};
   // What may raise, for lack of memory, comes before the first launch: once ids are inserted, they must be committed.
   auto* fresh = static_cast<int64_t*>(device.scratch(n * 8));
-  auto* fresh_slots = static_cast<int64_t*>(device.scratch(n * 8));
+  auto* fresh_slots = static_cast<uint64_t**>(device.scratch(n * 8));
   InsertWithin insert{};
   device.place(insert.segments, spans.ids);
   insert.segments.total = n;
@@ -180,7 +180,7 @@ void insert_ids(CudaDevice& device, const TableRef& table, const LookupCall& cal
     device.for_each(1, 1, CommitWithin{room, call.turn, flags});
   });
   device.for_each_counted(&flags->fresh, n, table.blocks.record_bytes / 4, init);
-  device.for_each_counted(&flags->undone, n, 1, UndoInserts{table.map.slots, fresh_slots});
+  device.for_each_counted(&flags->undone, n, 1, UndoInserts{fresh_slots});
 }
 
 // Groups the positions of a training lookup inside jit.

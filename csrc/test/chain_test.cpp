@@ -93,7 +93,8 @@ void inserts_are_all_or_none(int64_t distinct, int64_t rows, int64_t reused) {
   std::vector<int64_t> counters = {0, reused, reused, 0, 0, 0};
   const std::vector<int64_t> counters_before = counters;
   const int64_t n = 5 * distinct;
-  std::vector<int64_t> ids, found(n), fresh(n), fresh_slots(n);
+  std::vector<int64_t> ids, found(n), fresh(n);
+  std::vector<uint64_t*> fresh_slots(n);
   for (int64_t i = 0; i < n; ++i) ids.push_back(i % distinct - 3);
   CallFlags flags;
   StartLookup{chain.turn(0, token, token), &flags}(0, OneLane{});
@@ -111,7 +112,7 @@ void inserts_are_all_or_none(int64_t distinct, int64_t rows, int64_t reused) {
   insert.flags = &flags;
   for_each_cpu(Threads{kThreads}, n, 1, insert);
   CommitWithin{room, chain.turn(0, token, token), &flags}(0, OneLane{});
-  for_each_cpu(Threads{kThreads}, flags.undone, 1, UndoInserts{slots, fresh_slots.data()});
+  for_each_cpu(Threads{kThreads}, flags.undone, 1, UndoInserts{fresh_slots.data()});
   if (distinct <= std::min(rows, room.max_slots)) {
     CHECK(flags.refused == 0 && flags.fresh == distinct && flags.undone == 0);
     CHECK(counters[kFresh] == 0 && counters[kLive] == distinct && counters[kUsedSlots] == distinct);
