@@ -82,15 +82,15 @@ MUTANTS = [
     Mutant(
         "probe_without_an_end",
         "csrc/core/id_map.h",
-        "for (uint64_t passed = 0; passed <= map.mask; ++passed) {",
-        "for (uint64_t passed = 0;; ++passed) {",
+        "for (uint64_t passed = 0; passed < lines; ++passed) {\n    for (uint64_t* slot",
+        "for (uint64_t passed = 0;; ++passed) {\n    for (uint64_t* slot",
         ["group", "id_map"],
         [FULL],
     ),
     Mutant(
         "slot_moved_without_comparing",
         "csrc/core/id_map.h",
-        "if (load_acquire(slot + 1) == 0 && compare_exchange(slot + 1, expected, entry)) {",
+        "if (compare_exchange(slot + 1, expected, entry)) {",
         "if (load_acquire(slot + 1) == expected && (store_release(slot + 1, entry), true)) {",
         ["id_map"],
         [IDS],

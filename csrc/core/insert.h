@@ -47,10 +47,10 @@ struct InsertKeys {
 
   static uint64_t hash(int64_t id, int64_t member) { return slot_hash(id, member); }
 
-  void prefetch(uint64_t hash) const { prefetch_bytes<false>(map.slots + 2 * (hash & map.mask), 1); }
+  void prefetch(uint64_t hash) const { prefetch_bytes<false>(map.start(hash), 1); }
 
   int64_t row(int64_t id, int64_t member) const {
-    const uint64_t* slot = find_slot(map, id, member);
+    const uint64_t* slot = find_slot(map, id, member).slot;
     if (__builtin_expect(slot == nullptr, 0)) return insert(id, member);
     return entry_row(load_acquire(slot + 1));
   }
