@@ -58,8 +58,8 @@ MUTANTS = [
     Mutant(
         "id_published_after_its_entry",
         "csrc/core/id_map.h",
-        "store_relaxed(slot, static_cast<uint64_t>(id));\n        store_release(slot + 1, entry);",
-        "store_release(slot + 1, entry);\n        store_relaxed(slot, static_cast<uint64_t>(id));",
+        "store_relaxed(slot, static_cast<uint64_t>(id));\n          store_release(slot + 1, entry);",
+        "store_release(slot + 1, entry);\n          store_relaxed(slot, static_cast<uint64_t>(id));",
         ["group", "id_map"],
         [IDS, LOOKUPS],
     ),
@@ -82,7 +82,7 @@ MUTANTS = [
     Mutant(
         "probe_without_an_end",
         "csrc/core/id_map.h",
-        "for (uint64_t passed = 0; passed < lines; ++passed) {\n    for (uint64_t* slot",
+        "for (uint64_t passed = 0; passed < order.lines; ++passed) {\n    for (uint64_t* slot",
         "for (uint64_t passed = 0;; ++passed) {\n    for (uint64_t* slot",
         ["group", "id_map"],
         [FULL],

@@ -4,6 +4,7 @@
 // including erased slots, at or below 0.75, so a probe reaches an empty slot. A probe that has passed every line ends.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(__AVX__) && !defined(__CUDACC__)
@@ -33,11 +34,11 @@ RECIS_HD uint64_t key_of(uint64_t hash, int64_t member) {
   return (static_cast<uint64_t>(member) << kMemberShift) | (hash & ((uint64_t{1} << kTagBits) - 1));
 }
 
-// The slot of a line that holds an id, or null.
+// The slot of a line that holds an id, as a mask of one bit, or 0.
 //
 // All four slots are compared without a branch: the length of a probe is unpredictable, and a branch mispredicted while
 // its slot is still being loaded prevents the processor from starting on the next ids.
-RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
+RECIS_HD int match_mask(const uint64_t* line, uint64_t id, uint64_t key) {
   const uint64_t full = make_entry(SlotState::kFull, key, 0);
   const uint64_t compared = make_entry(SlotState::kErased, kKeyMask, 0);  // both bits of the state, and the key
 #if defined(__AVX__) && !defined(__CUDACC__)
@@ -49,16 +50,15 @@ RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
     return _mm_cmpeq_epi64(_mm_and_si128(slot, mask), pattern);
   };
   const __m128i both = _mm_packs_epi16(_mm_packs_epi32(same(0), same(1)), _mm_packs_epi32(same(2), same(3)));
-  const int match = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(both, _mm_set1_epi32(-1))));
-  return match == 0 ? nullptr : line + 2 * __builtin_ctz(match);
+  return _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(both, _mm_set1_epi32(-1))));
 #else
-  uint64_t match = kLineSlots;
+  int match = 0;
   for (uint64_t j = 0; j < kLineSlots; ++j) {
     const uint64_t entry = load_acquire(line + 2 * j + 1);
     const uint64_t difference = ((entry & compared) ^ full) | (load_relaxed(line + 2 * j) ^ id);
-    match = difference == 0 ? j : match;
+    match |= (difference == 0 ? 1 : 0) << j;
   }
-  return match == kLineSlots ? nullptr : line + 2 * match;
+  return match;
 #endif
 }
 
@@ -88,7 +88,13 @@ RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key, Many
 }
 
 RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key, OneLane) {
-  return match_in_line(line, id, key);
+  const int match = match_mask(line, id, key);
+  if (match == 0) return nullptr;
+#if defined(__CUDA_ARCH__)
+  return line + 2 * (__ffs(match) - 1);
+#else
+  return line + 2 * __builtin_ctz(match);
+#endif
 }
 
 // A slot and its number; null and -1 for none.
@@ -97,25 +103,23 @@ struct FoundSlot {
   int64_t number;
 };
 
-RECIS_HD uint64_t next_line(uint64_t number, uint64_t lines) { return number + 1 == lines ? 0 : number + 1; }
-
 // The slot that holds an id, or none; with several lanes, the same for all. A concurrent insert of the id may be
 // missed.
 template <class Lanes = OneLane>
 RECIS_HD FoundSlot find_slot(const IdMapRef& map, int64_t id, int64_t member, Lanes lanes = {}) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
-  const uint64_t lines = map.lines();
-  uint64_t number = map.first_line(hash);
-  for (uint64_t passed = 0; passed < lines; ++passed) {
-    uint64_t* line = map.line(number);
+  const LineOrder order = map.order();
+  uint64_t number = order.first_line(hash);
+  for (uint64_t passed = 0; passed < order.lines; ++passed) {
+    uint64_t* line = order.line(number);
     // A claimed slot does not match: its id is not published yet.
     if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key, lanes)) {
       return {slot, static_cast<int64_t>(kLineSlots * number) + (slot - line) / 2};
     }
     // The slots of a line are filled in order and do not become empty again while ids are looked up.
     if (last_is_empty(line, lanes)) break;
-    number = next_line(number, lines);
+    number = order.next_line(number);
   }
   return {nullptr, -1};
 }
@@ -143,14 +147,14 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, co
                              Lanes lanes = {}) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
-  const uint64_t lines = map.lines();
-  uint64_t number = map.first_line(hash);
-  uint64_t* line = map.line(number);
+  const LineOrder order = map.order();
+  uint64_t number = order.first_line(hash);
+  uint64_t* line = order.line(number);
   if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key, lanes)) {
     return {slot, load_acquire(slot + 1), false};
   }
   if (lanes.rank != 0) return {nullptr, 0, false};
-  for (uint64_t passed = 0; passed < lines; ++passed) {
+  for (uint64_t passed = 0; passed < order.lines; ++passed) {
     for (uint64_t* slot = line; slot != line + 2 * kLineSlots; slot += 2) {
       uint64_t entry = load_relaxed(slot + 1);
       if (entry_state(entry) == SlotState::kEmpty) {
@@ -167,11 +171,55 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, co
       while (entry_state(entry) == SlotState::kClaimed);
       if (entry_state(entry) == SlotState::kFull && slot[0] == static_cast<uint64_t>(id)) return {slot, entry, false};
     }
-    number = next_line(number, lines);
-    line = map.line(number);
+    number = order.next_line(number);
+    line = order.line(number);
   }
   return {nullptr, 0, false};
 }
+
+// Finds ids on the CPU, up to kIds at once, as find_slot does.
+//
+// The first lines of all ids are prefetched and then compared without a branch. Ids in later lines, a tenth at usual
+// loads, are collected and follow while their second lines are loaded. So an unpredictable length of the probe costs
+// neither a mispredicted branch nor the wait for a line.
+struct FindBlock {
+  static constexpr int kIds = 64;
+
+  IdMapRef map;
+
+  // Calls write(k, slot, row) for each k below count, for some twice, the last call counting: the number of the slot
+  // that holds id(k) of a member table, and its row, or -1 and -1.
+  template <class Id, class Write>
+  void operator()(int count, int64_t member, Id&& id, Write&& write) const {
+    const LineOrder order = map.order();
+    uint64_t hashes[kIds];
+    uint64_t numbers[kIds];
+    const uint64_t* lines[kIds];
+    int late[kIds];
+    for (int k = 0; k < count; ++k) hashes[k] = slot_hash(id(k), member);
+    for (int k = 0; k < count; ++k) {
+      numbers[k] = order.first_line(hashes[k]);
+      lines[k] = order.line(numbers[k]);
+      __builtin_prefetch(lines[k], 0, 3);
+    }
+    int late_count = 0;
+    for (int k = 0; k < count; ++k) {
+      const int match = match_mask(lines[k], static_cast<uint64_t>(id(k)), key_of(hashes[k], member));
+      const int at = __builtin_ctz(match | 1 << (kLineSlots - 1));
+      const int64_t none = match == 0 ? -1 : 0;
+      write(k, (static_cast<int64_t>(kLineSlots * numbers[k]) + at) | none,
+            entry_row(load_acquire(lines[k] + 2 * at + 1)) | none);
+      late[late_count] = k;
+      // A claimed slot in the last place counts as full, as in find_slot.
+      late_count += match == 0 && load_acquire(lines[k] + 2 * kLineSlots - 1) != 0 ? 1 : 0;
+    }
+    for (int j = 0; j < late_count; ++j) __builtin_prefetch(order.line(order.next_line(numbers[late[j]])), 0, 3);
+    for (int j = 0; j < late_count; ++j) {
+      const FoundSlot found = find_slot(map, id(late[j]), member);
+      if (found.slot != nullptr) write(late[j], found.number, entry_row(load_acquire(found.slot + 1)));
+    }
+  }
+};
 
 // The row of allocation `number` since the last commit: from the free list first, then from the end.
 RECIS_HD int64_t fresh_row(const int64_t* counters, const int64_t* free_rows, int64_t number) {
@@ -210,6 +258,19 @@ struct FindIds : LookUpIds {
     const FoundSlot found = slot(part, i, lanes);
     if (lanes.rank != 0) return;
     rows[i] = kSlots || found.slot == nullptr ? found.number : entry_row(load_acquire(found.slot + 1));
+  }
+
+  void run(int32_t part, int64_t begin, int64_t end) const {
+    const IdSpan& span = segments[part];
+    const int64_t used = span.used == nullptr ? end : std::clamp(span.first + *span.used, begin, end);
+    for (int64_t first = begin; first < used; first += FindBlock::kIds) {
+      const int64_t* ids = span.ids + (first - span.first);
+      FindBlock{map}(
+          static_cast<int>(std::min<int64_t>(FindBlock::kIds, used - first)), span.member,
+          [ids](int k) { return ids[k]; },
+          [this, first](int k, int64_t slot, int64_t row) { rows[first + k] = kSlots ? slot : row; });
+    }
+    std::fill(rows + used, rows + end, -1);
   }
 };
 
@@ -260,14 +321,14 @@ RECIS_HD uint64_t slots_in_use(const uint64_t* line) {
 
 // Puts an id that the map does not hold into its first empty slot. Ids are distinct, so no comparison is needed.
 RECIS_HD void place_entry(const IdMapRef& map, uint64_t id, uint64_t entry) {
-  const uint64_t lines = map.lines();
-  uint64_t number = map.first_line(slot_hash(static_cast<int64_t>(id), entry_member(entry)));
-  uint64_t* line = map.line(number);
-  for (uint64_t passed = 0; passed < lines;) {
+  const LineOrder order = map.order();
+  uint64_t number = order.first_line(slot_hash(static_cast<int64_t>(id), entry_member(entry)));
+  uint64_t* line = order.line(number);
+  for (uint64_t passed = 0; passed < order.lines;) {
     const uint64_t used = slots_in_use(line);
     if (used == kLineSlots) {
-      number = next_line(number, lines);
-      line = map.line(number);
+      number = order.next_line(number);
+      line = order.line(number);
       ++passed;
       continue;
     }

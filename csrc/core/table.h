@@ -68,26 +68,43 @@ enum HeaderWord : int {
 
 // Lines are in the order of the ids' hashes: line = hash * lines / 2^64. So a map grows in place, by moving the lines
 // from the last one down, each to a line after it.
-struct IdMapRef {
-  uint64_t* header;
-
-  RECIS_HD uint64_t lines() const { return header[kLines]; }
+//
+// LineOrder holds the values of a header, read once for many ids.
+struct LineOrder {
+  const uint64_t* chunks;
+  uint64_t lines;
+  uint64_t old_lines;
+  uint64_t last_old;
+  uint64_t chunk_shift;
 
   // The line at which the probe for an id starts.
   RECIS_HD uint64_t first_line(uint64_t hash) const {
-    return multiply_high(hash, header[hash <= header[kLastOld] ? kOldLines : kLines]);
+    return multiply_high(hash, hash <= last_old ? old_lines : lines);
   }
 
+  RECIS_HD uint64_t next_line(uint64_t number) const { return number + 1 == lines ? 0 : number + 1; }
+
   RECIS_HD uint64_t* line(uint64_t number) const {
-    const uint64_t shift = header[kChunkShift];
-    uint64_t* chunk = reinterpret_cast<uint64_t*>(header[kHeaderWords + (number >> shift)]);
-    return chunk + 2 * kLineSlots * (number & ((uint64_t{1} << shift) - 1));
+    uint64_t* chunk = reinterpret_cast<uint64_t*>(chunks[number >> chunk_shift]);
+    return chunk + 2 * kLineSlots * (number & ((uint64_t{1} << chunk_shift) - 1));
   }
+};
+
+struct IdMapRef {
+  uint64_t* header;
+
+  RECIS_HD LineOrder order() const {
+    return {header + kHeaderWords, header[kLines], header[kOldLines], header[kLastOld], header[kChunkShift]};
+  }
+
+  RECIS_HD uint64_t lines() const { return header[kLines]; }
+
+  RECIS_HD uint64_t* line(uint64_t number) const { return order().line(number); }
 
   RECIS_HD uint64_t* slot(uint64_t number) const { return line(number / kLineSlots) + 2 * (number % kLineSlots); }
 
   // Where the probe for an id starts, to prefetch it.
-  RECIS_HD const uint64_t* start(uint64_t hash) const { return line(first_line(hash)); }
+  RECIS_HD const uint64_t* start(uint64_t hash) const { return line(order().first_line(hash)); }
 };
 
 // The history of a row, 16 bytes of its record: two steps of 40 bits and a frequency of 48 bits, which saturates.
