@@ -153,6 +153,48 @@ void inserts_are_all_or_none(int64_t distinct, int64_t rows, int64_t reused) {
   insert_all_or_none(slots.map(), counters, {counters, rows, 256 * 3 / 4}, free_rows, ids, distinct);
 }
 
+// A refused call leaves a map as it was while the map grows, with ids and erased slots; their probes still find the ids.
+void refused_inserts_leave_a_growing_map() {
+  constexpr int64_t kOld = 3000;
+  constexpr int64_t kNew = 500;
+  recis_test::Slots slots(4096);
+  int64_t counters[kCounters] = {};
+  std::vector<int64_t> old_ids(kOld), rows(kOld), fresh(kOld);
+  for (int64_t i = 0; i < kOld; ++i) old_ids[i] = static_cast<int64_t>(mix64(static_cast<uint64_t>(i)));
+  FindOrInsertIds old{};
+  old.segments.count = 1;
+  old.segments.total = kOld;
+  old.segments.near[0] = {0, old_ids.data(), 0, nullptr};
+  old.map = slots.map();
+  old.counters = counters;
+  old.rows = rows.data();
+  old.fresh = fresh.data();
+  for_each_cpu(Threads{kThreads}, kOld, 1, old);
+  CommitInserts{counters}(0, OneLane{});
+  std::vector<int64_t> erased;
+  for (int64_t i = 0; i < kOld; i += 7) erased.push_back(find_slot(slots.map(), old_ids[i], 0).number);
+  std::vector<int64_t> free_rows(kOld);
+  for_each_cpu(Serial{}, static_cast<int64_t>(erased.size()), 1,
+               EraseSlots{slots.map(), erased.data(), counters, free_rows.data()});
+  const int64_t free = counters[kFree];
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < 3 * kNew; ++i) ids.push_back(static_cast<int64_t>(mix64(1'000'000 + i % kNew)));
+  for (int64_t i = 1; i < 200; i += 7) ids.push_back(old_ids[i]);
+  int pieces = 0;
+  slots.grow(6144, 100, counters, [&] {
+    const IdMapRef map = slots.map();
+    insert_all_or_none(map, counters, {counters, counters[kRows], 6000}, free_rows, ids, kNew);
+    CHECK(counters[kFree] == free);
+    for (int64_t i = 0; i < kOld; ++i) {
+      const FoundSlot slot = find_slot(map, old_ids[i], 0);
+      CHECK(i % 7 == 0 ? slot.slot == nullptr : slot.slot != nullptr && entry_row(slot.slot[1]) == rows[i]);
+    }
+    ++pieces;
+  });
+  CHECK(pieces == 11);
+  insert_all_or_none(slots.map(), counters, {counters, kOld + kNew, 6000}, free_rows, ids, kNew);
+}
+
 }  // namespace
 
 int main() {
@@ -166,5 +208,6 @@ int main() {
   inserts_are_all_or_none(192, 1000, 0);
   inserts_are_all_or_none(193, 1000, 0);
   inserts_are_all_or_none(400, 1000, 0);
+  refused_inserts_leave_a_growing_map();
   return recis_test::finish("chain_test", "turns, unseen lookups, and inserts into a table that may not grow");
 }
