@@ -29,7 +29,11 @@ struct Divisor {
   }
 
   RECIS_HD uint64_t remainder(uint64_t x) const {
-    const uint64_t high = multiply_high(magic, x);
+#if defined(__CUDA_ARCH__)
+    const uint64_t high = __umul64hi(magic, x);
+#else
+    const uint64_t high = static_cast<uint64_t>(static_cast<unsigned __int128>(magic) * x >> 64);
+#endif
     return x - ((high + ((x - high) >> shift1)) >> shift2) * divisor;
   }
 };
