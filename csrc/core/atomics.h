@@ -15,10 +15,10 @@
 
 namespace recis {
 
-RECIS_HD uint64_t load_acquire(const uint64_t* word) {
+template <class Word>
+RECIS_HD Word load_acquire(const Word* word) {
 #if defined(__CUDA_ARCH__)
-  return cuda::atomic_ref<uint64_t, cuda::thread_scope_device>(*const_cast<uint64_t*>(word))
-      .load(cuda::memory_order_acquire);
+  return cuda::atomic_ref<Word, cuda::thread_scope_device>(*const_cast<Word*>(word)).load(cuda::memory_order_acquire);
 #else
   return __atomic_load_n(word, __ATOMIC_ACQUIRE);
 #endif
@@ -48,6 +48,15 @@ RECIS_HD int64_t fetch_add(int64_t* word, int64_t value) {
   return cuda::atomic_ref<int64_t, cuda::thread_scope_device>(*word).fetch_add(value, cuda::memory_order_relaxed);
 #else
   return __atomic_fetch_add(word, value, __ATOMIC_RELAXED);
+#endif
+}
+
+// The same, published to a thread that acquires the sum.
+RECIS_HD int64_t fetch_add_release(int64_t* word, int64_t value) {
+#if defined(__CUDA_ARCH__)
+  return cuda::atomic_ref<int64_t, cuda::thread_scope_device>(*word).fetch_add(value, cuda::memory_order_release);
+#else
+  return __atomic_fetch_add(word, value, __ATOMIC_RELEASE);
 #endif
 }
 

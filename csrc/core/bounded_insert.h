@@ -22,7 +22,7 @@ struct Room {
     return min64(max_rows - counters[kRows] + counters[kFree], max_slots - counters[kUsedSlots]);
   }
   // Whether a row may be left while others are being inserted.
-  RECIS_HD explicit operator bool() const { return load_relaxed(counters + kFresh) < size(); }
+  RECIS_HD explicit operator bool() const { return load_acquire(counters + kFresh) < size(); }
 };
 
 // rows[i] = row of ids[i], or -1 at a position that is not in use. An id without a row gets one if there is room;
@@ -44,7 +44,7 @@ struct InsertWithin : LookUpIds {
     }
     int64_t number = 0;
     const auto new_row = [&] {
-      number = fetch_add(room.counters + kFresh, 1);
+      number = fetch_add_release(room.counters + kFresh, 1);
       return fresh_row(room.counters, free_rows, number);
     };
     const Probe probe = find_or_claim(map, span.id(i), span.member, room, new_row, lanes);

@@ -126,7 +126,8 @@ struct Probe {
 // immediately unless it probably holds their own id; only then do they wait for the id to be published. The claiming
 // thread alone calls row(), which returns the row bits of the new entry.
 //
-// `may_claim`, a bool or what converts to one, is read when the id is absent.
+// `may_claim`, a bool or what converts to one, is read when the id is absent. If it depends on what row() has taken,
+// row() releases and `may_claim` acquires, so that an id is found whose claim was the last one.
 //
 // Several lanes compare the first line together; lane 0 then goes on alone, and its result counts.
 template <class Claim, class Row, class Lanes = OneLane>
@@ -143,8 +144,11 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, co
     uint64_t* slot = map.slots + 2 * ((start + passed) & map.mask);
     uint64_t entry = load_relaxed(slot + 1);
     if (entry_state(entry) == SlotState::kEmpty) {
-      if (!may_claim) return {nullptr, 0, false};
-      if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
+      if (!may_claim) {
+        // Another thread may have claimed the slot before it took what was left to claim.
+        entry = load_acquire(slot + 1);
+        if (entry_state(entry) == SlotState::kEmpty) return {nullptr, 0, false};
+      } else if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
         entry = make_entry(SlotState::kFull, key, row());
         store_relaxed(slot, static_cast<uint64_t>(id));
         store_release(slot + 1, entry);
