@@ -86,7 +86,7 @@ def _find(bench: Bench, id_map: IdMap, load: float, distribution: str) -> Measur
     batches = [bench.ids(numbers) for numbers in bench.drawn(distribution, below)]
     turns = cycle(batches)
     rows = torch.empty(n, dtype=torch.int64, device=bench.device)
-    rates = bench.rates({"ours": lambda: ops.id_map.find(id_map.slots, [next(turns)], [0], rows)})
+    rates = bench.rates({"ours": lambda: ops.id_map.find(id_map.slots.header, [next(turns)], [0], rows)})
     if bool((rows < 0).any()):
         raise AssertionError(f"{case}: an id was not found")
     live = len(id_map)

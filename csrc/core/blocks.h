@@ -112,24 +112,6 @@ struct MarkTouched {
   }
 };
 
-// Lists the ids whose rows are marked, with their member tables, in no particular order. One item per slot of the map.
-struct ListMarked {
-  const uint64_t* slots;
-  const uint8_t* marks;
-  int64_t* ids;
-  int64_t* members;
-  int64_t* count;
-
-  template <class Lanes>
-  RECIS_HD void operator()(int64_t i, Lanes lanes) const {
-    const uint64_t entry = slots[2 * i + 1];
-    if (lanes.rank != 0 || entry_state(entry) != SlotState::kFull || marks[entry_row(entry)] == 0) return;
-    const int64_t at = fetch_add(count, 1);
-    ids[at] = static_cast<int64_t>(slots[2 * i]);
-    members[at] = entry_member(entry);
-  }
-};
-
 // Copies the updated step, seen step and frequency of rows[i] to columns[0..2][i] (kRead), or back.
 template <bool kRead>
 struct CopyMeta {

@@ -31,8 +31,8 @@ struct InsertWithin : LookUpIds {
   Room room;
   const int64_t* free_rows;  // [counters[kFree]]
   int64_t* rows;
-  int64_t* fresh;        // [n]
-  int64_t* fresh_slots;  // [n]
+  int64_t* fresh;          // [n]
+  uint64_t** fresh_slots;  // [n]
   CallFlags* flags;
 
   template <class Lanes>
@@ -52,7 +52,7 @@ struct InsertWithin : LookUpIds {
     rows[i] = probe.slot == nullptr ? -1 : entry_row(probe.entry);
     if (probe.claimed) {
       fresh[number] = i;
-      fresh_slots[number] = (probe.slot - map.slots) / 2;
+      fresh_slots[number] = probe.slot;
     }
     if (probe.slot == nullptr) store_relaxed(reinterpret_cast<uint64_t*>(&flags->overflow), 1);
   }
@@ -80,15 +80,18 @@ struct CommitWithin {
 };
 
 // Empties the slots of rows that were not committed; the items are counted by CallFlags::undone.
+//
+// The slots of a line are filled in order, and none is erased or moved by a call. So those that the call filled are the
+// last ones of their lines, and every probe for an older id ends before them: no probe is cut short.
 struct UndoInserts {
-  uint64_t* slots;
-  const int64_t* fresh_slots;
+  uint64_t* const* fresh_slots;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes lanes) const {
     if (lanes.rank != 0) return;
-    slots[2 * fresh_slots[i]] = 0;
-    slots[2 * fresh_slots[i] + 1] = make_entry(SlotState::kEmpty, 0, 0);
+    uint64_t* slot = fresh_slots[i];
+    slot[0] = 0;
+    slot[1] = make_entry(SlotState::kEmpty, 0, 0);
   }
 };
 

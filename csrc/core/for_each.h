@@ -9,7 +9,8 @@
 // dimension with stride lanes.size from lanes.rank. On CPU there is one lane, and the compiler vectorizes the loop; on
 // CUDA there are 1 to 32 threads; a kernel may define lanes(), the number of threads that have work on an item. It may
 // also define prefetch(), with the same arguments except `lanes`, and fetched_bytes(), the number of bytes that it
-// loads; the CPU launcher calls prefetch() some items ahead.
+// loads; the CPU launcher calls prefetch() some items ahead. A segmented kernel may instead define run(part, begin,
+// end), which the CPU launcher calls for all items [begin, end) of a part.
 //
 // The executor provides the CPU threads: it is callable as executor(n, grain, body) and calls body(begin, end) on
 // disjoint ranges that cover [0, n). CpuThreads (ops/device.h) uses torch's threads or a Pool; Pool, Serial and Threads
@@ -108,7 +109,14 @@ concept Segmented = requires(const Kernel& kernel) { kernel.segments.total; };
 
 template <class Kernel>
 void run_range(const Kernel& kernel, int64_t begin, int64_t end) {
-  if constexpr (Segmented<Kernel>) {
+  if constexpr (requires { kernel.run(int32_t{}, int64_t{}, int64_t{}); }) {
+    const auto& segments = kernel.segments;
+    for (int32_t part = segments.find(begin); begin < end; ++part) {
+      const int64_t stop = std::min(end, segments.end(part));
+      if (begin < stop) kernel.run(part, begin, stop);
+      begin = std::max(begin, stop);
+    }
+  } else if constexpr (Segmented<Kernel>) {
     constexpr bool kFetches = requires { kernel.prefetch(int32_t{}, int64_t{}); };
     Cursor at(kernel.segments, begin);
     if constexpr (kFetches) {

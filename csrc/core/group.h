@@ -48,7 +48,7 @@ struct GroupOutputs {
   int64_t* count;            // [1]
 };
 
-// Keys that are rows. A key type defines the hash of a key and the row of a distinct key; positions with row -1 belong
+// Keys that are rows. A key type defines the hash of a key and the rows of distinct keys; positions with row -1 belong
 // to no group. It may also gather the embeddings of a part once all rows of the part are known.
 struct RowsAsKeys {
   static uint64_t hash(int64_t row, int64_t) { return static_cast<uint64_t>(row) * 0x9e3779b97f4a7c15ull; }
@@ -56,7 +56,7 @@ struct RowsAsKeys {
   static constexpr int64_t gathered_at_once() { return 0; }
   void fetch(int64_t) const {}
   void gather(int64_t, int64_t, int64_t) const {}
-  int64_t row(int64_t key, int64_t) const { return key; }
+  void rows(int64_t*, int64_t, int64_t) const {}
 };
 
 namespace detail {
@@ -254,8 +254,8 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
     int64_t* part_rows = rows.get() + parts.begins[part];
     const int32_t* part_sizes = part_groups.sizes.get() + parts.begins[part];
     counts[part] = count;
+    keys.rows(part_rows, count, parts.members[part]);
     for (int32_t g = 0; g < count; ++g) {
-      part_rows[g] = keys.row(part_rows[g], parts.members[part]);
       if (part_rows[g] < 0) continue;
       ++groups[part + 1];
       places[part + 1] += part_sizes[g];

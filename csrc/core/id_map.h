@@ -1,9 +1,10 @@
 // Kernels of the IDMap: find, find-or-insert, erase, rehash, listing.
 //
-// Open addressing with linear probing from the first slot of a cache line of four. The caller keeps the load factor,
-// including erased slots, at or below 0.75, so a probe reaches an empty slot. A probe that has passed every slot ends.
+// Open addressing with linear probing by lines of four slots, a cache line each. The caller keeps the load factor,
+// including erased slots, at or below 0.75, so a probe reaches an empty slot. A probe that has passed every line ends.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #if defined(__AVX__) && !defined(__CUDACC__)
@@ -30,17 +31,14 @@ struct IdSpan {
 };
 
 RECIS_HD uint64_t key_of(uint64_t hash, int64_t member) {
-  return (static_cast<uint64_t>(member) << kMemberShift) | (hash >> (64 - kTagBits));
+  return (static_cast<uint64_t>(member) << kMemberShift) | (hash & ((uint64_t{1} << kTagBits) - 1));
 }
 
-// The unmasked index of the slot at which a probe starts.
-RECIS_HD uint64_t probe_start(uint64_t hash) { return hash & ~(kLineSlots - 1); }
-
-// The slot of a line that holds an id, or null.
+// The slot of a line that holds an id, as a mask of one bit, or 0.
 //
 // All four slots are compared without a branch: the length of a probe is unpredictable, and a branch mispredicted while
 // its slot is still being loaded prevents the processor from starting on the next ids.
-RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
+RECIS_HD int match_mask(const uint64_t* line, uint64_t id, uint64_t key) {
   const uint64_t full = make_entry(SlotState::kFull, key, 0);
   const uint64_t compared = make_entry(SlotState::kErased, kKeyMask, 0);  // both bits of the state, and the key
 #if defined(__AVX__) && !defined(__CUDACC__)
@@ -52,16 +50,15 @@ RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key) {
     return _mm_cmpeq_epi64(_mm_and_si128(slot, mask), pattern);
   };
   const __m128i both = _mm_packs_epi16(_mm_packs_epi32(same(0), same(1)), _mm_packs_epi32(same(2), same(3)));
-  const int match = _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(both, _mm_set1_epi32(-1))));
-  return match == 0 ? nullptr : line + 2 * __builtin_ctz(match);
+  return _mm_movemask_ps(_mm_castsi128_ps(_mm_cmpeq_epi32(both, _mm_set1_epi32(-1))));
 #else
-  uint64_t match = kLineSlots;
+  int match = 0;
   for (uint64_t j = 0; j < kLineSlots; ++j) {
     const uint64_t entry = load_acquire(line + 2 * j + 1);
     const uint64_t difference = ((entry & compared) ^ full) | (load_relaxed(line + 2 * j) ^ id);
-    match = difference == 0 ? j : match;
+    match |= (difference == 0 ? 1 : 0) << j;
   }
-  return match == kLineSlots ? nullptr : line + 2 * match;
+  return match;
 #endif
 }
 
@@ -91,24 +88,40 @@ RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key, Many
 }
 
 RECIS_HD uint64_t* match_in_line(uint64_t* line, uint64_t id, uint64_t key, OneLane) {
-  return match_in_line(line, id, key);
+  const int match = match_mask(line, id, key);
+  if (match == 0) return nullptr;
+#if defined(__CUDA_ARCH__)
+  return line + 2 * (__ffs(match) - 1);
+#else
+  return line + 2 * __builtin_ctz(match);
+#endif
 }
 
-// The slot that holds an id, or null; with several lanes, the same for all. A concurrent insert of the id may be
+// A slot and its number; null and -1 for none.
+struct FoundSlot {
+  uint64_t* slot;
+  int64_t number;
+};
+
+// The slot that holds an id, or none; with several lanes, the same for all. A concurrent insert of the id may be
 // missed.
 template <class Lanes = OneLane>
-RECIS_HD uint64_t* find_slot(const IdMapRef& map, int64_t id, int64_t member, Lanes lanes = {}) {
+RECIS_HD FoundSlot find_slot(const IdMapRef& map, int64_t id, int64_t member, Lanes lanes = {}) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
-  const uint64_t start = probe_start(hash);
-  for (uint64_t passed = 0; passed <= map.mask; passed += kLineSlots) {
-    uint64_t* line = map.slots + 2 * ((start + passed) & map.mask);
+  const LineOrder order = map.order();
+  uint64_t number = order.first_line(hash);
+  for (uint64_t passed = 0; passed < order.lines; ++passed) {
+    uint64_t* line = order.line(number);
     // A claimed slot does not match: its id is not published yet.
-    if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key, lanes)) return slot;
-    // The slots of a line are filled in order and never become empty again.
-    if (last_is_empty(line, lanes)) return nullptr;
+    if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key, lanes)) {
+      return {slot, static_cast<int64_t>(kLineSlots * number) + (slot - line) / 2};
+    }
+    // The slots of a line are filled in order and do not become empty again while ids are looked up.
+    if (last_is_empty(line, lanes)) break;
+    number = order.next_line(number);
   }
-  return nullptr;
+  return {nullptr, -1};
 }
 
 // The result of find_or_claim: the id's slot and entry, and whether this call inserted it. A null slot means that the
@@ -135,33 +148,82 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, co
                              Lanes lanes = {}) {
   const uint64_t hash = slot_hash(id, member);
   const uint64_t key = key_of(hash, member);
-  const uint64_t start = probe_start(hash);
-  if (uint64_t* slot = match_in_line(map.slots + 2 * (start & map.mask), static_cast<uint64_t>(id), key, lanes)) {
+  const LineOrder order = map.order();
+  uint64_t number = order.first_line(hash);
+  uint64_t* line = order.line(number);
+  if (uint64_t* slot = match_in_line(line, static_cast<uint64_t>(id), key, lanes)) {
     return {slot, load_acquire(slot + 1), false};
   }
   if (lanes.rank != 0) return {nullptr, 0, false};
-  for (uint64_t passed = 0; passed <= map.mask; ++passed) {
-    uint64_t* slot = map.slots + 2 * ((start + passed) & map.mask);
-    uint64_t entry = load_relaxed(slot + 1);
-    if (entry_state(entry) == SlotState::kEmpty) {
-      if (!may_claim) {
-        // Another thread may have claimed the slot before it took what was left to claim.
-        entry = load_acquire(slot + 1);
-        if (entry_state(entry) == SlotState::kEmpty) return {nullptr, 0, false};
-      } else if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
-        entry = make_entry(SlotState::kFull, key, row());
-        store_relaxed(slot, static_cast<uint64_t>(id));
-        store_release(slot + 1, entry);
-        return {slot, entry, true};
+  for (uint64_t passed = 0; passed < order.lines; ++passed) {
+    for (uint64_t* slot = line; slot != line + 2 * kLineSlots; slot += 2) {
+      uint64_t entry = load_relaxed(slot + 1);
+      if (entry_state(entry) == SlotState::kEmpty) {
+        if (!may_claim) {
+          // Another thread may have claimed the slot before it took what was left to claim.
+          entry = load_acquire(slot + 1);
+          if (entry_state(entry) == SlotState::kEmpty) return {nullptr, 0, false};
+        } else if (compare_exchange(slot + 1, entry, make_entry(SlotState::kClaimed, key, 0))) {
+          entry = make_entry(SlotState::kFull, key, row());
+          store_relaxed(slot, static_cast<uint64_t>(id));
+          store_release(slot + 1, entry);
+          return {slot, entry, true};
+        }
       }
+      if ((entry & kKeyMask) != key) continue;
+      do entry = load_acquire(slot + 1);
+      while (entry_state(entry) == SlotState::kClaimed);
+      if (entry_state(entry) == SlotState::kFull && slot[0] == static_cast<uint64_t>(id)) return {slot, entry, false};
     }
-    if ((entry & kKeyMask) != key) continue;
-    do entry = load_acquire(slot + 1);
-    while (entry_state(entry) == SlotState::kClaimed);
-    if (entry_state(entry) == SlotState::kFull && slot[0] == static_cast<uint64_t>(id)) return {slot, entry, false};
+    number = order.next_line(number);
+    line = order.line(number);
   }
   return {nullptr, 0, false};
 }
+
+// Finds ids on the CPU, up to kIds at once, as find_slot does.
+//
+// The first lines of all ids are prefetched and then compared without a branch. Ids in later lines, a tenth at usual
+// loads, are collected and follow while their second lines are loaded. So an unpredictable length of the probe costs
+// neither a mispredicted branch nor the wait for a line.
+struct FindBlock {
+  static constexpr int kIds = 64;
+
+  IdMapRef map;
+
+  // Calls write(k, slot, row) for each k below count, for some twice, the last call counting: the number of the slot
+  // that holds id(k) of a member table, and its row, or -1 and -1.
+  template <class Id, class Write>
+  void operator()(int count, int64_t member, Id&& id, Write&& write) const {
+    const LineOrder order = map.order();
+    uint64_t hashes[kIds];
+    uint64_t numbers[kIds];
+    const uint64_t* lines[kIds];
+    int late[kIds];
+    for (int k = 0; k < count; ++k) hashes[k] = slot_hash(id(k), member);
+    for (int k = 0; k < count; ++k) {
+      numbers[k] = order.first_line(hashes[k]);
+      lines[k] = order.line(numbers[k]);
+      __builtin_prefetch(lines[k], 0, 3);
+    }
+    int late_count = 0;
+    for (int k = 0; k < count; ++k) {
+      const int match = match_mask(lines[k], static_cast<uint64_t>(id(k)), key_of(hashes[k], member));
+      const int at = __builtin_ctz(match | 1 << (kLineSlots - 1));
+      const int64_t none = match == 0 ? -1 : 0;
+      write(k, (static_cast<int64_t>(kLineSlots * numbers[k]) + at) | none,
+            entry_row(load_acquire(lines[k] + 2 * at + 1)) | none);
+      late[late_count] = k;
+      // A claimed slot in the last place counts as full, as in find_slot.
+      late_count += match == 0 && load_acquire(lines[k] + 2 * kLineSlots - 1) != 0 ? 1 : 0;
+    }
+    for (int j = 0; j < late_count; ++j) __builtin_prefetch(order.line(order.next_line(numbers[late[j]])), 0, 3);
+    for (int j = 0; j < late_count; ++j) {
+      const FoundSlot found = find_slot(map, id(late[j]), member);
+      if (found.slot != nullptr) write(late[j], found.number, entry_row(load_acquire(found.slot + 1)));
+    }
+  }
+};
 
 // The row of allocation `number` since the last commit: from the free list first, then from the end.
 RECIS_HD int64_t fresh_row(const int64_t* counters, const int64_t* free_rows, int64_t number) {
@@ -179,27 +241,40 @@ struct LookUpIds {
 
   RECIS_HD void prefetch(int32_t part, int64_t i) const {
     const IdSpan& span = segments[part];
-    prefetch_bytes<false>(map.slots + 2 * (slot_hash(span.id(i), span.member) & map.mask), 1);
+    prefetch_bytes<false>(map.start(slot_hash(span.id(i), span.member)), 1);
   }
 
-  // The slot of the id at position i, or null.
+  // The slot of the id at position i, or none.
   template <class Lanes>
-  RECIS_HD uint64_t* slot(int32_t part, int64_t i, Lanes lanes) const {
+  RECIS_HD FoundSlot slot(int32_t part, int64_t i, Lanes lanes) const {
     const IdSpan& span = segments[part];
-    return span.has(i) ? find_slot(map, span.id(i), span.member, lanes) : nullptr;
+    return span.has(i) ? find_slot(map, span.id(i), span.member, lanes) : FoundSlot{nullptr, -1};
   }
 };
 
-// rows[i] = row of ids[i], or -1; with kSlots, the index of its slot instead.
+// rows[i] = row of ids[i], or -1; with kSlots, the number of its slot instead.
 template <bool kSlots>
 struct FindIds : LookUpIds {
   int64_t* rows;
 
   template <class Lanes>
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes lanes) const {
-    const uint64_t* match = slot(part, i, lanes);
+    const FoundSlot found = slot(part, i, lanes);
     if (lanes.rank != 0) return;
-    rows[i] = match == nullptr ? -1 : kSlots ? (match - map.slots) / 2 : entry_row(load_acquire(match + 1));
+    rows[i] = kSlots || found.slot == nullptr ? found.number : entry_row(load_acquire(found.slot + 1));
+  }
+
+  void run(int32_t part, int64_t begin, int64_t end) const {
+    const IdSpan& span = segments[part];
+    const int64_t used = span.used == nullptr ? end : std::clamp(span.first + *span.used, begin, end);
+    for (int64_t first = begin; first < used; first += FindBlock::kIds) {
+      const int64_t* ids = span.ids + (first - span.first);
+      FindBlock{map}(
+          static_cast<int>(std::min<int64_t>(FindBlock::kIds, used - first)), span.member,
+          [ids](int k) { return ids[k]; },
+          [this, first](int k, int64_t slot, int64_t row) { rows[first + k] = kSlots ? slot : row; });
+    }
+    std::fill(rows + used, rows + end, -1);
   }
 };
 
@@ -232,24 +307,148 @@ struct FindOrInsertIds : LookUpIds {
   }
 };
 
-// Moves every full slot of `from` into the empty `to`. Ids are distinct, so no comparison is needed.
+// The first slots of a line that are not empty. Without a branch, because their number is unpredictable.
+RECIS_HD uint64_t slots_in_use(const uint64_t* line) {
+#if defined(__AVX__) && !defined(__CUDACC__)
+  const auto entries = [&](int j) {
+    const __m128i* slots = reinterpret_cast<const __m128i*>(line) + j;
+    return _mm_cmpeq_epi64(_mm_unpackhi_epi64(_mm_load_si128(slots), _mm_load_si128(slots + 1)), _mm_setzero_si128());
+  };
+  const __m128i empty = _mm_packs_epi32(entries(0), entries(2));
+  return __builtin_ctz(_mm_movemask_ps(_mm_castsi128_ps(empty)) | 1 << kLineSlots);
+#else
+  uint64_t used = 0;
+  for (uint64_t j = 0; j < kLineSlots; ++j) used += load_relaxed(line + 2 * j + 1) != 0 ? 1 : 0;
+  return used;
+#endif
+}
+
+// Puts an id that the map does not hold into its first empty slot. Ids are distinct, so no comparison is needed.
+RECIS_HD void place_entry(const IdMapRef& map, uint64_t id, uint64_t entry) {
+  const LineOrder order = map.order();
+  uint64_t number = order.first_line(slot_hash(static_cast<int64_t>(id), entry_member(entry)));
+  uint64_t* line = order.line(number);
+  for (uint64_t passed = 0; passed < order.lines;) {
+    const uint64_t used = slots_in_use(line);
+    if (used == kLineSlots) {
+      number = order.next_line(number);
+      line = order.line(number);
+      ++passed;
+      continue;
+    }
+    uint64_t* slot = line + 2 * used;
+    uint64_t expected = 0;
+    if (compare_exchange(slot + 1, expected, entry)) {
+      slot[0] = id;
+      return;
+    }
+  }
+}
+
+// Copies every full slot of a map into another, empty one.
 struct RehashSlots {
-  const uint64_t* from;
+  IdMapRef from;
   IdMapRef to;
 
   template <class Lanes>
-  RECIS_HD void operator()(int64_t i, Lanes) const {
-    const uint64_t entry = from[2 * i + 1];
-    if (entry_state(entry) != SlotState::kFull) return;
-    const uint64_t id = from[2 * i];
-    const uint64_t start = probe_start(slot_hash(static_cast<int64_t>(id), entry_member(entry)));
-    for (uint64_t passed = 0; passed <= to.mask; ++passed) {
-      uint64_t* slot = to.slots + 2 * ((start + passed) & to.mask);
-      uint64_t expected = 0;
-      if (load_acquire(slot + 1) == 0 && compare_exchange(slot + 1, expected, entry)) {
-        slot[0] = id;
-        return;
+  RECIS_HD void operator()(int64_t i, Lanes lanes) const {
+    const uint64_t* slot = from.slot(i);
+    if (lanes.rank == 0 && entry_state(slot[1]) == SlotState::kFull) place_entry(to, slot[0], slot[1]);
+  }
+};
+
+// Moving lines, in three kernels: the map grows in place, from `old` lines to `lines`, or drops its erased slots.
+//
+// The ids of lines [first, old) are spread over the new number of lines, and those of the lines before over the old
+// number; kLastOld divides them. Each move lowers `first`: it lifts lines out of the map and places their ids again.
+// The lifted lines end with one that is not full, so no probe for an id that stays passes through them. They may
+// begin anywhere, because ids of lower lines that are lifted too return to where their probes find them.
+//
+// PrepareMove determines the lifted lines; a probe that starts there may have wrapped around to line 0.
+struct PrepareMove {
+  uint64_t* header;
+  uint64_t lines;     // the new number
+  uint64_t first;     // the first line that is moved
+  uint64_t end;       // the first line that was moved before, or the old number of lines
+  uint64_t last_old;  // the greatest hash of an id that starts before `first`
+  uint64_t room;      // lines that can be lifted
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t, Lanes lanes) const {
+    if (lanes.rank != 0) return;
+    header[kMoveCount] = 0;
+    if (header[kStuck] != 0) return;
+    const IdMapRef map{header};
+    const uint64_t total = map.lines();
+    uint64_t from = first;
+    uint64_t to = end;
+    uint64_t wrapped = 0;
+    while (to < total && is_full(map.line(to)) && to - from < room) ++to;
+    if (to < total) {
+      ++to;
+    } else {
+      while (wrapped < from && is_full(map.line(wrapped)) && wrapped < room) ++wrapped;
+      if (wrapped < from) {
+        ++wrapped;
+      } else {  // all lines before are full, too
+        from = 0;
+        wrapped = 0;
       }
+    }
+    if (to - from + wrapped > room) {
+      header[kStuck] = 1;
+      return;
+    }
+    header[kMoveFirst] = from;
+    header[kMoveEnd] = to;
+    header[kMoveWrapped] = wrapped;
+    header[kMoveCount] = to - from + wrapped;
+    header[kLines] = lines;
+    header[kLastOld] = last_old;
+    if (first == 0) header[kOldLines] = lines;
+  }
+
+  RECIS_HD static bool is_full(const uint64_t* line) { return line[2 * kLineSlots - 1] != 0; }
+};
+
+// Copies the lines that are moved to `lifted`, and empties them. One item for each line.
+struct LiftLines {
+  IdMapRef map;
+  uint64_t* lifted;  // [lines][kLineSlots][2]
+  int64_t* counters;
+
+  static constexpr int64_t lanes() { return kLineSlots; }
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes lanes) const {
+    const uint64_t* header = map.header;
+    const uint64_t after = header[kMoveEnd] - header[kMoveFirst];
+    const uint64_t number = static_cast<uint64_t>(i);
+    uint64_t* line = map.line(number < after ? header[kMoveFirst] + number : number - after);
+    uint64_t* copy = lifted + 2 * kLineSlots * number;
+    for (uint64_t j = lanes.rank; j < kLineSlots; j += lanes.size) {
+      const uint64_t entry = line[2 * j + 1];
+      if (entry_state(entry) == SlotState::kErased) fetch_add(counters + kUsedSlots, -1);
+      copy[2 * j] = line[2 * j];
+      copy[2 * j + 1] = entry;
+      line[2 * j] = 0;  // the ids of empty slots are zero; see match_in_line
+      line[2 * j + 1] = 0;
+    }
+  }
+};
+
+// Places the ids of the lifted lines again. One item for each line.
+struct PlaceLines {
+  IdMapRef map;
+  const uint64_t* lifted;
+
+  static constexpr int64_t lanes() { return kLineSlots; }
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes lanes) const {
+    const uint64_t* line = lifted + 2 * kLineSlots * i;
+    for (uint64_t j = lanes.rank; j < kLineSlots; j += lanes.size) {
+      if (entry_state(line[2 * j + 1]) == SlotState::kFull) place_entry(map, line[2 * j], line[2 * j + 1]);
     }
   }
 };
@@ -273,7 +472,7 @@ struct CommitInserts {
 
 // Lists all ids with their member tables, rows and slots, in no particular order.
 struct ListIds {
-  const uint64_t* slots;
+  IdMapRef map;
   int64_t* ids;
   int64_t* members;
   int64_t* rows;
@@ -282,20 +481,40 @@ struct ListIds {
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
-    const uint64_t entry = slots[2 * i + 1];
+    const uint64_t* slot = map.slot(i);
+    const uint64_t entry = slot[1];
     if (entry_state(entry) != SlotState::kFull) return;
     const int64_t at = fetch_add(count, 1);
-    ids[at] = static_cast<int64_t>(slots[2 * i]);
+    ids[at] = static_cast<int64_t>(slot[0]);
     members[at] = entry_member(entry);
     rows[at] = entry_row(entry);
     numbers[at] = i;
   }
 };
 
+// Lists the ids whose rows are marked, with their member tables, in no particular order. One item per slot of the map.
+struct ListMarked {
+  IdMapRef map;
+  const uint8_t* marks;
+  int64_t* ids;
+  int64_t* members;
+  int64_t* count;
+
+  template <class Lanes>
+  RECIS_HD void operator()(int64_t i, Lanes lanes) const {
+    const uint64_t* slot = map.slot(i);
+    const uint64_t entry = slot[1];
+    if (lanes.rank != 0 || entry_state(entry) != SlotState::kFull || marks[entry_row(entry)] == 0) return;
+    const int64_t at = fetch_add(count, 1);
+    ids[at] = static_cast<int64_t>(slot[0]);
+    members[at] = entry_member(entry);
+  }
+};
+
 // Erases the ids in the given slots (negative indices are skipped, repeated ones count once) and adds their rows to the
 // free list, which must have space for every row. Without a list the rows are not reused.
 struct EraseSlots {
-  uint64_t* slots;
+  IdMapRef map;
   const int64_t* numbers;
   int64_t* counters;
   int64_t* free_rows;  // or null
@@ -303,7 +522,7 @@ struct EraseSlots {
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
     if (numbers[i] < 0) return;
-    uint64_t* word = slots + 2 * numbers[i] + 1;
+    uint64_t* word = map.slot(numbers[i]) + 1;
     uint64_t entry = load_acquire(word);
     const uint64_t erased = make_entry(SlotState::kErased, entry & kKeyMask, 0);
     if (entry_state(entry) != SlotState::kFull || !compare_exchange(word, entry, erased)) return;
@@ -314,27 +533,28 @@ struct EraseSlots {
 
 // Sets the rows of the ids in the given, distinct slots.
 struct SetRows {
-  uint64_t* slots;
+  IdMapRef map;
   const int64_t* numbers;
   const int64_t* rows;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
-    uint64_t& entry = slots[2 * numbers[i] + 1];
+    uint64_t& entry = map.slot(numbers[i])[1];
     entry = make_entry(SlotState::kFull, entry & kKeyMask, rows[i]);
   }
 };
 
 // Renumbers the rows of all ids: the record of `row` has moved to moved[row].
 struct MoveRows {
-  uint64_t* slots;
+  IdMapRef map;
   const int64_t* moved;
 
   template <class Lanes>
   RECIS_HD void operator()(int64_t i, Lanes) const {
-    const uint64_t entry = slots[2 * i + 1];
+    uint64_t* slot = map.slot(i);
+    const uint64_t entry = slot[1];
     if (entry_state(entry) != SlotState::kFull) return;
-    slots[2 * i + 1] = make_entry(SlotState::kFull, entry & kKeyMask, moved[entry_row(entry)]);
+    slot[1] = make_entry(SlotState::kFull, entry & kKeyMask, moved[entry_row(entry)]);
   }
 };
 
@@ -382,7 +602,7 @@ struct AdmitCounted : LookUpIds {
       if (lanes.rank == 0) admitted[i] = 1;
       return;
     }
-    const uint64_t* match = slot(part, i, lanes);
+    const uint64_t* match = slot(part, i, lanes).slot;
     if (lanes.rank != 0) return;
     admitted[i] = match != nullptr && entry_row(load_acquire(match + 1)) >= least;
   }

@@ -47,12 +47,20 @@ struct InsertKeys {
 
   static uint64_t hash(int64_t id, int64_t member) { return slot_hash(id, member); }
 
-  void prefetch(uint64_t hash) const { prefetch_bytes<false>(map.slots + 2 * (hash & map.mask), 1); }
+  void prefetch(uint64_t hash) const { prefetch_bytes<false>(map.start(hash), 1); }
 
-  int64_t row(int64_t id, int64_t member) const {
-    const uint64_t* slot = find_slot(map, id, member);
-    if (__builtin_expect(slot == nullptr, 0)) return insert(id, member);
-    return entry_row(load_acquire(slot + 1));
+  // Replaces distinct ids of a member table by their rows.
+  void rows(int64_t* keys, int64_t count, int64_t member) const {
+    int64_t ids[FindBlock::kIds];
+    for (int64_t first = 0; first < count; first += FindBlock::kIds) {
+      const int n = static_cast<int>(std::min<int64_t>(FindBlock::kIds, count - first));
+      int64_t* found = keys + first;
+      std::copy_n(found, n, ids);
+      FindBlock{map}(n, member, [&](int k) { return ids[k]; }, [&](int k, int64_t, int64_t row) { found[k] = row; });
+      for (int k = 0; k < n; ++k) {
+        if (__builtin_expect(found[k] < 0, 0)) found[k] = insert(ids[k], member);
+      }
+    }
   }
 
   // The number of records to prefetch before the first is read; all of them fit into the L2 cache. 0: nothing is

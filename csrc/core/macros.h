@@ -28,6 +28,15 @@ struct Const {
   RECIS_HD constexpr operator int() const { return N; }
 };
 
+// The high 64 bits of a product.
+RECIS_HD uint64_t multiply_high(uint64_t a, uint64_t b) {
+#if defined(__CUDA_ARCH__)
+  return __umul64hi(a, b);
+#else
+  return static_cast<uint64_t>(static_cast<unsigned __int128>(a) * b >> 64);
+#endif
+}
+
 RECIS_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Starts loading every cache line of `bytes` bytes, for writing if kWrite. CUDA has enough threads to wait for memory.

@@ -29,11 +29,7 @@ struct Divisor {
   }
 
   RECIS_HD uint64_t remainder(uint64_t x) const {
-#if defined(__CUDA_ARCH__)
-    const uint64_t high = __umul64hi(magic, x);
-#else
-    const uint64_t high = static_cast<uint64_t>(static_cast<unsigned __int128>(magic) * x >> 64);
-#endif
+    const uint64_t high = multiply_high(magic, x);
     return x - ((high + ((x - high) >> shift1)) >> shift2) * divisor;
   }
 };

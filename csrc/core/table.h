@@ -4,8 +4,11 @@
 //
 //     63..62 state | 61..46 member table | 45..6 row | 5..0 tag of the hash
 //
-// The state determines what a slot holds, so that every id is legal and none is reserved. Within one slots tensor,
-// states only advance: kEmpty -> kClaimed -> kFull -> kErased. A rehash creates a new tensor without erased slots.
+// The state determines what a slot holds, so that every id is legal and none is reserved. States only advance, kEmpty
+// -> kClaimed -> kFull -> kErased, until the slot's line is moved (core/id_map.h), which drops erased slots.
+//
+// The slots are in lines of four, and the lines in equal chunks. A header, uint64 [kHeaderWords + chunks], has the
+// words named below, followed by the addresses of the chunks; the last chunk may be shorter.
 //
 // Counters: int64 [kCounters] beside the slots, indexed by the names below. Rows that a call allocates are counted in
 // kFresh until the call is committed, so that its kernels can tell new rows from old ones.
@@ -49,9 +52,59 @@ enum Counter : int {
 // Slots of a cache line, which a probe compares at once.
 inline constexpr uint64_t kLineSlots = 4;
 
+// Words of the header of an IDMap.
+enum HeaderWord : int {
+  kLines = 0,       // lines in use, at least one
+  kOldLines = 1,    // lines over which the old ids are spread; kLines except while lines are being moved
+  kLastOld = 2,     // the greatest hash of an old id; of no matter unless kOldLines differs
+  kChunkShift = 3,  // log2 of the lines of a chunk
+  kMoveFirst = 4,   // lines that are being moved: [kMoveFirst, kMoveEnd) and [0, kMoveWrapped)
+  kMoveEnd = 5,
+  kMoveWrapped = 6,
+  kMoveCount = 7,  // the number of these lines
+  kStuck = 8,      // 1 if lines could not be moved, because too many in a row are full
+  kHeaderWords = 16,
+};
+
+// Lines are in the order of the ids' hashes: line = hash * lines / 2^64. So a map grows in place, by moving the lines
+// from the last one down, each to a line after it.
+//
+// LineOrder holds the values of a header, read once for many ids.
+struct LineOrder {
+  const uint64_t* chunks;
+  uint64_t lines;
+  uint64_t old_lines;
+  uint64_t last_old;
+  uint64_t chunk_shift;
+
+  // The line at which the probe for an id starts.
+  RECIS_HD uint64_t first_line(uint64_t hash) const {
+    return multiply_high(hash, hash <= last_old ? old_lines : lines);
+  }
+
+  RECIS_HD uint64_t next_line(uint64_t number) const { return number + 1 == lines ? 0 : number + 1; }
+
+  RECIS_HD uint64_t* line(uint64_t number) const {
+    uint64_t* chunk = reinterpret_cast<uint64_t*>(chunks[number >> chunk_shift]);
+    return chunk + 2 * kLineSlots * (number & ((uint64_t{1} << chunk_shift) - 1));
+  }
+};
+
 struct IdMapRef {
-  uint64_t* slots;  // [mask + 1][2], aligned to 16 bytes; at least one line
-  uint64_t mask;    // capacity - 1, the capacity a power of two
+  uint64_t* header;
+
+  RECIS_HD LineOrder order() const {
+    return {header + kHeaderWords, header[kLines], header[kOldLines], header[kLastOld], header[kChunkShift]};
+  }
+
+  RECIS_HD uint64_t lines() const { return header[kLines]; }
+
+  RECIS_HD uint64_t* line(uint64_t number) const { return order().line(number); }
+
+  RECIS_HD uint64_t* slot(uint64_t number) const { return line(number / kLineSlots) + 2 * (number % kLineSlots); }
+
+  // Where the probe for an id starts, to prefetch it.
+  RECIS_HD const uint64_t* start(uint64_t hash) const { return line(order().first_line(hash)); }
 };
 
 // The history of a row, 16 bytes of its record: two steps of 40 bits and a frequency of 48 bits, which saturates.

@@ -17,7 +17,7 @@
 
 namespace recis {
 
-inline constexpr int64_t kKernelsVersion = 2;
+inline constexpr int64_t kKernelsVersion = 3;
 
 // Where a call runs. On a device it only queues work on the stream.
 struct Launch {

@@ -116,7 +116,7 @@ void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints length
   group_positions(device, data<int64_t>(rows, "rows"), n, row_bound, position_sources, position_scales, out);
 }
 
-void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
+void insert_grouped(const Tensor& header, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
                     int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type, int64_t dim,
                     const Tensor& initializers, Ints field_offsets, Ints field_widths, Ints field_sizes,
                     Ints field_values, Tensors ids, Ints members, Tensors used, int64_t row_bound, Ints lengths,
@@ -124,7 +124,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
                     const Tensor& unique, const Tensor& starts, const Tensor& sources,
                     const std::optional<Tensor>& scales, const Tensor& count, const std::optional<Tensor>& out,
                     Ints out_starts) {
-  CudaDevice device(slots);
+  CudaDevice device(header);
   check_features(rows.numel(), members, lengths);
   if (out.has_value()) check_plain(*out, out_starts, lengths, vectors, offsets, weights, dim);
   const Tensor fresh = torch::stable::empty_like(rows);
@@ -135,7 +135,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
     const auto init = init_fresh_rows<decltype(element)>(
         device, blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, fresh, spans, initializers,
         record_start(dim, field_offsets, field_widths, field_sizes, field_values));
-    id_map_find_or_insert<CudaDevice>(slots, counters, free_rows, std::nullopt, ids, members, used, rows, fresh);
+    id_map_find_or_insert<CudaDevice>(header, counters, free_rows, std::nullopt, ids, members, used, rows, fresh);
     int64_t* counts = counter_data(counters);
     device.for_each_counted(counts + kFresh, fresh.numel(), record_bytes / 4, init);
     device.for_each(1, 1, CommitInserts{counts});
@@ -156,7 +156,7 @@ void insert_ids(CudaDevice& device, const TableRef& table, const LookupCall& cal
   const Room room{table.counters, table.max_rows, table.max_slots};
   // What may raise, for lack of memory, comes before the first launch: once ids are inserted, they must be committed.
   auto* fresh = static_cast<int64_t*>(device.scratch(n * 8));
-  auto* fresh_slots = static_cast<int64_t*>(device.scratch(n * 8));
+  auto* fresh_slots = static_cast<uint64_t**>(device.scratch(n * 8));
   InsertWithin insert{};
   device.place(insert.segments, spans.ids);
   insert.segments.total = n;
@@ -180,7 +180,7 @@ void insert_ids(CudaDevice& device, const TableRef& table, const LookupCall& cal
     device.for_each(1, 1, CommitWithin{room, call.turn, flags});
   });
   device.for_each_counted(&flags->fresh, n, table.blocks.record_bytes / 4, init);
-  device.for_each_counted(&flags->undone, n, 1, UndoInserts{table.map.slots, fresh_slots});
+  device.for_each_counted(&flags->undone, n, 1, UndoInserts{fresh_slots});
 }
 
 // Groups the positions of a training lookup inside jit.

@@ -12,8 +12,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("blocks_write_meta(" RECIS_BLOCKS_MUT ", Tensor rows, Tensor columns) -> ()");
   m.def("blocks_copy_records(" RECIS_BLOCKS_MUT ", Tensor source, Tensor target) -> ()");
   m.def("blocks_see_rows(" RECIS_BLOCKS_MUT ", Tensor count, Tensor unique, Tensor offsets, int step) -> ()");
-  m.def("blocks_list_touched(" RECIS_BLOCKS
-        ", Tensor slots, int step, Tensor(a!) marks, Tensor(b!) ids, Tensor(c!) members, Tensor(d!) count) -> ()");
+  m.def("blocks_mark_touched(" RECIS_BLOCKS ", int step, Tensor(a!) marks) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) { recis::register_blocks<recis::CpuDevice>(m); }

@@ -123,19 +123,14 @@ void see_rows(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, in
                                   data<int64_t>(unique, "unique"), data<int64_t>(offsets, "offsets"), step});
 }
 
-// Marks rows first, in memory order, then scans the slots: each row's metadata is read once, and no slot waits for it.
 template <class Device>
-void list_touched(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes,
-                  const Tensor& slots, int64_t step, const Tensor& marks, const Tensor& ids, const Tensor& members,
-                  const Tensor& count) {
-  Device device(slots);
-  RECIS_CHECK(ids.numel() == members.numel(), "ids and members must have equal sizes");
+void mark_touched(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t step,
+                  const Tensor& marks) {
+  Device device(blocks);
   const int64_t rows = marks.numel();
-  uint8_t* flags = data<uint8_t>(marks, "marks");
-  device.for_each(rows, 1, MarkTouched{blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, step, flags});
-  device.for_each(slots.size(0), 1,
-                  ListMarked{id_map_ref(slots).slots, flags, data<int64_t>(ids, "ids"),
-                             data<int64_t>(members, "members"), data<int64_t>(count, "count")});
+  device.for_each(rows, 1,
+                  MarkTouched{blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, step,
+                              data<uint8_t>(marks, "marks")});
 }
 
 template <class Device, class Library>
@@ -147,7 +142,7 @@ void register_blocks(Library& m) {
   m.impl("blocks_write_meta", TORCH_BOX((&copy_meta<Device, false>)));
   m.impl("blocks_copy_records", TORCH_BOX(&copy_records<Device>));
   m.impl("blocks_see_rows", TORCH_BOX(&see_rows<Device>));
-  m.impl("blocks_list_touched", TORCH_BOX(&list_touched<Device>));
+  m.impl("blocks_mark_touched", TORCH_BOX(&mark_touched<Device>));
 }
 
 }  // namespace recis

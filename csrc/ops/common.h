@@ -97,13 +97,10 @@ inline bool ascend(const int64_t* offsets, int64_t lists) {
   return falls == 0;
 }
 
-inline IdMapRef id_map_ref(const Tensor& slots, const char* name = "slots") {
-  const int64_t capacity = slots.size(0);
-  RECIS_CHECK(capacity >= static_cast<int64_t>(kLineSlots) && (capacity & (capacity - 1)) == 0 && slots.size(1) == 2,
-              "slots must be [a power of two from 4, 2], got [", capacity, ", ", slots.size(1), "]");
-  uint64_t* words = reinterpret_cast<uint64_t*>(data<int64_t>(slots, name));
-  RECIS_CHECK(reinterpret_cast<uintptr_t>(words) % 16 == 0, "slots must start at a multiple of 16 bytes");
-  return {words, static_cast<uint64_t>(capacity - 1)};
+// The map of a header, int64 [kHeaderWords + chunks].
+inline IdMapRef id_map_ref(const Tensor& header, const char* name = "header") {
+  RECIS_CHECK(header.dim() == 1 && header.numel() > kHeaderWords, name, " must be the header of an IDMap");
+  return {reinterpret_cast<uint64_t*>(data<int64_t>(header, name))};
 }
 
 // EmbeddingBlocks are passed as four arguments, declared in a schema by RECIS_BLOCKS. The tensor is the table of block

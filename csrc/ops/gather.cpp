@@ -20,7 +20,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("distinct_ids(Tensor[] ids, int[] kinds, Tensor[] used, int[] owners, int ranks, " RECIS_FEATURES
         ", Tensor(a!) distinct, Tensor(b!) starts, Tensor(c!) sources, Tensor(d!)? scales, Tensor(e!) count, "
         "Tensor(f!) counts, Tensor(g!) places, Tensor(h!) sizes) -> ()");
-  m.def("insert_grouped(Tensor(g!) slots, Tensor(h!) counters, Tensor free_rows, " RECIS_BLOCKS_MUT
+  m.def("insert_grouped(Tensor(g!) header, Tensor(h!) counters, Tensor free_rows, " RECIS_BLOCKS_MUT
         ", int type, int dim, Tensor initializers, int[] field_offsets, int[] field_widths, int[] field_sizes, int[] "
         "field_values, " RECIS_IDS ", int row_bound, " RECIS_FEATURES ", Tensor(i!) rows, " RECIS_GROUPS
         ", Tensor(j!)? out=None, int[] out_starts=[]) -> ()");
@@ -43,7 +43,7 @@ void group_rows(const Tensor& rows, Ints members, int64_t, Ints lengths, Ints ve
                   nullptr, unique, starts, sources, scales, count);
 }
 
-void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
+void insert_grouped(const Tensor& header, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
                     int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type, int64_t dim,
                     const Tensor& initializers, Ints field_offsets, Ints field_widths, Ints field_sizes,
                     Ints field_values, Tensors ids, Ints members, Tensors used, int64_t, Ints lengths, Ints vectors,
@@ -51,7 +51,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
                     const Tensor& unique, const Tensor& starts, const Tensor& sources,
                     const std::optional<Tensor>& scales, const Tensor& count, const std::optional<Tensor>& out,
                     Ints out_starts) {
-  CpuDevice device(slots);
+  CpuDevice device(header);
   RECIS_CHECK(used.empty(), "insert_grouped: on the CPU all ids of a tensor are in use; `used` must be empty");
   check_features(rows.numel(), members, lengths);
   std::vector<float*> parts;
@@ -64,7 +64,7 @@ void insert_grouped(const Tensor& slots, const Tensor& counters, const Tensor& f
   const InsertCommit commit{counter_data(counters)};
   with_element(type, [&](auto element) {
     const InsertKeys<decltype(element)> keys{
-        id_map_ref(slots),
+        id_map_ref(header),
         commit.counters,
         data<int64_t>(free_rows, "free_rows"),
         blocks_ref(blocks, block_shift, meta_offset, record_bytes),
@@ -95,7 +95,7 @@ bool has_room(const TableRef& table, const CallSpans& spans) {
     if (unknown.size() <= static_cast<size_t>(span.member)) unknown.resize(span.member + 1);
     for (int64_t i = span.first; i < end; ++i) {
       const int64_t id = span.id(i);
-      if (find_slot(table.map, id, span.member) == nullptr && unknown[span.member].insert(id).second) ++count;
+      if (find_slot(table.map, id, span.member).slot == nullptr && unknown[span.member].insert(id).second) ++count;
     }
   }
   return count <= room;

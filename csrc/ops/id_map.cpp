@@ -24,19 +24,27 @@ void file_order_cpu(const Tensor& ids, const Tensor& members, const Tensor& rows
 }  // namespace recis
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
-  m.def("id_map_find(Tensor slots, " RECIS_IDS ", bool numbers, Tensor(a!) rows) -> ()");
-  m.def("id_map_find_or_insert(Tensor(a!) slots, Tensor(b!) counters, Tensor free_rows, Tensor? admitted, " RECIS_IDS
+  m.def("id_map_find(Tensor header, " RECIS_IDS ", bool numbers, Tensor(a!) rows) -> ()");
+  m.def("id_map_find_or_insert(Tensor(a!) header, Tensor(b!) counters, Tensor free_rows, Tensor? admitted, " RECIS_IDS
         ", Tensor(c!) rows, Tensor(d!) fresh) -> ()");
   m.def("id_map_commit(Tensor(a!) counters) -> ()");
-  m.def("id_map_rehash(Tensor slots, Tensor(a!) fresh_slots) -> ()");
+  m.def("id_map_rehash(Tensor header, int slots, Tensor(a!) fresh_header) -> ()");
   m.def(
-      "id_map_list(Tensor slots, Tensor(a!) ids, Tensor(b!) members, Tensor(c!) rows, Tensor(d!) numbers, Tensor(e!) "
+      "id_map_move_lines(Tensor(a!) header, Tensor(b!) counters, int lines, int first, int end, int last_old, "
+      "Tensor(c!) lifted) -> ()");
+  m.def(
+      "id_map_list(Tensor header, int slots, Tensor(a!) ids, Tensor(b!) members, Tensor(c!) rows, Tensor(d!) numbers, "
+      "Tensor(e!) "
       "count) -> ()");
-  m.def("id_map_erase(Tensor(a!) slots, Tensor numbers, Tensor(b!) counters, Tensor(c!)? free_rows) -> ()");
-  m.def("id_map_set(Tensor(a!) slots, Tensor numbers, Tensor rows) -> ()");
-  m.def("id_map_move(Tensor(a!) slots, Tensor moved) -> ()");
-  m.def("id_map_count(Tensor(a!) slots, Tensor(b!) counters, " RECIS_IDS ", Tensor rows) -> ()");
-  m.def("id_map_admit(Tensor slots, " RECIS_IDS ", Tensor rows, int least, Tensor(a!) admitted) -> ()");
+  m.def(
+      "id_map_list_marked(Tensor header, int slots, Tensor marks, Tensor(a!) ids, Tensor(b!) members, Tensor(c!) "
+      "count) "
+      "-> ()");
+  m.def("id_map_erase(Tensor(a!) header, Tensor numbers, Tensor(b!) counters, Tensor(c!)? free_rows) -> ()");
+  m.def("id_map_set(Tensor(a!) header, Tensor numbers, Tensor rows) -> ()");
+  m.def("id_map_move(Tensor(a!) header, int slots, Tensor moved) -> ()");
+  m.def("id_map_count(Tensor(a!) header, Tensor(b!) counters, " RECIS_IDS ", Tensor rows) -> ()");
+  m.def("id_map_admit(Tensor header, " RECIS_IDS ", Tensor rows, int least, Tensor(a!) admitted) -> ()");
   m.def("bucket_ids(Tensor ids, Tensor(a!) buckets) -> ()");
   m.def("file_order(Tensor ids, Tensor members, Tensor rows, int members_count, Tensor(a!) out) -> ()");
 }

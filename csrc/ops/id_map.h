@@ -38,9 +38,9 @@ Segments<IdSpan> spans_of(Device& device, const FeatureIds& features, const Tens
 
 // The ids to look up in a map, likewise.
 template <class Device>
-LookUpIds look_up(Device& device, const Tensor& slots, const FeatureIds& features, const Tensor& rows,
+LookUpIds look_up(Device& device, const Tensor& header, const FeatureIds& features, const Tensor& rows,
                   std::vector<IdSpan>& spans) {
-  return {spans_of(device, features, rows, spans), id_map_ref(slots)};
+  return {spans_of(device, features, rows, spans), id_map_ref(header)};
 }
 
 inline int64_t* counter_data(const Tensor& counters) {
@@ -49,10 +49,10 @@ inline int64_t* counter_data(const Tensor& counters) {
 }
 
 template <class Device>
-void id_map_find(const Tensor& slots, Tensors ids, Ints members, Tensors used, bool numbers, const Tensor& rows) {
-  Device device(slots);
+void id_map_find(const Tensor& header, Tensors ids, Ints members, Tensors used, bool numbers, const Tensor& rows) {
+  Device device(header);
   std::vector<IdSpan> spans;
-  const LookUpIds lookup = look_up(device, slots, {ids, members, used}, rows, spans);
+  const LookUpIds lookup = look_up(device, header, {ids, members, used}, rows, spans);
   int64_t* out = data<int64_t>(rows, "rows");
   if (numbers) {
     device.for_each(rows.numel(), 1, FindIds<true>{lookup, out});
@@ -62,12 +62,12 @@ void id_map_find(const Tensor& slots, Tensors ids, Ints members, Tensors used, b
 }
 
 template <class Device>
-void id_map_find_or_insert(const Tensor& slots, const Tensor& counters, const Tensor& free_rows,
+void id_map_find_or_insert(const Tensor& header, const Tensor& counters, const Tensor& free_rows,
                            const std::optional<Tensor>& admitted, Tensors ids, Ints members, Tensors used,
                            const Tensor& rows, const Tensor& fresh) {
-  Device device(slots);
+  Device device(header);
   std::vector<IdSpan> spans;
-  const LookUpIds lookup = look_up(device, slots, {ids, members, used}, rows, spans);
+  const LookUpIds lookup = look_up(device, header, {ids, members, used}, rows, spans);
   RECIS_CHECK(fresh.numel() == rows.numel() && (!admitted.has_value() || admitted->numel() == rows.numel()),
               "fresh and admitted must hold one element for each id");
   device.for_each(rows.numel(), 1,
@@ -83,59 +83,86 @@ void id_map_commit(const Tensor& counters) {
 }
 
 template <class Device>
-void id_map_rehash(const Tensor& slots, const Tensor& fresh_slots) {
-  Device device(slots);
-  device.for_each(slots.size(0), 1, RehashSlots{id_map_ref(slots).slots, id_map_ref(fresh_slots, "fresh_slots")});
+void id_map_rehash(const Tensor& header, int64_t slots, const Tensor& fresh_header) {
+  Device device(header);
+  device.for_each(slots, 1, RehashSlots{id_map_ref(header), id_map_ref(fresh_header, "fresh_header")});
 }
 
 template <class Device>
-void id_map_list(const Tensor& slots, const Tensor& ids, const Tensor& members, const Tensor& rows,
+void id_map_move_lines(const Tensor& header, const Tensor& counters, int64_t lines, int64_t first, int64_t end,
+                       int64_t last_old, const Tensor& lifted) {
+  Device device(header);
+  const IdMapRef map = id_map_ref(header);
+  const int64_t room = lifted.numel() / static_cast<int64_t>(2 * kLineSlots);
+  RECIS_CHECK(0 <= first && first < end && end <= lines && end - first < room, "there is no room for lines ", first,
+              " to ", end);
+  auto* copies = reinterpret_cast<uint64_t*>(data<int64_t>(lifted, "lifted"));
+  constexpr int64_t kLineBytes = 16 * kLineSlots;
+  const auto word = [](int64_t number) { return static_cast<uint64_t>(number); };
+  device.for_each(1, 1, PrepareMove{map.header, word(lines), word(first), word(end), word(last_old), word(room)});
+  const auto* count = reinterpret_cast<const int64_t*>(map.header + kMoveCount);
+  device.for_each_counted(count, room, kLineBytes, LiftLines{map, copies, counter_data(counters)});
+  device.for_each_counted(count, room, kLineBytes, PlaceLines{map, copies});
+}
+
+template <class Device>
+void id_map_list(const Tensor& header, int64_t slots, const Tensor& ids, const Tensor& members, const Tensor& rows,
                  const Tensor& numbers, const Tensor& count) {
-  Device device(slots);
+  Device device(header);
   device.for_each(
-      slots.size(0), 1,
-      ListIds{id_map_ref(slots).slots, data<int64_t>(ids, "ids"), data<int64_t>(members, "members"),
+      slots, 1,
+      ListIds{id_map_ref(header), data<int64_t>(ids, "ids"), data<int64_t>(members, "members"),
               data<int64_t>(rows, "rows"), data<int64_t>(numbers, "numbers"), data<int64_t>(count, "count")});
 }
 
 template <class Device>
-void id_map_erase(const Tensor& slots, const Tensor& numbers, const Tensor& counters,
+void id_map_list_marked(const Tensor& header, int64_t slots, const Tensor& marks, const Tensor& ids,
+                        const Tensor& members, const Tensor& count) {
+  Device device(header);
+  RECIS_CHECK(ids.numel() == members.numel(), "ids and members must have equal sizes");
+  device.for_each(slots, 1,
+                  ListMarked{id_map_ref(header), data<uint8_t>(marks, "marks"), data<int64_t>(ids, "ids"),
+                             data<int64_t>(members, "members"), data<int64_t>(count, "count")});
+}
+
+template <class Device>
+void id_map_erase(const Tensor& header, const Tensor& numbers, const Tensor& counters,
                   const std::optional<Tensor>& free_rows) {
-  Device device(slots);
+  Device device(header);
   device.for_each(numbers.numel(), 1,
-                  EraseSlots{id_map_ref(slots).slots, data<int64_t>(numbers, "numbers"), counter_data(counters),
+                  EraseSlots{id_map_ref(header), data<int64_t>(numbers, "numbers"), counter_data(counters),
                              data_or_null<int64_t>(free_rows, "free_rows")});
 }
 
 template <class Device>
-void id_map_set(const Tensor& slots, const Tensor& numbers, const Tensor& rows) {
-  Device device(slots);
+void id_map_set(const Tensor& header, const Tensor& numbers, const Tensor& rows) {
+  Device device(header);
   RECIS_CHECK(numbers.numel() == rows.numel(), "there must be one row for each slot");
   device.for_each(numbers.numel(), 1,
-                  SetRows{id_map_ref(slots).slots, data<int64_t>(numbers, "numbers"), data<int64_t>(rows, "rows")});
+                  SetRows{id_map_ref(header), data<int64_t>(numbers, "numbers"), data<int64_t>(rows, "rows")});
 }
 
 template <class Device>
-void id_map_move(const Tensor& slots, const Tensor& moved) {
-  Device device(slots);
-  device.for_each(slots.size(0), 1, MoveRows{id_map_ref(slots).slots, data<int64_t>(moved, "moved")});
+void id_map_move(const Tensor& header, int64_t slots, const Tensor& moved) {
+  Device device(header);
+  device.for_each(slots, 1, MoveRows{id_map_ref(header), data<int64_t>(moved, "moved")});
 }
 
 template <class Device>
-void id_map_count(const Tensor& slots, const Tensor& counters, Tensors ids, Ints members, Tensors used,
+void id_map_count(const Tensor& header, const Tensor& counters, Tensors ids, Ints members, Tensors used,
                   const Tensor& rows) {
-  Device device(slots);
+  Device device(header);
   std::vector<IdSpan> spans;
-  const LookUpIds lookup = look_up(device, slots, {ids, members, used}, rows, spans);
+  const LookUpIds lookup = look_up(device, header, {ids, members, used}, rows, spans);
   device.for_each(rows.numel(), 1, CountIds{lookup, counter_data(counters), data<int64_t>(rows, "rows")});
 }
 
 template <class Device>
-void id_map_admit(const Tensor& slots, Tensors ids, Ints members, Tensors used, const Tensor& rows, int64_t least,
+void id_map_admit(const Tensor& header, Tensors ids, Ints members, Tensors used, const Tensor& rows, int64_t least,
                   const Tensor& admitted) {
-  Device device(slots);
+  Device device(header);
   std::vector<IdSpan> spans;
-  const LookUpIds lookup = look_up(device, slots, {ids, members, used}, rows, spans);
+  const LookUpIds lookup = look_up(device, header, {ids, members, used}, rows, spans);
   RECIS_CHECK(admitted.numel() == rows.numel(), "admitted must hold one element for each id");
   device.for_each(rows.numel(), 1,
                   AdmitCounted{lookup, data<int64_t>(rows, "rows"), least, data<uint8_t>(admitted, "admitted")});
@@ -154,7 +181,9 @@ void register_id_map(Library& m) {
   m.impl("id_map_find_or_insert", TORCH_BOX(&id_map_find_or_insert<Device>));
   m.impl("id_map_commit", TORCH_BOX(&id_map_commit<Device>));
   m.impl("id_map_rehash", TORCH_BOX(&id_map_rehash<Device>));
+  m.impl("id_map_move_lines", TORCH_BOX(&id_map_move_lines<Device>));
   m.impl("id_map_list", TORCH_BOX(&id_map_list<Device>));
+  m.impl("id_map_list_marked", TORCH_BOX(&id_map_list_marked<Device>));
   m.impl("id_map_erase", TORCH_BOX(&id_map_erase<Device>));
   m.impl("id_map_set", TORCH_BOX(&id_map_set<Device>));
   m.impl("id_map_move", TORCH_BOX(&id_map_move<Device>));

@@ -2,12 +2,15 @@
 // inserts into a table that may not grow.
 #include <algorithm>
 #include <atomic>
+#include <map>
+#include <set>
 #include <vector>
 
 #include "core/bounded_insert.h"
 #include "core/chain.h"
 #include "core/for_each.h"
 #include "test/expect.h"
+#include "test/slots.h"
 
 namespace {
 
@@ -81,52 +84,116 @@ void serial_numbers_start_again() {
   CHECK(token[0] == 1.0f && token[1] == 0.0f);
 }
 
-// Threads insert `distinct` ids, each several times, into a table with room for `rows` rows; `reused` of them are free.
-void inserts_are_all_or_none(int64_t distinct, int64_t rows, int64_t reused) {
-  constexpr int64_t kSlots = 256;
+// The slots of a map, word by word.
+std::vector<uint64_t> words_of(const IdMapRef& map) {
+  std::vector<uint64_t> words;
+  for (uint64_t number = 0; number < kLineSlots * map.lines(); ++number) {
+    const uint64_t* slot = map.slot(number);
+    words.insert(words.end(), slot, slot + 2);
+  }
+  return words;
+}
+
+// Threads insert `ids`, each several times, of which `distinct` are new, within the room that a table has left.
+void insert_all_or_none(const IdMapRef& map, int64_t* counters, const Room& room, const std::vector<int64_t>& free_rows,
+                        const std::vector<int64_t>& ids, int64_t distinct) {
   Chain chain(1);
   float token[2] = {1.0f, 0.0f};
-  std::vector<uint64_t> memory(2 * kSlots + 1, 0);
-  uint64_t* slots = memory.data() + (reinterpret_cast<uintptr_t>(memory.data()) % 16 == 0 ? 0 : 1);
-  std::vector<int64_t> free_rows(static_cast<size_t>(reused));
-  for (int64_t i = 0; i < reused; ++i) free_rows[i] = i;
-  std::vector<int64_t> counters = {0, reused, reused, 0, 0, 0};
-  const std::vector<int64_t> counters_before = counters;
-  const int64_t n = 5 * distinct;
-  std::vector<int64_t> ids, found(n), fresh(n), fresh_slots(n);
-  for (int64_t i = 0; i < n; ++i) ids.push_back(i % distinct - 3);
+  const auto n = static_cast<int64_t>(ids.size());
+  const std::vector<int64_t> before(counters, counters + kCounters);
+  const std::vector<uint64_t> words_before = words_of(map);
+  std::vector<int64_t> found(n), fresh(n);
+  std::vector<uint64_t*> fresh_slots(n);
   CallFlags flags;
   StartLookup{chain.turn(0, token, token), &flags}(0, OneLane{});
-  const Room room{counters.data(), rows, kSlots * 3 / 4};
   InsertWithin insert{};
   insert.segments.count = 1;
   insert.segments.total = n;
   insert.segments.near[0] = {0, ids.data(), 0, nullptr};
-  insert.map = {slots, kSlots - 1};
+  insert.map = map;
   insert.room = room;
   insert.free_rows = free_rows.data();
   insert.rows = found.data();
   insert.fresh = fresh.data();
   insert.fresh_slots = fresh_slots.data();
   insert.flags = &flags;
+  const int64_t size = room.size();
   for_each_cpu(Threads{kThreads}, n, 1, insert);
   CommitWithin{room, chain.turn(0, token, token), &flags}(0, OneLane{});
-  for_each_cpu(Threads{kThreads}, flags.undone, 1, UndoInserts{slots, fresh_slots.data()});
-  if (distinct <= std::min(rows, room.max_slots)) {
+  for_each_cpu(Threads{kThreads}, flags.undone, 1, UndoInserts{fresh_slots.data()});
+  if (distinct <= size) {
     CHECK(flags.refused == 0 && flags.fresh == distinct && flags.undone == 0);
-    CHECK(counters[kFresh] == 0 && counters[kLive] == distinct && counters[kUsedSlots] == distinct);
-    CHECK(counters[kFree] == std::max<int64_t>(reused - distinct, 0));
-    std::vector<int64_t> rows_of(found.begin(), found.begin() + distinct);
-    for (int64_t i = 0; i < n; ++i) CHECK(found[i] == rows_of[i % distinct]);
-    std::sort(rows_of.begin(), rows_of.end());
-    CHECK(std::adjacent_find(rows_of.begin(), rows_of.end()) == rows_of.end());
-    CHECK(rows_of.front() >= 0 && rows_of.back() < rows);
+    CHECK(counters[kFresh] == 0 && counters[kLive] == before[kLive] + distinct);
+    CHECK(counters[kUsedSlots] == before[kUsedSlots] + distinct);
+    CHECK(counters[kFree] == std::max<int64_t>(before[kFree] - distinct, 0));
+    std::map<int64_t, int64_t> rows;
+    std::set<int64_t> distinct_rows;
+    for (int64_t i = 0; i < n; ++i) {
+      CHECK(rows.emplace(ids[i], found[i]).first->second == found[i]);
+      CHECK(found[i] >= 0 && found[i] < room.max_rows);
+      distinct_rows.insert(found[i]);
+    }
+    CHECK(distinct_rows.size() == rows.size());
   } else {
     CHECK(flags.refused == 1 && flags.fresh == 0 && flags.undone > 0);
     CHECK(chain.ref.state().status == static_cast<int64_t>(Status::kNoRoom));
-    CHECK(counters == counters_before);
-    CHECK(std::all_of(slots, slots + 2 * kSlots, [](uint64_t word) { return word == 0; }));
+    CHECK(std::equal(before.begin(), before.end(), counters));
+    CHECK(words_of(map) == words_before);
   }
+}
+
+// An empty table with room for `rows` rows; `reused` of them are free.
+void inserts_are_all_or_none(int64_t distinct, int64_t rows, int64_t reused) {
+  recis_test::Slots slots(256);
+  std::vector<int64_t> free_rows(static_cast<size_t>(reused));
+  for (int64_t i = 0; i < reused; ++i) free_rows[i] = i;
+  int64_t counters[kCounters] = {0, reused, reused, 0, 0, 0};
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < 5 * distinct; ++i) ids.push_back(i % distinct - 3);
+  insert_all_or_none(slots.map(), counters, {counters, rows, 256 * 3 / 4}, free_rows, ids, distinct);
+}
+
+// A refused call leaves a map as it was while the map grows, with ids and erased slots. Their probes still find the
+// ids.
+void refused_inserts_leave_a_growing_map() {
+  constexpr int64_t kOld = 3000;
+  constexpr int64_t kNew = 500;
+  recis_test::Slots slots(4096);
+  int64_t counters[kCounters] = {};
+  std::vector<int64_t> old_ids(kOld), rows(kOld), fresh(kOld);
+  for (int64_t i = 0; i < kOld; ++i) old_ids[i] = static_cast<int64_t>(mix64(static_cast<uint64_t>(i)));
+  FindOrInsertIds old{};
+  old.segments.count = 1;
+  old.segments.total = kOld;
+  old.segments.near[0] = {0, old_ids.data(), 0, nullptr};
+  old.map = slots.map();
+  old.counters = counters;
+  old.rows = rows.data();
+  old.fresh = fresh.data();
+  for_each_cpu(Threads{kThreads}, kOld, 1, old);
+  CommitInserts{counters}(0, OneLane{});
+  std::vector<int64_t> erased;
+  for (int64_t i = 0; i < kOld; i += 7) erased.push_back(find_slot(slots.map(), old_ids[i], 0).number);
+  std::vector<int64_t> free_rows(kOld);
+  for_each_cpu(Serial{}, static_cast<int64_t>(erased.size()), 1,
+               EraseSlots{slots.map(), erased.data(), counters, free_rows.data()});
+  const int64_t free = counters[kFree];
+  std::vector<int64_t> ids;
+  for (int64_t i = 0; i < 3 * kNew; ++i) ids.push_back(static_cast<int64_t>(mix64(1'000'000 + i % kNew)));
+  for (int64_t i = 1; i < 200; i += 7) ids.push_back(old_ids[i]);
+  int pieces = 0;
+  slots.grow(6144, 100, counters, [&] {
+    const IdMapRef map = slots.map();
+    insert_all_or_none(map, counters, {counters, counters[kRows], 6000}, free_rows, ids, kNew);
+    CHECK(counters[kFree] == free);
+    for (int64_t i = 0; i < kOld; ++i) {
+      const FoundSlot slot = find_slot(map, old_ids[i], 0);
+      CHECK(i % 7 == 0 ? slot.slot == nullptr : slot.slot != nullptr && entry_row(slot.slot[1]) == rows[i]);
+    }
+    ++pieces;
+  });
+  CHECK(pieces == 11);
+  insert_all_or_none(slots.map(), counters, {counters, kOld + kNew, 6000}, free_rows, ids, kNew);
 }
 
 }  // namespace
@@ -143,5 +210,6 @@ int main() {
   inserts_are_all_or_none(192, 1000, 0);
   inserts_are_all_or_none(193, 1000, 0);
   inserts_are_all_or_none(400, 1000, 0);
+  refused_inserts_leave_a_growing_map();
   return recis_test::finish("chain_test", "turns, unseen lookups, and inserts into a table that may not grow");
 }

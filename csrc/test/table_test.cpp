@@ -17,10 +17,12 @@
 #include "core/insert.h"
 #include "core/update.h"
 #include "test/expect.h"
+#include "test/slots.h"
 
 namespace {
 
 using namespace recis;
+using recis_test::Slots;
 
 #define CHECK(condition) recis_test::expect(condition, #condition, __LINE__)
 
@@ -33,9 +35,9 @@ constexpr int kBlockShift = 7;
 
 // The host-side owner of a table, in place of Python's HashTable.
 struct Table {
-  explicit Table(int64_t capacity) : slots(2 * capacity, 0), capacity(capacity) {}
+  explicit Table(int64_t capacity) : slots(capacity) {}
 
-  IdMapRef map() { return {slots.data(), static_cast<uint64_t>(capacity - 1)}; }
+  IdMapRef map() { return slots.map(); }
 
   BlocksRef blocks(int64_t rows) {
     while (static_cast<int64_t>(memory.size()) << kBlockShift < rows) {
@@ -46,8 +48,7 @@ struct Table {
     return {addresses.data(), kBlockShift, kMetaOffset, kRecordBytes};
   }
 
-  std::vector<uint64_t> slots;
-  int64_t capacity;
+  Slots slots;
   int64_t counters[kCounters] = {};
   std::vector<int64_t> free_rows;
   std::vector<std::unique_ptr<void, void (*)(void*)>> memory;
@@ -130,10 +131,6 @@ void grouped_inserts() {
 
 // Every thread inserts every id, to maximize contention on slots.
 void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
-  Table table(1024);
-  while (table.capacity * 3 < distinct * 4) table.capacity *= 2;
-  table.slots.assign(2 * table.capacity, 0);
-
   std::mt19937_64 random(distinct);
   std::vector<int64_t> pool;
   for (int64_t i = 0; i < distinct; ++i) pool.push_back(static_cast<int64_t>(random()));
@@ -152,8 +149,9 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   const std::vector<IdSpan> spans{{0, ids.data(), 0, nullptr}, {half, ids.data() + half, 7, nullptr}};
   std::set<std::pair<int64_t, int64_t>> keys;
   for (int64_t i = 0; i < n; ++i) keys.insert({i < half ? 0 : 7, ids[i]});
-  while (table.capacity * 3 < static_cast<int64_t>(keys.size()) * 4) table.capacity *= 2;
-  table.slots.assign(2 * table.capacity, 0);
+  int64_t capacity = 1024;
+  while (capacity * 3 < static_cast<int64_t>(keys.size()) * 4) capacity *= 2;
+  Table table(capacity);
 
   std::vector<int64_t> rows(n), fresh(n), lookup(n);
   const Threads threads{kThreads};
@@ -174,20 +172,21 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   for_each_cpu(Serial{}, 1, 1, CommitInserts{table.counters});
   CHECK(table.counters[kRows] == count && table.counters[kLive] == count && table.counters[kFresh] == 0);
 
+  const auto check_rows = [&] {
+    for_each_cpu(threads, n, 1, FindIds<false>{{segments(spans, n), table.map()}, lookup.data()});
+    CHECK(lookup == rows);
+  };
+  check_rows();
   if (grow) {
-    std::vector<uint64_t> larger(4 * table.capacity, 0);
-    const IdMapRef to{larger.data(), static_cast<uint64_t>(2 * table.capacity - 1)};
-    for_each_cpu(threads, table.capacity, 1, RehashSlots{table.slots.data(), to});
-    table.slots = std::move(larger);
-    table.capacity *= 2;
+    capacity += capacity / 8;
+    table.slots.grow(capacity, 500, table.counters, check_rows);
+    CHECK(table.counters[kUsedSlots] == count);
   }
-  for_each_cpu(threads, n, 1, FindIds<false>{{segments(spans, n), table.map()}, lookup.data()});
-  CHECK(lookup == rows);
   std::vector<int64_t> listed(count), listed_members(count), listed_rows(count), listed_slots(count);
   int64_t listed_count = 0;
-  for_each_cpu(threads, table.capacity, 1,
-               ListIds{table.slots.data(), listed.data(), listed_members.data(), listed_rows.data(),
-                       listed_slots.data(), &listed_count});
+  for_each_cpu(threads, capacity, 1,
+               ListIds{table.map(), listed.data(), listed_members.data(), listed_rows.data(), listed_slots.data(),
+                       &listed_count});
   CHECK(listed_count == count);
   CHECK(std::set<int64_t>(listed_rows.begin(), listed_rows.end()).size() == static_cast<size_t>(count));
 
@@ -257,12 +256,17 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   for (int t = 0; t < kThreads; ++t) numbers.insert(numbers.end(), listed_slots.begin(), listed_slots.end());
   table.free_rows.resize(count);
   for_each_cpu(threads, static_cast<int64_t>(numbers.size()), 1,
-               EraseSlots{table.slots.data(), numbers.data(), table.counters, table.free_rows.data()});
+               EraseSlots{table.map(), numbers.data(), table.counters, table.free_rows.data()});
   CHECK(table.counters[kLive] == 0 && table.counters[kFree] == count);
-  std::vector<uint64_t> fresh_slots(2 * table.capacity, 0);
-  for_each_cpu(threads, table.capacity, 1,
-               RehashSlots{table.slots.data(), {fresh_slots.data(), static_cast<uint64_t>(table.capacity - 1)}});
-  table.slots = std::move(fresh_slots);
+  if (grow) {  // dropping the erased slots in place, or copying the others
+    table.slots.grow(capacity, 500, table.counters, [] {});
+    CHECK(table.counters[kUsedSlots] == 0);
+  } else {
+    Slots fresh_slots(capacity);
+    for_each_cpu(threads, capacity, 1, RehashSlots{table.map(), fresh_slots.map()});
+    table.slots = std::move(fresh_slots);
+    table.counters[kUsedSlots] = 0;
+  }
   const std::vector<uint8_t> admitted(n, 1);
   for_each_cpu(threads, n, 1,
                FindOrInsertIds{{segments(spans, n), table.map()},
@@ -275,13 +279,13 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   CHECK(table.counters[kRows] == count && table.counters[kFree] == 0 && table.counters[kLive] == count);
 
   // Count on all threads at once: the counts are exact.
-  Table counts(table.capacity);
+  Table counts(capacity);
   const std::vector<int64_t> none(n, -1);
   for_each_cpu(threads, n, 1, CountIds{{segments(spans, n), counts.map()}, counts.counters, none.data()});
   CHECK(counts.counters[kLive] == count);
   int64_t total = 0;
-  for (int64_t slot = 0; slot < counts.capacity; ++slot) {
-    const uint64_t entry = counts.slots[2 * slot + 1];
+  for (int64_t slot = 0; slot < capacity; ++slot) {
+    const uint64_t entry = counts.map().slot(slot)[1];
     if (entry_state(entry) == SlotState::kFull) total += entry_row(entry);
   }
   CHECK(total == n);

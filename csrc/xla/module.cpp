@@ -55,14 +55,14 @@ class PyChain {
   }
 
   // Describes a table; see TableMemory in recis_hybrid/embedding/table.
-  void set_memory(int64_t number, const std::vector<int64_t>& slots, int64_t counters, int64_t free_rows,
-                  int64_t max_rows, int64_t max_slots, const std::vector<int64_t>& blocks,
-                  const std::vector<int64_t>& element, int64_t initializers,
-                  const std::vector<std::vector<int64_t>>& fields, int64_t generation, int64_t step, uint64_t seed) {
+  void set_memory(int64_t number, int64_t header, int64_t counters, int64_t free_rows, int64_t max_rows,
+                  int64_t max_slots, const std::vector<int64_t>& blocks, const std::vector<int64_t>& element,
+                  int64_t initializers, const std::vector<std::vector<int64_t>>& fields, int64_t generation,
+                  int64_t step, uint64_t seed) {
     const std::lock_guard lock(chain_->mutex);
     Table& table = chain_->tables.at(static_cast<size_t>(number));
     TableRef& ref = table.ref;
-    ref.map = {pointer<uint64_t>(slots.at(0)), static_cast<uint64_t>(slots.at(1)) - 1};
+    ref.map = {pointer<uint64_t>(header)};
     ref.counters = pointer<int64_t>(counters);
     ref.free_rows = pointer<int64_t>(free_rows);
     ref.max_rows = max_rows;

@@ -111,7 +111,7 @@ class FrequencyGate:
         counts = self._counts
         counts.count(ids, members, rows, used)
         admitted = torch.empty(rows.numel(), dtype=torch.uint8, device=rows.device)
-        ops.id_map.admit(counts.slots, ids, members, rows, self._least, admitted, used=used)
+        ops.id_map.admit(counts.slots.header, ids, members, rows, self._least, admitted, used=used)
         # Inserting the admitted ids may fail, so keep their counts until they have rows.
         self._admitted_slots = torch.where((admitted == 1) & (rows < 0), counts.slots_of(ids, members), -1)
         return admitted

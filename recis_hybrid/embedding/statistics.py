@@ -55,7 +55,7 @@ class TableStatistics:
     members: dict[str, MemberStatistics]
     """Its member tables by name."""
     load: float
-    """Share of the IDMap's slots that are in use or erased; the highest of all ranks. It grows beyond 0.75."""
+    """Share of the IDMap's slots that are in use or erased; the highest of all ranks. Large maps grow from 0.61 on."""
     memory: dict[str, int]
     """Bytes of each part, as ``HashTable.memory``, summed over the ranks."""
     cache: CacheStatistics | None

@@ -22,7 +22,7 @@ nothing_returned(
     "blocks_write_meta",
     "blocks_copy_records",
     "blocks_see_rows",
-    "blocks_list_touched",
+    "blocks_mark_touched",
     "blocks_export",
 )
 
@@ -167,21 +167,15 @@ def see_rows(blocks: Blocks, count: Tensor, unique: Tensor, offsets: Tensor, ste
     torch.ops.recis.blocks_see_rows(*blocks, count, unique, offsets, step)
 
 
-def list_touched(
-    blocks: Blocks, slots: Tensor, step: int, marks: Tensor, ids: Tensor, members: Tensor, count: Tensor
-) -> None:
-    """List the ids whose rows were updated, or seen by a training lookup, after a step.
+def mark_touched(blocks: Blocks, step: int, marks: Tensor) -> None:
+    """Mark the rows that were updated, or seen by a training lookup, after a step.
 
     Args:
-        blocks: Must hold every row of the map.
-        slots: int64 ``[S, 2]`` of the IDMap, on the device of the blocks.
-        step: Rows whose updated and seen steps are both at most this step are omitted.
-        marks: uint8, one element per row; written: 1 for a listed row, otherwise 0.
-        ids: int64, at least as long as the list; written, in no particular order.
-        members: The member table of each id, int64, as long as ``ids``; written.
-        count: int64 ``[1]``, zeroed; becomes the number of listed ids.
+        blocks: Must hold every row.
+        step: Rows whose updated and seen steps are both at most this step are not marked.
+        marks: uint8, one element per row; written.
     """
-    torch.ops.recis.blocks_list_touched(*blocks, slots, step, marks, ids, members, count)
+    torch.ops.recis.blocks_mark_touched(*blocks, step, marks)
 
 
 def export(

@@ -121,7 +121,7 @@ def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags)
 
 
 def insert_grouped(
-    slots: Tensor,
+    header: Tensor,
     counters: Tensor,
     free_rows: Tensor,
     blocks: Blocks,
@@ -144,7 +144,7 @@ def insert_grouped(
     and blocks on the same device. On the CPU, ids are grouped first, so that each distinct id is looked up only once.
 
     Args:
-        slots: int64 ``[S, 2]``, written. At most 0.75 S entries may be in use afterwards.
+        header: Header of the map, which is written. At most 0.75 of its slots may be in use afterwards.
         counters: int64 ``[6]``, written.
         free_rows: int64: rows to reuse.
         blocks: Written. Must have room for all new rows.
@@ -165,10 +165,10 @@ def insert_grouped(
         The row of each id, int64 ``[N]``, and the groups.
     """
     n = sum(bags.lengths)
-    rows = torch.empty(n, dtype=torch.int64, device=slots.device)
-    groups = _room(n, bags, slots.device)
+    rows = torch.empty(n, dtype=torch.int64, device=header.device)
+    groups = _room(n, bags, header.device)
     torch.ops.recis.insert_grouped(
-        slots,
+        header,
         counters,
         free_rows,
         *blocks,

@@ -1,8 +1,9 @@
 """Operators of the IDMap: (member table, id) → row.
 
-Shapes: N ids of a call over all features, S slots, R rows ever created. ``slots`` is int64 ``[S, 2]`` with S a power of
-two; ``counters`` is int64 ``[6]``, indexed by the constants below. Callers in ``embedding`` keep the load factor at or
-below 0.75 and the buffers large enough; no function here grows a buffer or waits for a device.
+Shapes: N ids of a call over all features, S slots, R rows ever created. ``header`` is int64 ``[HEADER_WORDS + C]``:
+words of ``csrc/core/table.h``, then the addresses of the C chunks that hold the slots; operators that change the slots
+are declared to write it. ``counters`` is int64 ``[6]``, indexed by the constants below. Callers in ``embedding`` keep
+the load factor at or below 0.75 and the buffers large enough; no function here grows a buffer or waits for a device.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ nothing_returned(
     "id_map_find_or_insert",
     "id_map_commit",
     "id_map_rehash",
+    "id_map_move_lines",
     "id_map_list",
+    "id_map_list_marked",
     "id_map_erase",
     "id_map_set",
     "id_map_move",
@@ -33,9 +36,18 @@ FRESH, ROWS, FREE, USED_SLOTS, LIVE, OVERFLOW, COUNTERS = range(7)
 """Indices of the counters: rows added since the last commit, rows ever created, free rows, slots in use or erased, ids
 with a row, whether an insert found the map full; and the number of counters."""
 
+LINES, OLD_LINES, LAST_OLD, CHUNK_SHIFT = range(4)
+STUCK = 8
+HEADER_WORDS = 16
+"""Words of a header that the host writes or reads, and where the addresses begin; see ``csrc/core/table.h``."""
+
+LINE_SLOTS = 4
+FULL = 2
+"""State of a slot that holds an id."""
+
 
 def find(
-    slots: Tensor,
+    header: Tensor,
     ids: Sequence[Tensor],
     members: Sequence[int],
     rows: Tensor,
@@ -46,7 +58,7 @@ def find(
     """Write the row of each id into ``rows``, -1 for an id without one.
 
     Args:
-        slots: int64 ``[S, 2]``.
+        header: Header of the map.
         ids: For each feature, int64 ``[n_f]``, contiguous.
         members: For each feature, the number of its member table, 0 to 65,535.
         rows: int64 ``[N]``, written.
@@ -54,11 +66,11 @@ def find(
             for callers that only know a bound; ids after them have no row. Empty tensors or an empty list: all ids.
         numbers: Whether to write slot numbers instead of rows.
     """
-    torch.ops.recis.id_map_find(slots, ids, members, used, numbers, rows)
+    torch.ops.recis.id_map_find(header, ids, members, used, numbers, rows)
 
 
 def find_or_insert(
-    slots: Tensor,
+    header: Tensor,
     counters: Tensor,
     free_rows: Tensor,
     admitted: Tensor | None,
@@ -72,7 +84,7 @@ def find_or_insert(
     """Find the row of each id, or add one: a free row, otherwise the next row. :func:`commit` must follow.
 
     Args:
-        slots: int64 ``[S, 2]``, written. At most 0.75 S entries may be in use afterwards.
+        header: Header of the map, which is written. At most 0.75 S slots may be in use afterwards.
         counters: int64 ``[6]``; FRESH grows by the number of new rows.
         free_rows: int64: rows to reuse; the first FREE are in use, taken from their end.
         admitted: uint8 ``[N]``: 0 for ids that must not get a row; None: admit all.
@@ -82,7 +94,7 @@ def find_or_insert(
         fresh: int64 ``[N]``, written: for each new row, a position in ``rows`` that holds it.
         used: As in :func:`find`.
     """
-    torch.ops.recis.id_map_find_or_insert(slots, counters, free_rows, admitted, ids, members, used, rows, fresh)
+    torch.ops.recis.id_map_find_or_insert(header, counters, free_rows, admitted, ids, members, used, rows, fresh)
 
 
 def commit(counters: Tensor) -> None:
@@ -90,49 +102,92 @@ def commit(counters: Tensor) -> None:
     torch.ops.recis.id_map_commit(counters)
 
 
-def rehash(slots: Tensor, fresh_slots: Tensor) -> None:
-    """Copy the entries of ``slots``, except erased ones, into ``fresh_slots``, which is zeroed and large enough."""
-    torch.ops.recis.id_map_rehash(slots, fresh_slots)
+def rehash(header: Tensor, slots: int, fresh_header: Tensor) -> None:
+    """Copy the entries of the S ``slots`` of a map, except erased ones, into another, empty and large enough."""
+    torch.ops.recis.id_map_rehash(header, slots, fresh_header)
 
 
-def list_ids(slots: Tensor, ids: Tensor, members: Tensor, rows: Tensor, numbers: Tensor, count: Tensor) -> None:
+def decode(entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return state, member table and row of the second words of slots (int64 ``[n]``); see ``csrc/core/table.h``."""
+    return entries >> 62 & 3, entries >> 46 & 0xFFFF, entries >> 6 & (1 << 40) - 1
+
+
+def move_lines(
+    header: Tensor, counters: Tensor, lines: int, first: int, end: int, last_old: int, lifted: Tensor
+) -> None:
+    """Spread the ids of some lines of four slots over the whole map, which grows by that; drop erased slots.
+
+    Calls follow one another from the last of the old lines down to line 0. Until then, ids of the lines before
+    ``first`` are found among the old lines. Nothing changes, now and in later calls, if too many lines in a row are
+    full for ``lifted``; the word STUCK of the header is then 1.
+
+    Args:
+        header: Header of the map, which is written.
+        counters: int64 ``[6]``, written: erased slots are no longer in use.
+        lines: New number of lines, which the chunks of the header must hold.
+        first: First line to be moved.
+        end: ``first`` of the call before; the old number of lines in the first call.
+        last_old: Greatest hash of the ids that start before ``first``, as a signed number.
+        lifted: int64 ``[lines, 4, 2]``: more than ``end - first``; overwritten.
+    """
+    torch.ops.recis.id_map_move_lines(header, counters, lines, first, end, last_old, lifted)
+
+
+def list_ids(
+    header: Tensor, slots: int, ids: Tensor, members: Tensor, rows: Tensor, numbers: Tensor, count: Tensor
+) -> None:
     """List all ids with their member tables, rows and slot numbers, in no particular order.
 
     Args:
-        slots: int64 ``[S, 2]``.
+        header: Header of the map.
+        slots: S.
         ids: int64, at least as long as the list; written.
         members: int64, as long as ``ids``; written.
         rows: int64, as long as ``ids``; written.
         numbers: int64, as long as ``ids``; written with slot numbers.
         count: int64 ``[1]``, zeroed; becomes the number of ids.
     """
-    torch.ops.recis.id_map_list(slots, ids, members, rows, numbers, count)
+    torch.ops.recis.id_map_list(header, slots, ids, members, rows, numbers, count)
 
 
-def erase(slots: Tensor, numbers: Tensor, counters: Tensor, free_rows: Tensor | None) -> None:
+def list_marked(header: Tensor, slots: int, marks: Tensor, ids: Tensor, members: Tensor, count: Tensor) -> None:
+    """List the ids whose rows are marked, with their member tables, in no particular order.
+
+    Args:
+        header: Header of the map.
+        slots: S.
+        marks: uint8 ``[R]``.
+        ids: int64, at least as long as the list; written.
+        members: int64, as long as ``ids``; written.
+        count: int64 ``[1]``, zeroed; becomes the number of ids.
+    """
+    torch.ops.recis.id_map_list_marked(header, slots, marks, ids, members, count)
+
+
+def erase(header: Tensor, numbers: Tensor, counters: Tensor, free_rows: Tensor | None) -> None:
     """Erase ids and put their rows on the free list.
 
     Args:
-        slots: int64 ``[S, 2]``, written.
+        header: Header of the map, which is written.
         numbers: int64 ``[n]``: slot numbers; negative ones are skipped, repeated ones erased once.
         counters: int64 ``[6]``, written.
         free_rows: int64, with room for every row ever created; written. None drops the rows.
     """
-    torch.ops.recis.id_map_erase(slots, numbers, counters, free_rows)
+    torch.ops.recis.id_map_erase(header, numbers, counters, free_rows)
 
 
-def set_rows(slots: Tensor, numbers: Tensor, rows: Tensor) -> None:
+def set_rows(header: Tensor, numbers: Tensor, rows: Tensor) -> None:
     """Set the rows (int64 ``[n]``) of the ids in distinct slots (``numbers``, int64 ``[n]``)."""
-    torch.ops.recis.id_map_set(slots, numbers, rows)
+    torch.ops.recis.id_map_set(header, numbers, rows)
 
 
-def move(slots: Tensor, moved: Tensor) -> None:
-    """Set the row of each id to ``moved[row]`` (int64 ``[R]``)."""
-    torch.ops.recis.id_map_move(slots, moved)
+def move(header: Tensor, slots: int, moved: Tensor) -> None:
+    """Set the row of each id of the S ``slots`` to ``moved[row]`` (int64 ``[R]``)."""
+    torch.ops.recis.id_map_move(header, slots, moved)
 
 
 def count(
-    slots: Tensor,
+    header: Tensor,
     counters: Tensor,
     ids: Sequence[Tensor],
     members: Sequence[int],
@@ -141,11 +196,11 @@ def count(
     used: Sequence[Tensor] = (),
 ) -> None:
     """Count the ids whose row (int64 ``[N]``) is negative, in a map that holds counts instead of rows."""
-    torch.ops.recis.id_map_count(slots, counters, ids, members, used, rows)
+    torch.ops.recis.id_map_count(header, counters, ids, members, used, rows)
 
 
 def admit(
-    slots: Tensor,
+    header: Tensor,
     ids: Sequence[Tensor],
     members: Sequence[int],
     rows: Tensor,
@@ -155,7 +210,7 @@ def admit(
     used: Sequence[Tensor] = (),
 ) -> None:
     """Write to ``admitted`` (uint8 ``[N]``) whether each id has a row or has been counted ``least`` times."""
-    torch.ops.recis.id_map_admit(slots, ids, members, used, rows, least, admitted)
+    torch.ops.recis.id_map_admit(header, ids, members, used, rows, least, admitted)
 
 
 def bucket_of(ids: Tensor) -> Tensor:

@@ -17,6 +17,11 @@ def _huge_empty(size: int) -> Tensor:
     return torch.empty(size, dtype=torch.uint8)
 
 
+@torch.library.register_fake("recis::huge_zeros")  # type: ignore[untyped-decorator]
+def _huge_zeros(size: int) -> Tensor:
+    return torch.zeros(size, dtype=torch.uint8)
+
+
 def empty_bytes(size: int, device: torch.device) -> Tensor:
     """Return an uninitialized uint8 tensor of ``size`` bytes, 64-byte aligned.
 
@@ -25,6 +30,16 @@ def empty_bytes(size: int, device: torch.device) -> Tensor:
     if device.type == "cpu" and size >= _HUGE_FROM:
         return torch.ops.recis.huge_empty(size)  # type: ignore[no-any-return]
     return torch.empty(size, dtype=torch.uint8, device=device)
+
+
+def zero_bytes(size: int, device: torch.device) -> Tensor:
+    """Return a zeroed uint8 tensor of ``size`` bytes, 64-byte aligned.
+
+    Large host tensors are on huge pages that are cleared, and take memory, only when they are first accessed.
+    """
+    if device.type == "cpu" and size >= _HUGE_FROM:
+        return torch.ops.recis.huge_zeros(size)  # type: ignore[no-any-return]
+    return torch.zeros(size, dtype=torch.uint8, device=device)
 
 
 def empty(shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:

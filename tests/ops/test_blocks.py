@@ -195,12 +195,8 @@ def test_schemas_and_fakes_of_operators() -> None:
     check(torch.ops.recis.blocks_export.default, (*blocks, rows, [0], parts, *meta))
     check(torch.ops.recis.blocks_copy_records.default, (*blocks, rows[:1], rows[1:2]))
     check(torch.ops.recis.blocks_see_rows.default, (*blocks, groups.count, groups.unique, groups.offsets, 1))
-    found, members, count = torch.zeros(2, 3, dtype=torch.int64).unbind() + (torch.zeros(1, dtype=torch.int64),)
     marks = torch.zeros(3, dtype=torch.uint8)
-    check(
-        torch.ops.recis.blocks_list_touched.default,
-        (*blocks, table.store.id_map.slots, 0, marks, found, members, count),
-    )
+    check(torch.ops.recis.blocks_mark_touched.default, (*blocks, 0, marks))
     check(
         torch.ops.recis.blocks_init_fresh.default,
         (
@@ -222,3 +218,4 @@ def test_schemas_and_fakes_of_operators() -> None:
     winners, gradient = torch.zeros(2, 4, dtype=torch.int32), torch.ones(2, 4)
     check(torch.ops.recis.spread_max.default, (torch.tensor([0, 1, 3]), winners, gradient, torch.empty(3, 4)))
     check(torch.ops.recis.huge_empty.default, (1 << 21,), test_utils=["test_schema"])
+    check(torch.ops.recis.huge_zeros.default, (1 << 21,), test_utils=["test_schema"])

@@ -105,11 +105,11 @@ def test_threads_inserting_the_same_ids_agree(threads: int) -> None:
         torch.set_num_threads(before)
 
 
-def test_misaligned_slots_are_refused() -> None:
+def test_headers_without_slots_are_refused() -> None:
     ids, rows = torch.arange(1), torch.empty(1, dtype=torch.int64)
-    for slots in (torch.zeros(2, 2).long(), torch.zeros(6, 2).long(), torch.zeros(9).long()[1:].view(4, 2)):
-        with pytest.raises(RuntimeError, match="slots must"):
-            ops.id_map.find(slots, [ids], [0], rows)
+    for header in (torch.zeros(ops.id_map.HEADER_WORDS).long(), torch.zeros(20, 2).long()):
+        with pytest.raises(RuntimeError, match="must be the header of an IDMap"):
+            ops.id_map.find(header, [ids], [0], rows)
 
 
 @on_devices
@@ -128,7 +128,7 @@ def test_ids_beyond_the_used_ones_have_no_row(device: str) -> None:
     counts, admitted = IdCounts(torch.device(device)), torch.empty(5, dtype=torch.uint8, device=device)
     none = torch.full((5,), -1, device=device)
     counts.count(ids, [0, 1], none, used)
-    ops.id_map.admit(counts.slots, ids, [0, 1], none, 1, admitted, used=used)
+    ops.id_map.admit(counts.slots.header, ids, [0, 1], none, 1, admitted, used=used)
     assert admitted.tolist() == [1, 1, 0, 1, 1]
     assert len(counts) == 4
 
@@ -180,7 +180,7 @@ def test_growth_out_of_memory_leaves_the_map_unchanged(device: str, monkeypatch:
     def no_memory(size: int, device: torch.device) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(ops.memory, "empty_bytes", no_memory)
+    monkeypatch.setattr(ops.memory, "zero_bytes", no_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         id_map.reserve(10_000)
     assert torch.equal(id_map.find([torch.arange(700, device=device)], [0]), rows)
@@ -207,23 +207,31 @@ def test_the_host_never_knows_fewer_rows_than_there_are(device: str) -> None:
 def test_schemas_and_fakes_of_operators() -> None:
     id_map = IdMap(torch.device("cpu"), capacity=64)
     ids = torch.arange(5)
-    slots, counters = id_map.slots, id_map.counters
+    header, counters = id_map.slots.header, id_map.counters
+    larger = IdMap(torch.device("cpu"), capacity=128)
     words = [torch.zeros(5, dtype=torch.int64) for _ in range(5)]
     check = torch.library.opcheck
     check(
         torch.ops.recis.id_map_find_or_insert.default,
-        (slots, counters, id_map.free_rows, torch.ones(5, dtype=torch.uint8), [ids], [0], [ids], *words[:2]),
+        (header, counters, id_map.free_rows, torch.ones(5, dtype=torch.uint8), [ids], [0], [ids], *words[:2]),
     )
     check(torch.ops.recis.id_map_commit.default, (counters,))
-    check(torch.ops.recis.id_map_find.default, (slots, [ids], [0], [], False, words[0]))
-    check(torch.ops.recis.id_map_rehash.default, (slots, torch.zeros(128, 2, dtype=torch.int64)))
-    check(torch.ops.recis.id_map_list.default, (slots, *words[:4], torch.zeros(1, dtype=torch.int64)))
-    check(torch.ops.recis.id_map_erase.default, (slots, ids[:1], counters, words[0]))
-    check(torch.ops.recis.id_map_set.default, (slots, ids[:1], ids[:1]))
-    check(torch.ops.recis.id_map_move.default, (slots, torch.arange(64)))
-    check(torch.ops.recis.id_map_count.default, (slots, counters, [ids], [0], [], words[0] - 1))
+    check(torch.ops.recis.id_map_find.default, (header, [ids], [0], [], False, words[0]))
+    check(torch.ops.recis.id_map_rehash.default, (header, 64, larger.slots.header))
+    check(torch.ops.recis.id_map_list.default, (header, 64, *words[:4], torch.zeros(1, dtype=torch.int64)))
+    marks = torch.zeros(5, dtype=torch.uint8)
+    check(
+        torch.ops.recis.id_map_list_marked.default,
+        (header, 64, marks, *words[:2], torch.zeros(1, dtype=torch.int64)),
+    )
+    lifted = torch.zeros(20, 4, 2, dtype=torch.int64)
+    check(torch.ops.recis.id_map_move_lines.default, (header, counters, 16, 0, 16, -1, lifted))
+    check(torch.ops.recis.id_map_erase.default, (header, ids[:1], counters, words[0]))
+    check(torch.ops.recis.id_map_set.default, (header, ids[:1], ids[:1]))
+    check(torch.ops.recis.id_map_move.default, (header, 64, torch.arange(64)))
+    check(torch.ops.recis.id_map_count.default, (header, counters, [ids], [0], [], words[0] - 1))
     admitted = torch.empty(5, dtype=torch.uint8)
-    check(torch.ops.recis.id_map_admit.default, (slots, [ids], [0], [], words[0], 2, admitted))
+    check(torch.ops.recis.id_map_admit.default, (header, [ids], [0], [], words[0], 2, admitted))
     check(torch.ops.recis.bucket_ids.default, (ids, words[0]))
     check(torch.ops.recis.file_order.default, (ids, ids * 0, ids, 1, torch.zeros(3, 5, dtype=torch.int64)))
 

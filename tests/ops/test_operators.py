@@ -53,6 +53,7 @@ HOST_ONLY = {
     "recis::first_bad_offsets": "Raises for offsets that were overwritten; on a GPU the host would have to wait, so "
     "kernels check the offsets that they follow.",
     "recis::huge_empty": "Allocates host memory; on a GPU torch's caching allocator does.",
+    "recis::huge_zeros": "Maps host memory; on a GPU torch's caching allocator allocates it.",
     "recis::vocabulary_slots": "Builds a vocabulary once, when an engine is built; the result is copied to the device.",
 }
 

@@ -125,7 +125,7 @@ def test_ids_are_counted_exactly(schedule: Schedule) -> None:
         entries = counts.entries()
         assert dict(zip(entries.ids.tolist(), entries.rows.tolist(), strict=True)) == total
         admitted = torch.empty(700, dtype=torch.uint8, device=DEVICE)
-        ops.id_map.admit(counts.slots, [ids.to(DEVICE)], [3], rows.to(DEVICE), 100, admitted)
+        ops.id_map.admit(counts.slots.header, [ids.to(DEVICE)], [3], rows.to(DEVICE), 100, admitted)
         want = [row >= 0 or total.get(i, 0) >= 100 for i, row in zip(ids.tolist(), rows.tolist(), strict=True)]
         assert admitted.bool().tolist() == want
 

@@ -298,7 +298,7 @@ def test_lengths_that_do_not_fit_are_refused(device: str, lengths: list[int], me
     words = [torch.empty(9, dtype=torch.int64, device=device) for _ in range(4)]
     with pytest.raises(RuntimeError, match=refusal):
         torch.ops.recis.insert_grouped(
-            table.store.id_map.slots,
+            table.store.id_map.slots.header,
             table.store.id_map.counters,
             table.store.id_map.free_rows,
             *table.store.blocks.whole(),
@@ -438,7 +438,7 @@ def test_schemas_and_fakes_of_operators() -> None:
     check(
         torch.ops.recis.insert_grouped.default,
         (
-            table.store.id_map.slots,
+            table.store.id_map.slots.header,
             table.store.id_map.counters,
             table.store.id_map.free_rows,
             *table.store.blocks.whole(),

@@ -73,11 +73,13 @@ class _Source:
     """The records of one logical table, live or copied, and the slots that map ids to them."""
 
     table: HashTable
-    slots: Tensor
+    header: Tensor
+    """Header of the slots."""
+    slots: int
     live: int
     handle: ops.blocks.Blocks | DiskSnapshot
     memory: tuple[Tensor, ...]
-    """Memory that ``handle`` points into, kept alive with it."""
+    """Memory that ``handle`` and ``header`` point into, kept alive with them."""
     device: torch.device
     """Device whose kernels read the records."""
     counts: tuple[dict[str, Tensor], ...]
@@ -98,7 +100,8 @@ def _live_state(tables: Sequence[HashTable], shares: BucketShares | None) -> Par
     sources = [
         _Source(
             table,
-            table.store.id_map.slots,
+            table.store.id_map.slots.header,
+            len(table.store.id_map.slots),
             len(table),
             *_live_records(table),
             table.device,
@@ -113,8 +116,8 @@ def _live_state(tables: Sequence[HashTable], shares: BucketShares | None) -> Par
 def _live_records(table: HashTable) -> tuple[ops.blocks.Blocks | DiskSnapshot, tuple[Tensor, ...]]:
     blocks = table.store.blocks
     if isinstance(blocks, DiskBlocks):
-        return blocks.snapshot(), ()
-    return blocks.whole(), tuple(blocks.blocks)
+        return blocks.snapshot(), tuple(table.store.id_map.slots.memory)
+    return blocks.whole(), (*blocks.blocks, *table.store.id_map.slots.memory)
 
 
 def _snapshot(tables: Sequence[HashTable], memory: HostMemory, shares: BucketShares | None) -> Callable[[], PartState]:
@@ -162,14 +165,17 @@ def _saved_buckets(table: HashTable, shares: BucketShares | None, place: int) ->
 def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) -> _Source:
     table.record_lookup()
     layout, blocks, used = table.layout, table.store.blocks, table.store.id_map.row_bound
-    flat = table.store.id_map.slots.view(-1).view(torch.uint8)
-    if isinstance(blocks, DiskBlocks):
-        slots = memory.take(flat.numel())
-        _copy([(slots, flat)])
-        words = slots.view(torch.int64).view(-1, 2)
-        return _Source(table, words, len(table), blocks.snapshot(), (), _CPU, _counts(table), buckets)
-    handle = blocks.whole()
+    slots = table.store.id_map.slots
+    parts = [part.view(-1).view(torch.uint8) for part in slots.memory]
     pinned = is_accelerator(table.device)
+    words = tuple(memory.take(part.numel(), pinned=pinned) for part in parts)
+    copied = list(zip(words, parts, strict=True))
+    header = slots.entries_in(words)
+    if isinstance(blocks, DiskBlocks):
+        _copy(copied)
+        snapshot = blocks.snapshot()
+        return _Source(table, header, len(slots), len(table), snapshot, words, _CPU, _counts(table), buckets)
+    handle = blocks.whole()
 
     pairs: list[tuple[Tensor, Tensor]] = []
     for number, block in enumerate(blocks.blocks):
@@ -182,12 +188,9 @@ def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) 
     handle = ops.blocks.Blocks(addresses, *handle[1:])
     if blocks.pinned:
         torch.accelerator.synchronize(table.device)  # the CPU reads what queued kernels still write
-    slots = memory.take(flat.numel(), pinned=pinned)
-    _copy([*pairs, (slots, flat)])
-    copies = tuple(target for target, _ in pairs)
-    return _Source(
-        table, slots.view(torch.int64).view(-1, 2), len(table), handle, copies, _CPU, _counts(table), buckets
-    )
+    _copy([*pairs, *copied])
+    copies = (*(target for target, _ in pairs), *words)
+    return _Source(table, header, len(slots), len(table), handle, copies, _CPU, _counts(table), buckets)
 
 
 def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
@@ -213,7 +216,7 @@ def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[
     states = dict(split)
     for source in sources:
         table, layout = source.table, source.table.layout
-        entries = list_entries(source.slots, source.live)
+        entries = list_entries(source.header, source.slots, source.live)
         ids, members, rows = entries.ids.cpu(), entries.members.cpu(), entries.rows.cpu()
         counts = members.bincount(minlength=len(table.members)).tolist()
         ordered = ops.id_map.file_order(ids, members, rows, len(table.members))

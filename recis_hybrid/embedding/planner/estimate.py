@@ -109,7 +109,7 @@ def plan(
     Example:
         >>> (rank,) = plan({"item": EmbeddingConfig(dim=16)}, rows={"item": 1_000_000}, samples=1000)
         >>> rank.memory["embedding"], rank.memory["metadata"], rank.memory["id_map"] // 2**20
-        (64000000, 16000000, 32)
+        (64000000, 16000000, 30)
     """
     check_configs(configs)
     for name, number in (("samples", samples), ("ranks", ranks)):

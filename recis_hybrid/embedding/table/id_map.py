@@ -11,9 +11,16 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.accelerator import is_accelerator, record_event
+from recis_hybrid.embedding.table import slots as slots_module
+from recis_hybrid.embedding.table.slots import Slots
+from recis_hybrid.ops.id_map import LINE_SLOTS
 
 MAX_LOAD = 0.75
-_TAG_BITS = 6  # of an entry, below the row; see csrc/core/table.h
+"""Share of the slots in use above which a small map is copied into a larger one."""
+GROW_LOAD = 0.61
+"""Share of the slots in use above which a map of whole chunks begins to grow in place."""
+GROWTH = 1.2
+"""Factor by which such a map grows. Its old part reaches a load of at most ``GROW_LOAD * GROWTH``."""
 MAX_MEMBERS = 1 << 16
 MAX_ROWS = 1 << 40
 _FIRST_SLOTS = 1024
@@ -39,12 +46,13 @@ class IdMap:
 
     Args:
         device: Device of the slots.
-        capacity: Initial number of slots; rounded up to a power of two.
+        capacity: Initial number of slots; rounded up to a power of two, or to whole chunks.
     """
 
     def __init__(self, device: torch.device, capacity: int = _FIRST_SLOTS) -> None:
-        self.slots = _empty_slots(_power_of_two(max(capacity, 16)), device)
-        """int64 ``[S, 2]``."""
+        self.slots = Slots(_lines_of(max(capacity, 16)), device)
+        self._uncounted = 0
+        """Ids that may still be inserted before the slots must have moved all lines."""
         # A tensor created in inference mode cannot be written outside of it.
         with torch.inference_mode(False):
             self.counters = torch.zeros(ops.id_map.COUNTERS, dtype=torch.int64, device=device)
@@ -61,7 +69,7 @@ class IdMap:
     @property
     def capacity(self) -> int:
         """Number of slots."""
-        return self.slots.size(0)
+        return len(self.slots)
 
     @property
     def row_bound(self) -> int:
@@ -79,7 +87,7 @@ class IdMap:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of slots and counters."""
+        """Bytes of slots, their header and counters."""
         return self.slots.nbytes + self.counters.nbytes
 
     def __len__(self) -> int:
@@ -89,27 +97,64 @@ class IdMap:
     def find(self, ids: Sequence[Tensor], members: Sequence[int], used: Sequence[Tensor] = ()) -> Tensor:
         """Return the row of each id, int64 ``[N]``, -1 for an id that has none; ``used`` as in ``ops.id_map.find``."""
         rows = torch.empty(_total(ids), dtype=torch.int64, device=self.device)
-        ops.id_map.find(self.slots, ids, members, rows, used=used)
+        ops.id_map.find(self.slots.header, ids, members, rows, used=used)
         return rows
 
     def reserve(self, more: int) -> None:
-        """Make room for ``more`` additional ids. If memory runs out, nothing changes."""
-        if self._bounds.bound(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
-            return
-        if self._bounds.bound_after_inserts(ops.id_map.USED_SLOTS) + more <= MAX_LOAD * self.capacity:
-            return
-        exact = self._bounds.exact()
-        if exact[ops.id_map.LIVE] + more > MAX_ROWS:
-            raise ValueError(f"a hash table has at most 2**40 rows, but {exact[ops.id_map.LIVE] + more} are needed")
-        if exact[ops.id_map.USED_SLOTS] + more > MAX_LOAD * self.capacity:
-            # Erased ids are dropped, so the number of slots may stay the same. Leave room to spare: otherwise,
-            # alternating inserts and erases would rehash at every step.
-            self.rehash(min((exact[ops.id_map.LIVE] + more) * 5 // 4, MAX_ROWS))
+        """Make room for ``more`` additional ids. If memory runs out, nothing changes.
+
+        A map of whole chunks grows in place: it moves a part of its lines, in proportion to ``more``.
+        """
+        rest = self._move(more) if self.slots.work_to_do else more
+        while not self.slots.work_to_do and not self._has_room(more):
+            exact = self._bounds.exact()
+            live = exact[ops.id_map.LIVE]
+            if live + more > MAX_ROWS:
+                raise ValueError(f"a hash table has at most 2**40 rows, but {live + more} are needed")
+            if self._room(exact[ops.id_map.USED_SLOTS], more):
+                return
+            if self.slots.can_grow:
+                self._grow(live, more)
+                rest = self._move(rest)
+            else:
+                # Erased ids are dropped, so the number of slots may stay the same. Leave room to spare: otherwise,
+                # alternating inserts and erases would rehash at every step.
+                self.rehash(min((live + more) * 5 // 4, MAX_ROWS))
+
+    def _has_room(self, more: int) -> bool:
+        used = ops.id_map.USED_SLOTS
+        return self._room(self._bounds.bound(used), more) or self._room(self._bounds.bound_after_inserts(used), more)
+
+    def _room(self, used: int, more: int) -> bool:
+        """Return whether ``more`` ids may be inserted beside ``used`` slots without growth."""
+        return used + more <= (GROW_LOAD if self.slots.can_grow else MAX_LOAD) * self.capacity
+
+    def _grow(self, live: int, more: int) -> None:
+        """Start to grow, or to drop erased slots if that suffices."""
+        room = GROW_LOAD * self.capacity
+        if live + more > room / GROWTH:
+            needed = int((live + more) / (GROW_LOAD * LINE_SLOTS)) + 1
+            self.slots.start_moving(max(needed, int(self.slots.lines * GROWTH)))
+        else:
+            self.slots.start_moving(self.slots.lines)
+        self._uncounted = max(int(room * (GROWTH - 1)), 1)
+
+    def _move(self, more: int) -> int:
+        """Move lines in proportion to ``more`` ids, and return the number of ids after which all were moved."""
+        left = self.slots.work_to_do
+        counted = min(more, self._uncounted)
+        moved_all = self.slots.move(-(-left * counted // self._uncounted), self.counters)
+        self._uncounted -= counted
+        if not moved_all:
+            self._copy_slots(Slots(self.slots.lines, self.device))
+        return more - counted
 
     def rehash(self, ids: int) -> None:
         """Rebuild the slots with room for ``ids`` ids."""
-        slots = _empty_slots(_power_of_two(_slots_for(ids)), self.device)
-        ops.id_map.rehash(self.slots, slots)
+        self._copy_slots(Slots(_lines_for(ids), self.device))
+
+    def _copy_slots(self, slots: Slots) -> None:
+        ops.id_map.rehash(self.slots.header, len(self.slots), slots.header)
         self.slots = slots
         self.counters[ops.id_map.USED_SLOTS] = self.counters[ops.id_map.LIVE]
         self._bounds.exact()
@@ -136,7 +181,7 @@ class IdMap:
         rows, fresh = torch.empty(2, total, dtype=torch.int64, device=self.device).unbind()
         self.count_inserts(total)
         ops.id_map.find_or_insert(
-            self.slots, self.counters, self.free_rows, admitted, ids, members, rows, fresh, used=used
+            self.slots.header, self.counters, self.free_rows, admitted, ids, members, rows, fresh, used=used
         )
         self.copy_counters()
         return rows, fresh
@@ -166,7 +211,14 @@ class IdMap:
 
     def entries(self) -> Entries:
         """Return all ids; waits for the device."""
-        return list_entries(self.slots, len(self))
+        return list_entries(self.slots.header, len(self.slots), len(self))
+
+    def marked(self, marks: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the ids whose rows are marked (uint8 ``[R]``), and their member tables; waits for the device."""
+        ids, members = torch.empty(2, len(self), dtype=torch.int64, device=self.device).unbind()
+        count = torch.zeros(1, dtype=torch.int64, device=self.device)
+        ops.id_map.list_marked(self.slots.header, len(self.slots), marks, ids, members, count)
+        return ids[: int(count)], members[: int(count)]
 
     @property
     def load(self) -> float:
@@ -174,12 +226,17 @@ class IdMap:
         return int(self.counters[ops.id_map.USED_SLOTS]) / self.capacity
 
     def slices(self, slots: int = 1 << 20) -> Iterator[Entries]:
-        """Yield the ids of ``slots`` slots at a time; waits for the device. Numbers of slots start at 0 in each."""
-        for part in self.slots.split(slots):
-            entries = Entries(*torch.empty(4, part.size(0), dtype=torch.int64, device=self.device).unbind())
-            count = torch.zeros(1, dtype=torch.int64, device=self.device)
-            ops.id_map.list_ids(part, entries.ids, entries.members, entries.rows, entries.slots, count)
-            yield Entries(*(values[: int(count)] for values in entries))
+        """Yield the ids of ``slots`` slots at a time; waits for the device."""
+        step = -(-slots // LINE_SLOTS)
+        for first in range(0, self.slots.lines, step):
+            yield self._entries_in(first, min(first + step, self.slots.lines))
+
+    def _entries_in(self, first: int, end: int) -> Entries:
+        """Return the ids in the lines from ``first`` up to ``end``; waits for the device."""
+        ids, entries = self.slots.read(first, end).view(-1, 2).unbind(1)
+        states, members, rows = ops.id_map.decode(entries)
+        at = (states == ops.id_map.FULL).nonzero().view(-1)
+        return Entries(ids[at], members[at], rows[at], at + LINE_SLOTS * first)
 
     def erase_slots(self, slots: Tensor) -> None:
         """Erase the ids in slots (int64 ``[n]``, negative: none); their rows are reused."""
@@ -188,24 +245,23 @@ class IdMap:
             free_rows = torch.empty(_power_of_two(rows), dtype=torch.int64, device=self.device)
             free_rows[: self.free_rows.numel()] = self.free_rows
             self.free_rows = free_rows
-        ops.id_map.erase(self.slots, slots, self.counters, self.free_rows)
+        ops.id_map.erase(self.slots.header, slots, self.counters, self.free_rows)
         self._bounds.exact()
 
     def slots_of(self, ids: Sequence[Tensor], members: Sequence[int]) -> Tensor:
         """Return the slot number of each id, int64 ``[N]``, -1 for an id that has none."""
         slots = torch.empty(_total(ids), dtype=torch.int64, device=self.device)
-        ops.id_map.find(self.slots, ids, members, slots, numbers=True)
+        ops.id_map.find(self.slots.header, ids, members, slots, numbers=True)
         return slots
 
     def rows_in(self, slots: Tensor) -> Tensor:
         """Return the rows of the ids in slots (int64 ``[n]``, negative: none), int64 ``[n]``, negative for none."""
-        entries = self.slots[slots.clamp(min=0), 1]
-        rows = entries >> _TAG_BITS & MAX_ROWS - 1
+        _, _, rows = ops.id_map.decode(self.slots.entries_at(slots.clamp(min=0)))
         return torch.where(slots < 0, slots, rows)
 
     def move(self, moved: Tensor, rows: int) -> None:
         """Move each id from its row to ``moved[row]`` (int64), all below ``rows``; no row is free afterwards."""
-        ops.id_map.move(self.slots, moved)
+        ops.id_map.move(self.slots.header, len(self.slots), moved)
         self.counters[ops.id_map.ROWS] = rows
         self.counters[ops.id_map.FREE] = 0
         self.free_rows = self.free_rows[:0].clone()
@@ -219,7 +275,7 @@ class IdCounts(IdMap):
         """Count each id whose row (int64 ``[N]``) is negative."""
         self.reserve(rows.numel())
         self.count_inserts(rows.numel())
-        ops.id_map.count(self.slots, self.counters, ids, members, rows, used=used)
+        ops.id_map.count(self.slots.header, self.counters, ids, members, rows, used=used)
         self.copy_counters()
 
     def set(self, ids: Tensor, member: int, counts: Tensor) -> None:
@@ -228,30 +284,37 @@ class IdCounts(IdMap):
             self.reserve(ids.numel())
             self.find_or_insert([ids], [member])
             self.commit()
-            ops.id_map.set_rows(self.slots, self.slots_of([ids], [member]), counts)
+            ops.id_map.set_rows(self.slots.header, self.slots_of([ids], [member]), counts)
 
     def erase_slots(self, slots: Tensor) -> None:
         """Erase the ids in slots (int64 ``[n]``, negative: none), without waiting for the device."""
-        ops.id_map.erase(self.slots, slots, self.counters, None)
+        ops.id_map.erase(self.slots.header, slots, self.counters, None)
 
 
-def list_entries(slots: Tensor, live: int) -> Entries:
-    """Return the ``live`` ids of slots (int64 ``[S, 2]``)."""
-    entries = Entries(*torch.empty(4, live, dtype=torch.int64, device=slots.device).unbind())
-    count = torch.zeros(1, dtype=torch.int64, device=slots.device)
-    ops.id_map.list_ids(slots, entries.ids, entries.members, entries.rows, entries.slots, count)
+def list_entries(header: Tensor, slots: int, live: int) -> Entries:
+    """Return the ``live`` ids in the slots of a header."""
+    entries = Entries(*torch.empty(4, live, dtype=torch.int64, device=header.device).unbind())
+    count = torch.zeros(1, dtype=torch.int64, device=header.device)
+    ops.id_map.list_ids(header, slots, entries.ids, entries.members, entries.rows, entries.slots, count)
     return entries
 
 
 def bytes_for(ids: int, more: int) -> int:
     """Return the bytes of a map to which training lookups of ``more`` ids each have added ``ids`` ids."""
-    slots, used = _FIRST_SLOTS, 0
+    lines, used = _FIRST_SLOTS // LINE_SLOTS, 0
     while used <= ids:
-        if used + more > MAX_LOAD * slots:
-            slots = _power_of_two(_slots_for(min((used + more) * 5 // 4, MAX_ROWS)))
+        grows = lines >= slots_module.CHUNK_LINES
+        load = GROW_LOAD if grows else MAX_LOAD
+        if used + more > load * LINE_SLOTS * lines:
+            needed = int((used + more) / (GROW_LOAD * LINE_SLOTS)) + 1
+            lines = max(needed, int(lines * GROWTH)) if grows else _lines_for(min((used + more) * 5 // 4, MAX_ROWS))
+            if lines > slots_module.CHUNK_LINES:
+                lines = -(-lines // slots_module.CHUNK_LINES) * slots_module.CHUNK_LINES
         # The number of ids in use beyond which a lookup makes the map grow again.
-        used = max(int(MAX_LOAD * slots) - more + 1, used + 1)
-    return 16 * slots + 8 * ops.id_map.COUNTERS
+        load = GROW_LOAD if lines >= slots_module.CHUNK_LINES else MAX_LOAD
+        used = max(int(load * LINE_SLOTS * lines) - more + 1, used + 1)
+    chunks = max(1, lines // slots_module.CHUNK_LINES)
+    return 16 * LINE_SLOTS * lines + 8 * (ops.id_map.HEADER_WORDS + chunks + ops.id_map.COUNTERS)
 
 
 class CounterBounds:
@@ -328,15 +391,19 @@ def _total(ids: Sequence[Tensor]) -> int:
     return sum(part.numel() for part in ids)
 
 
-def _slots_for(ids: int) -> int:
-    """Return the least number of slots for a number of ids."""
-    return max(int(ids / MAX_LOAD) + 1, 16)
-
-
 def _power_of_two(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
-def _empty_slots(capacity: int, device: torch.device) -> Tensor:
-    slots = ops.memory.empty_bytes(16 * capacity, device).view(torch.int64).view(capacity, 2)
-    return slots.zero_()
+def _lines_of(slots: int) -> int:
+    """Return the number of lines for at least some slots: a power of two, or more than a chunk."""
+    lines = -(-slots // LINE_SLOTS)
+    return lines if lines > slots_module.CHUNK_LINES else _power_of_two(lines)
+
+
+def _lines_for(ids: int) -> int:
+    """Return the number of lines for ids, within the load at which maps of that size grow."""
+    lines = _lines_of(max(int(ids / MAX_LOAD) + 1, 16))
+    if lines < slots_module.CHUNK_LINES:
+        return lines
+    return max(slots_module.CHUNK_LINES, _lines_of(int(ids / GROW_LOAD) + 1))

@@ -11,8 +11,8 @@ from recis_hybrid.embedding.table.store import RowStore
 class TableMemory(NamedTuple):
     """Addresses and sizes of a table, valid until it is next used through torch; see ``csrc/core/table_kernels.h``."""
 
-    slots: tuple[int, int]
-    """Address, and number of slots."""
+    header: int
+    """Address of the header of the IDMap."""
     counters: int
     """Address."""
     free_rows: int
@@ -42,7 +42,7 @@ class TableMemory(NamedTuple):
         layout, id_map, state = store.layout, store.id_map, store.layout.state_args
         handle = store.blocks.whole()
         return TableMemory(
-            (id_map.slots.data_ptr(), id_map.capacity),
+            id_map.slots.header.data_ptr(),
             id_map.counters.data_ptr(),
             id_map.free_rows.data_ptr(),
             store.blocks.capacity,

@@ -156,7 +156,7 @@ class RowStore:
         gathered = out if request.bags.plain and self.blocks.cache is None else None
         self.id_map.count_inserts(sum(request.bags.lengths))
         rows, groups = ops.gather.insert_grouped(
-            self.id_map.slots,
+            self.id_map.slots.header,
             self.id_map.counters,
             self.id_map.free_rows,
             self.blocks.new(),
@@ -343,12 +343,11 @@ class RowStore:
             entries, marks = self.id_map.entries(), self.blocks.touched(step)
             touched = marks[entries.rows].bool()
             return entries.ids[touched], entries.members[touched]
-        ids, members = torch.empty(2, len(self), dtype=torch.int64, device=self.device).unbind()
-        count = torch.zeros(1, dtype=torch.int64, device=self.device)
-        slots = self.on_blocks(self.id_map.slots)
+        # Each row's metadata is read once, in memory order, and no slot waits for it.
         marks = torch.empty(self.id_map.row_bound, dtype=torch.uint8, device=self.device)
-        ops.blocks.list_touched(self.blocks.whole(), slots, step, marks, ids, members, count)
-        return ids[: int(count)], members[: int(count)]
+        ops.blocks.mark_touched(self.blocks.whole(), step, marks)
+        ids, members = self.id_map.marked(marks.to(self.map_device))
+        return self.on_blocks(ids), self.on_blocks(members)
 
     def unwanted(self, rule: Eviction | Mapping[int, Eviction], step: int) -> Entries:
         """Return the rows that :func:`unwanted_rows` selects."""

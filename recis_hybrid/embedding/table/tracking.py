@@ -15,6 +15,8 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.accelerator import is_accelerator, numbers_on
 from recis_hybrid.embedding.table.lookup import Request
+from recis_hybrid.embedding.table.slots import Slots
+from recis_hybrid.ops.id_map import LINE_SLOTS
 
 COUNTERS_OF_AN_ID = 10
 """Counters that :class:`SpaceSaving` has for each id that is to be listed."""
@@ -85,7 +87,7 @@ class SpaceSaving:
         return found
 
     def _allocate(self, slots: int) -> None:
-        self._slots = ops.memory.empty_bytes(16 * slots, self._device).view(torch.int64).view(slots, 2)
+        self._slots = Slots(slots // LINE_SLOTS, self._device)
         self._room = int(_MAX_LOAD * slots)
         with torch.inference_mode(False):  # a tensor created in inference mode cannot be written outside of it
             self._counters = torch.zeros(ops.id_map.COUNTERS, dtype=torch.int64, device=self._device)
@@ -97,7 +99,7 @@ class SpaceSaving:
         self._clear()
 
     def _clear(self) -> None:
-        self._slots.zero_()
+        self._slots.clear()
         self._counters.zero_()
         self._totals.zero_()
         self._errors.fill_(-1)  # no counter yet
@@ -109,7 +111,7 @@ class SpaceSaving:
         n = sum(part.numel() for part in ids)
         rows, fresh = ops.memory.empty((2, n), torch.int64, self._device).unbind()
         ops.id_map.find_or_insert(
-            self._slots, self._counters, self._no_rows, None, ids, members, rows, fresh, used=used
+            self._slots.header, self._counters, self._no_rows, None, ids, members, rows, fresh, used=used
         )
         ops.id_map.commit(self._counters)
         on_device = is_accelerator(self._device)
@@ -152,7 +154,7 @@ class SpaceSaving:
         size = min(self._entries, self._room)
         ids, members, rows, slots = torch.empty(4, size, dtype=torch.int64, device=self._device).unbind()
         count = torch.zeros(1, dtype=torch.int64, device=self._device)
-        ops.id_map.list_ids(self._slots, ids, members, rows, slots, count)
+        ops.id_map.list_ids(self._slots.header, len(self._slots), ids, members, rows, slots, count)
         in_use = torch.arange(size, device=self._device) < count
         members, rows = torch.where(in_use, members, self._members), torch.where(in_use, rows, self._room)
         counts, errors = self._totals[rows], self._errors[rows]

@@ -169,7 +169,7 @@ def test_a_compaction_out_of_memory_moves_nothing(device: str, monkeypatch: pyte
     def no_memory(size: int, device: torch.device) -> torch.Tensor:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(ops.memory, "empty_bytes", no_memory)
+    monkeypatch.setattr(ops.memory, "zero_bytes", no_memory)
     with pytest.raises(RuntimeError, match="out of memory"):
         table.compact()
     monkeypatch.undo()
@@ -456,7 +456,7 @@ def test_an_id_map_entry_holds_a_forty_bit_row() -> None:
     table.insert(0, torch.tensor([5, 6]))
     last = 2**40 - 1
     ops.id_map.set_rows(
-        table.store.id_map.slots, table.store.id_map.slots_of([torch.tensor([5])], [0]), torch.tensor([last])
+        table.store.id_map.slots.header, table.store.id_map.slots_of([torch.tensor([5])], [0]), torch.tensor([last])
     )
     assert table.rows(0, torch.tensor([5, 6])).tolist() == [last, 1]
 
