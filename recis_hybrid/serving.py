@@ -99,7 +99,7 @@ class Reader:
             default: Embedding of ids without a row: a number, or float32 ``[D]``.
 
         Returns:
-            float32 ``[n, D]``; bfloat16 and float16 are widened.
+            float32 ``[n, D]``; bfloat16 and float16 are widened, and codes of int8 and int4 are converted back.
 
         Raises:
             ServingError: The table does not exist, or the ids are not int64 ``[n]``.
@@ -158,7 +158,12 @@ class _Table:
     def __init__(self, root: Path, name: str, entry: dict[str, Any]) -> None:
         shapes = {column["name"]: column["shape"] for column in entry["columns"]}
         self._name = name
+        dtype = entry["meta"].get("dtype")
+        self._quantized: str | None = dtype if dtype in ("int8", "int4") else None
         self.dim = int(shapes["embedding"][0]) if "embedding" in shapes else 0
+        if self._quantized is not None:
+            self.dim = int(entry["meta"]["dim"])
+        self._width = (self.dim + 1) // 2 if self._quantized == "int4" else self.dim
         self._root = root
         self._ranges = entry["ranges"]
         self._firsts = np.array([item["buckets"][0] for item in self._ranges])
@@ -176,20 +181,34 @@ class _Table:
             tensors = self._file(number)
             rows = _rows(tensors, ids[positions], buckets[positions])
             found = rows >= 0
-            out[positions[found]] = _widened(tensors["embedding"].values[rows[found]], tensors["embedding"].bfloat16)
+            out[positions[found]] = self._vectors(tensors, rows[found])
         return out
+
+    def _vectors(self, tensors: dict[str, _Tensor], rows: Array) -> Array:
+        values = tensors["embedding"].values[rows]
+        if self._quantized is None:
+            return _widened(values, tensors["embedding"].bfloat16)
+        if self._quantized == "int4":
+            values = np.stack([values & 15, values >> 4], axis=2).reshape(len(values), 2 * self._width)[:, : self.dim]
+        scale, minimum = (tensors[name].values[rows, None] for name in ("scale", "minimum"))
+        vectors: Array = minimum + scale * values
+        return vectors
 
     def _file(self, number: int) -> dict[str, _Tensor]:
         if number not in self._open:
             item = self._ranges[number]
             tensors = _tensors(self._root, item["file"])
             rows, m = tensors.get("ids"), item["rows"]
-            columns = {"ids": (m,), "embedding": (m, self.dim)}
+            columns: dict[str, tuple[int, ...]] = {"ids": (m,), "embedding": (m, self._width)}
+            if self._quantized is not None:
+                columns |= {"scale": (m,), "minimum": (m,)}
             present = tensors["buckets"].values.size if "buckets" in tensors else 0
             columns |= {"buckets": (present,), "bucket_offsets": (present + 1,)}
             for name, shape in columns.items():
                 if name not in tensors or tensors[name].values.shape != shape:
                     raise ServingError(f"{self._root / item['file']['path']}: must contain {name} {list(shape)}.")
+            if self._quantized is not None and tensors["embedding"].values.dtype != np.uint8:
+                raise ServingError(f"{self._root / item['file']['path']}: embedding must be uint8.")
             offsets = tensors["bucket_offsets"].values
             if rows is None or offsets[0] != 0 or offsets[-1] != m or bool((np.diff(offsets) <= 0).any()):
                 raise ServingError(f"{self._root / item['file']['path']}: bucket_offsets must increase from 0 to {m}.")

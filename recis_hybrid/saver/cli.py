@@ -16,8 +16,9 @@ from typing import Any, NoReturn
 
 from recis_hybrid.saver.actions.recis_import import import_recis
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
-from recis_hybrid.saver.compact import EXPORT_DTYPES, compact, export
+from recis_hybrid.saver.compact import compact
 from recis_hybrid.saver.errors import CheckpointError
+from recis_hybrid.saver.export import EXPORT_DTYPES, export
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.inspect import differences, left_out, size_text, summarized, summary, summary_text
 from recis_hybrid.saver.storage.resolve import storage_of
@@ -129,7 +130,9 @@ def _parsers() -> dict[str, Parser]:
     )
     parsers["export"].add_argument("out", help="directory or URL to write to, as step_…")
     parsers["export"].add_argument(
-        "--dtype", choices=sorted(EXPORT_DTYPES), help="dtype of the embeddings (default: unchanged)"
+        "--dtype",
+        choices=EXPORT_DTYPES,
+        help="dtype of the embeddings; int8 and int4 scale each row (default: unchanged)",
     )
     return parsers
 
@@ -193,13 +196,12 @@ def _compact(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     checkpoint = _open(args.path, args.step)
-    dtype = None if args.dtype is None else EXPORT_DTYPES[args.dtype]
     notes = [
         f"part {name!r} lacks {files['tensors']} frozen tensors, which are in {files['source']}"
         for name, part in checkpoint.manifest.parts.items()
         for files in left_out(part)
     ]
-    return _report(args, export(checkpoint, args.out, dtype), "is written", notes)
+    return _report(args, export(checkpoint, args.out, args.dtype), "is written", notes)
 
 
 def _import_recis(args: argparse.Namespace) -> int:

@@ -7,10 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
 
-from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequency
 from recis_hybrid.saver import Saver
 from recis_hybrid.saver.cli import main
 from recis_hybrid.saver.storage import local as storage
@@ -99,43 +96,6 @@ def test_inspect_lists_changes(run: tuple[Path, Toy], capsys: pytest.CaptureFixt
     assert main(["inspect", "--json", str(run[0]), "--step", "4"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert (found["step"], found["previous"]) == (4, 2)
-
-
-@pytest.mark.parametrize("dtype", [None, "bfloat16"])
-def test_export_omits_optimizers(tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str | None) -> None:
-    config = EmbeddingConfig(dim=2, admission=MinFrequency(2))
-    engine = EmbeddingEngine({"id": config}, optimizer=optim.Adam)
-    tower = nn.Linear(2, 1)
-    for _ in range(2):
-        engine({"id": torch.tensor([3, 9, 9])})
-    Saver(tmp_path / "run").save(
-        5,
-        {
-            "engine": engine,
-            "tower": tower,
-            "dense": torch.optim.Adam(tower.parameters()),
-            "note": {"v": 1},
-            "generator": torch.Generator(),
-        },
-    )
-    arguments = ["export", str(tmp_path / "run"), str(tmp_path / "out")] + (["--dtype", dtype] if dtype else [])
-    assert main(arguments) == 0
-    assert "step_000005 is written" in capsys.readouterr().out
-    assert main(["verify", str(tmp_path / "out")]) == 0
-    assert main(["inspect", "--json", str(tmp_path / "out")]) == 0
-    found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {name: part["kind"] for name, part in found["parts"].items()} == {
-        "engine": "saveable",
-        "tower": "module",
-        "note": "json",
-    }
-    tables = found["parts"]["engine"]["tables"]
-    assert {name: table["columns"] for name, table in tables.items()} == {
-        "id": {"ids": "int64 []", "embedding": f"{dtype or 'float32'} [2]"}
-    }
-    assert tables["id"]["meta"] == {"dim": 2, "dtype": dtype or "float32", "optimizer_state": []}
-    assert main(arguments) == 1
-    assert "exists already" in capsys.readouterr().err
 
 
 def test_a_failed_exchange_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
