@@ -50,7 +50,7 @@ help:  ## List the targets and settings
 	  '  TFRA_PYTHON      Python for TFRA, one of the peers of bench-peers, 3.11 or older (python3.11)' \
 	  '  CXX, NVCC        compilers (g++, nvcc)' \
 	  '  WORKERS          processes that run tests; 0 runs them in the foreground, for a debugger (one a core, up to 4)' \
-	  '  SOAK             schedules of `make soak`, a factor (25)' \
+	  '  SOAK             schedules and operations of `make soak`, a factor (25)' \
 	  '  DEMO_ARGS, PYTEST_ARGS, BENCH_ARGS (--quick)   arguments of the programs'
 
 demo: setup  ## Train a model with a torch and a JAX tower on a generated click log
@@ -80,8 +80,9 @@ rehearsal: setup  ## Disconnect one of two hosts during training, in network nam
 emulated: $(DEPENDENCIES)  ## Build the emulated device, on which tests run the kernels of CUDA without a GPU
 	@$(PY) setup.py --quiet build_emulated
 
-soak: setup emulated  ## Run the kernels on the emulated device under SOAK times as many schedules as the tests do
-	SOAK=$(SOAK) $(PY) -m pytest --hypothesis-profile=default $(shell find tests -name test_thread_schedules.py) $(PYTEST_ARGS)
+soak: setup emulated  ## Run SOAK times as many schedules of the emulated device, and SOAK * 4,000 operations on tables
+	SOAK=$(SOAK) $(PY) -m pytest --hypothesis-profile=default tests/embedding/test_table_properties.py \
+	  $(shell find tests -name test_thread_schedules.py) $(PYTEST_ARGS)
 
 mutants: setup  ## Check that the tests on the emulated device catch faults of the CUDA kernels
 	$(PY) scripts/mutants.py

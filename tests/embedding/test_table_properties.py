@@ -2,115 +2,268 @@
 
 from __future__ import annotations
 
+import copy
+import functools
+import shutil
+import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import HealthCheck, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
-
-from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingBlocks, EmbeddingConfig, EmbeddingEngine, Placement, Uniform, Unused
-from recis_hybrid.embedding.initializers import table_key
-from tests.support import philox
-from tests.support.caches import cached
-from tests.support.devices import EDGE_IDS
-
-DIM, LR, SEED = 5, 0.5, 11
-NAMES = ("a", "b")
-ids_of_a_batch = st.lists(
-    st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS), st.integers(-(2**63), 2**63 - 1)), max_size=20
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+    run_state_machine_as_test,
 )
-Row = tuple[np.ndarray, int, int, int]  # embedding, updated step, seen step, frequency
+
+from recis_hybrid import ops
+from recis_hybrid.checkpointing import rank_of_bucket
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, IdMap, Placement, Uniform
+from recis_hybrid.embedding.table import blocks, store
+from recis_hybrid.saver import Saver
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
+from tests.support.caches import cached
+from tests.support.chunks import tiny_chunks
+from tests.support.devices import EDGE_IDS
+from tests.support.ranks import all_of
+from tests.support.schedules import SOAK
+from tests.support.table_model import EVICTIONS, GATES, RULES, TableModel
+
+DIM, SEED = 5, 11
+DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
+NAMES = ("a", "b", "gated")
+ids_of_a_batch = st.lists(
+    st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS), st.integers(-(2**63), 2**63 - 1)), max_size=12
+)
+few_ids = st.sets(st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS)), max_size=8)
 
 
-def first_value(name: str, i: int) -> np.ndarray:
-    return philox.uniform(table_key(SEED, name), np.array([i]), DIM, -1.0, 1.0)[0]
+@dataclass
+class Saved:
+    """Expected contents of a checkpoint."""
+
+    model: dict[str, TableModel]
+    step: int
+    incremental: bool
 
 
 class TableMachine(RuleBasedStateMachine):
-    """Random operations on an engine; ``model`` holds the expected rows."""
+    """Random operations on an engine, and on the model of its tables."""
 
     device = "cpu"
-    placement: Placement | None = None
+    steps = 0
+    """Operations of all runs of the class."""
 
-    @initialize(coalesce=st.booleans())
-    def build(self, coalesce: bool) -> None:
-        self.model: dict[tuple[str, int], Row] = {}
+    def __init__(self) -> None:
+        super().__init__()
+        self.root = Path(tempfile.mkdtemp())
+        self.patches = ExitStack()
+        # Tables that grow often: small blocks, and maps that are small and grow in place.
+        self.patches.enter_context(tiny_chunks(2, 3))
+        self.patches.enter_context(mock.patch.object(store, "IdMap", functools.partial(IdMap, capacity=64)))
+        self.patches.enter_context(mock.patch.object(blocks, "_rows_of_a_block", return_value=8))
+
+    def teardown(self) -> None:
+        self.patches.close()
+        if hasattr(self, "saver"):
+            self.saver.wait()
+        shutil.rmtree(self.root)
+
+    @initialize(
+        rule=st.sampled_from(sorted(RULES)),
+        gate=st.sampled_from(sorted(GATES)),
+        zeros=st.booleans(),
+        dtype=st.sampled_from(DTYPES),
+        coalesce=st.booleans(),
+        asynchronous=st.booleans(),
+        keep=st.sampled_from([1, 2, None]),
+    )
+    def build(
+        self,
+        rule: str,
+        gate: str,
+        zeros: bool,
+        dtype: torch.dtype,
+        coalesce: bool,
+        asynchronous: bool,
+        keep: int | None,
+    ) -> None:
+        self.rule, self.dtype, self.zeros = RULES[rule], dtype, zeros
+        self.admission, model = GATES[gate]
+        self.model = {
+            name: TableModel(name, DIM, SEED, dtype, self.rule, model() if name == "gated" else None, zeros)
+            for name in NAMES
+        }
         self.step = 0
         self.engine, self.optimizer = self.build_engine(coalesce)
+        self.make_saver = functools.partial(Saver, self.root / "run", keep=keep, async_save=asynchronous)
+        self.saver = self.make_saver()
+        self.saved: dict[int, Saved] = {}
+        self.incremental = False
+        """True if the next incremental save can build on an earlier checkpoint."""
 
-    def build_engine(self, coalesce: bool) -> tuple[EmbeddingEngine, optim.SGD]:
-        config = EmbeddingConfig(dim=DIM, initializer=Uniform(-1.0, 1.0), placement=self.placement)
-        engine = EmbeddingEngine(dict.fromkeys(NAMES, config), seed=SEED, coalesce=coalesce, device=self.device)
-        for table in engine.tables:  # small blocks, so that they grow often
-            pinned, cache_bytes = self.placement is not None, getattr(self.placement, "cache_bytes", 0)
-            table.store.blocks = EmbeddingBlocks(
-                table.layout, table.device, block_rows=8, pinned=pinned, cache_bytes=cache_bytes
-            )
-        return engine, optim.SGD(engine.parameters(), lr=LR)
+    def placement(self) -> Placement | None:
+        """Return the placement of the tables."""
+        return None
 
-    def places(self) -> dict[str, tuple[int, int]]:
-        return {m.name: (t, k) for t, table in enumerate(self.engine.tables) for k, m in enumerate(table.members)}
+    def build_engine(self, coalesce: bool, device: str = "", seed: int = SEED) -> tuple[EmbeddingEngine, Any]:
+        """Return an empty engine of the same tables, and its optimizer; elsewhere on another device."""
+        config = functools.partial(
+            EmbeddingConfig,
+            dim=DIM,
+            dtype=self.dtype,
+            initializer=Uniform(-1.0, 1.0),
+            unknown="zeros" if self.zeros else "first_value",
+            placement=None if device else self.placement(),
+        )
+        configs = {name: config(admission=self.admission if name == "gated" else None) for name in NAMES}
+        engine = EmbeddingEngine(
+            configs,
+            optimizer=self.rule.spec,
+            seed=seed,
+            coalesce=coalesce,
+            device=device or self.device,
+            group=False,
+        )
+        return engine, engine.make_optimizer()
 
-    @rule(a=ids_of_a_batch, b=ids_of_a_batch, seed=st.integers(0, 99), update=st.booleans())
-    def train(self, a: list[int], b: list[int], seed: int, update: bool) -> None:
-        batch = {"a": torch.tensor(a, dtype=torch.int64), "b": torch.tensor(b, dtype=torch.int64)}
-        outputs = self.engine.train()(batch)
+    def place(self, name: str) -> tuple[Any, int]:
+        """Return the logical table of a member table, and its number there."""
+        return next((t, k) for t in self.engine.tables for k, m in enumerate(t.members) if m.name == name)
+
+    def batch(self, **ids: list[int]) -> dict[str, torch.Tensor]:
+        return {name: torch.tensor(ids.get(name, []), dtype=torch.int64, device=self.device) for name in NAMES}
+
+    def parts(self) -> dict[str, object]:
+        return {"engine": self.engine, "sparse": self.optimizer}
+
+    # Training
+
+    def train_on(self, batch: dict[str, list[int]], seed: int, update: str) -> None:
+        """Look up a batch, and update its rows: ``backward``, twice ``accumulate``, ``functional``, or not at all."""
+        self.engine.train()
         generator = torch.Generator().manual_seed(seed)
-        sums: dict[tuple[str, int], np.ndarray] = {}
-        gradients = []
-        for name, ids in (("a", a), ("b", b)):
-            gradients.append(torch.randn(len(ids), DIM, generator=generator))
-            for i, out, g in zip(ids, outputs[name].detach().cpu().numpy(), gradients[-1].numpy(), strict=True):
-                w, updated, _, frequency = self.model.get((name, i), (first_value(name, i), 0, 0, 0))
-                assert np.array_equal(out, w)
-                self.model[name, i] = (w, updated, self.step + 1, frequency + 1)
-                sums[name, i] = sums.get((name, i), np.zeros(DIM, np.float32)) + g
-        if update:
-            torch.autograd.backward(list(outputs.values()), [gradient.to(self.device) for gradient in gradients])
+        sums: dict[str, dict[int, np.ndarray]] = {name: {} for name in NAMES}
+        for _ in range(2 if update == "accumulate" else 1):
+            if update == "functional":
+                outputs, lookup = self.engine.lookup(self.batch(**batch))
+            else:
+                outputs = self.engine(self.batch(**batch))
+            gradients = {}
+            for name in NAMES:
+                ids = batch.get(name, [])
+                expected = self.model[name].look_up(ids, self.step + 1)
+                assert np.array_equal(outputs[name].detach().double().cpu().numpy(), expected), name
+                gradients[name] = torch.randn(len(ids), DIM, generator=generator)
+                for i, g in zip(ids, gradients[name].double().numpy(), strict=True):
+                    if i in self.model[name].rows:  # gradients of ids that are not admitted are dropped
+                        sums[name][i] = sums[name].get(i, 0) + g
+            on_device = {name: gradient.to(self.device) for name, gradient in gradients.items()}
+            if update == "functional":
+                self.engine.apply_gradients(lookup, on_device, self.optimizer)
+            elif update:
+                torch.autograd.backward(list(outputs.values()), list(on_device.values()))
+        if not update:
+            return
+        if update != "functional":
             self.optimizer.step()
-            self.step += 1
-            for key, g in sums.items():
-                w, _, seen, frequency = self.model[key]
-                self.model[key] = (w - np.float32(LR) * g, self.step, seen, frequency)
+            self.optimizer.zero_grad()
+        self.step += 1
+        for name in NAMES:
+            self.model[name].update(sums[name], self.step, self.columns(self.engine, name))
+
+    @rule(
+        a=ids_of_a_batch,
+        b=ids_of_a_batch,
+        gated=ids_of_a_batch,
+        seed=st.integers(0, 99),
+        update=st.sampled_from(["backward", "backward", "accumulate", "functional", ""]),
+    )
+    def train(self, a: list[int], b: list[int], gated: list[int], seed: int, update: str) -> None:
+        self.train_on({"a": a, "b": b, "gated": gated}, seed, update)
+
+    @rule(name=st.sampled_from(NAMES), first=st.integers(-(2**63), 2**63 - 1), count=st.integers(20, 60))
+    def grow(self, name: str, first: int, count: int) -> None:
+        """Train on many new ids, far from each other."""
+        ids = [(first + k * 0x9E3779B97F4A7C15 + 2**63) % 2**64 - 2**63 for k in range(count)]
+        self.train_on({name: ids}, 0, "backward")
 
     @rule(name=st.sampled_from(NAMES), ids=ids_of_a_batch)
     def evaluate(self, name: str, ids: list[int]) -> None:
-        other = torch.empty(0, dtype=torch.int64)
-        batch = {n: torch.tensor(ids, dtype=torch.int64) if n == name else other for n in NAMES}
-        got = self.engine.eval()(batch)[name].cpu().numpy()
-        for i, out in zip(ids, got, strict=True):
-            assert np.array_equal(out, self.model[name, i][0] if (name, i) in self.model else first_value(name, i))
+        got = self.engine.eval()(self.batch(**{name: ids}))[name]
+        assert np.array_equal(got.double().cpu().numpy(), self.model[name].vectors(ids))
 
-    @rule(name=st.sampled_from(NAMES), ids=st.sets(st.integers(-4, 12), max_size=8), value=st.floats(-1, 1, width=32))
-    def insert(self, name: str, ids: set[int], value: float) -> None:
-        table, member = self.places()[name]
-        tensor = torch.tensor(sorted(ids), dtype=torch.int64)
-        embedding = torch.full((len(ids), DIM), value)
-        self.engine.tables[table].insert(member, tensor, {"embedding": embedding})
-        for i in ids:
-            _, updated, seen, frequency = self.model.get((name, i), (None, 0, 0, 0))
-            self.model[name, i] = (embedding[0].numpy(), updated, max(seen, self.step), frequency)
+    @rule(how=st.sampled_from(["erase", "evict", "compact", "clear"]))
+    def use_after_removal(self, how: str) -> None:
+        """Apply the gradients of a lookup whose rows were removed or moved since."""
+        _, lookup = self.engine.train().lookup(self.batch(a=[3, 3, -1]))
+        self.model["a"].look_up([3, 3, -1], self.step + 1)
+        table, member = self.place("a")
+        if how == "erase":
+            assert table.erase(member, torch.tensor([3])) == self.model["a"].erase([3])
+        elif how == "clear":
+            self.clear("a")
+        else:
+            self.evict("unused for 1", None) if how == "evict" else self.compact()
+        gradients = {name: torch.ones(3 if name == "a" else 0, DIM, device=self.device) for name in NAMES}
+        with pytest.raises(RuntimeError, match="rows were cleared, erased or moved since"):
+            self.engine.apply_gradients(lookup, gradients, self.optimizer)
+
+    @rule(rule=st.sampled_from(sorted(EVICTIONS)))
+    def refuse_while_gradients_are_pending(self, rule: str) -> None:
+        output = self.engine.train()(self.batch(a=[5]))["a"]
+        self.model["a"].look_up([5], self.step + 1)
+        output.sum().backward()
+        with pytest.raises(RuntimeError, match="call the optimizer's step or zero_grad first"):
+            self.engine.evict(EVICTIONS[rule][0])
+        self.optimizer.zero_grad()
+
+    # Changes of rows
+
+    @rule(name=st.sampled_from(NAMES), ids=few_ids, value=st.floats(-1, 1, width=16), meta=st.booleans())
+    def insert(self, name: str, ids: set[int], value: float, meta: bool) -> None:
+        table, member = self.place(name)
+        columns = {"embedding": torch.full((len(ids), DIM), value)}
+        numbers = (self.step, self.step // 2, 7) if meta else None
+        if numbers is not None:
+            names = ("updated_step", "seen_step", "frequency")
+            columns |= {column: torch.full((len(ids),), n) for column, n in zip(names, numbers, strict=True)}
+        table.insert(member, torch.tensor(sorted(ids), dtype=torch.int64), columns)
+        stored = torch.full((DIM,), value).to(self.dtype).double().numpy()
+        self.model[name].insert(ids, {"embedding": stored}, numbers, self.step)
 
     @rule(name=st.sampled_from(NAMES), ids=ids_of_a_batch)
     def erase(self, name: str, ids: list[int]) -> None:
-        table, member = self.places()[name]
-        existing = {i for i in ids if (name, i) in self.model}
-        assert self.engine.tables[table].erase(member, torch.tensor(ids, dtype=torch.int64)) == len(existing)
-        for i in existing:
-            del self.model[name, i]
+        table, member = self.place(name)
+        assert table.erase(member, torch.tensor(ids, dtype=torch.int64)) == self.model[name].erase(ids)
 
-    @rule(name=st.sampled_from(NAMES))
-    def clear(self, name: str) -> None:
-        table, member = self.places()[name]
-        self.engine.tables[table].clear(member)
-        self.model = {key: row for key, row in self.model.items() if key[0] != name}
+    @rule(name=st.sampled_from([*NAMES, None]))
+    def clear(self, name: str | None) -> None:
+        """Clear a member table, or all that are coalesced with ``a``."""
+        table, member = self.place(name or "a")
+        table.clear(None if name is None else member)
+        for each in [m.name for m in table.members] if name is None else [name]:
+            model = self.model[each]
+            model.rows = {}
+            if model.gate is not None:
+                model.gate.forget(model.gate.columns()["ids"])
 
-    @rule(steps=st.integers(1, 4))
-    def evict(self, steps: int) -> None:
-        remaining = {key: row for key, row in self.model.items() if row[2] > self.step - steps}
-        assert self.engine.evict(Unused(steps)) == len(self.model) - len(remaining)
-        self.model = remaining
+    @rule(rule=st.sampled_from(sorted(EVICTIONS)), only=st.sampled_from([None, "a", "gated"]))
+    def evict(self, rule: str, only: str | None) -> None:
+        """Evict from all tables, or from one."""
+        eviction, is_unwanted = EVICTIONS[rule]
+        evicted = sum(self.model[n].evict(is_unwanted, self.step) for n in NAMES if only in (None, n))
+        assert self.engine.evict(eviction if only is None else {only: eviction}) == evicted
 
     @rule()
     def compact(self) -> None:
@@ -118,40 +271,140 @@ class TableMachine(RuleBasedStateMachine):
         for table in self.engine.tables:
             assert table.store.id_map.row_bound == len(table)
 
+    # Checkpoints
+
     @rule(coalesce=st.booleans())
-    def save_and_load(self, coalesce: bool) -> None:
-        state = self.engine.checkpoint_state()
-        self.engine, self.optimizer = self.build_engine(coalesce)
-        self.engine({name: torch.tensor([12345]) for name in NAMES})  # removed by loading the state
-        self.engine.load_checkpoint_state(state)
+    def copy_state(self, coalesce: bool) -> None:
+        """Load the state into another engine, and go on with that one."""
+        states = self.engine.checkpoint_state(), self.optimizer.checkpoint_state()
+        self.engine, self.optimizer = self.build_engine(coalesce, seed=9)
+        self.engine(self.batch(a=[12345], gated=[1, 1]))  # removed by loading the state
+        self.engine.load_checkpoint_state(states[0])
+        self.optimizer.load_checkpoint_state(states[1])
+        self.saver.wait()
+        del self.saver
+        self.saver, self.incremental = self.make_saver(), False
+
+    @rule(delta=st.sampled_from([True, True, True, False]))
+    def save(self, delta: bool) -> None:
+        """Save; other operations may run before a save in the background has ended."""
+        number = max(self.saved, default=0) + 1
+        self.saver.save(number, self.parts(), delta=delta)
+        self.saved[number] = Saved(copy.deepcopy(self.model), self.step, delta and self.incremental)
+        self.incremental |= delta
+
+    def finish_saves(self) -> list[int]:
+        """Wait for the last save, and return the checkpoints that were kept."""
+        self.saver.wait()
+        steps = self.saver.steps()
+        for number in steps:
+            link = StoredCheckpoint(self.root / "run", number).manifest.previous
+            assert (link is not None) == self.saved[number].incremental
+        assert max(self.saved) in steps
+        return steps
+
+    @precondition(lambda self: self.saved)
+    @rule(data=st.data(), fresh=st.booleans(), coalesce=st.booleans())
+    def load(self, data: Any, fresh: bool, coalesce: bool) -> None:
+        """Load any checkpoint that was kept, into this engine or another."""
+        number = data.draw(st.sampled_from(self.finish_saves()))
+        if fresh:
+            self.copy_state(coalesce)
+        self.saver.load(self.parts(), number)
+        saved = self.saved[number]
+        self.model, self.step = copy.deepcopy(saved.model), saved.step
+        self.incremental |= saved.incremental
+
+    @precondition(lambda self: self.saved)
+    @rule(size=st.sampled_from([2, 3]), coalesce=st.booleans())
+    def reshard(self, size: int, coalesce: bool) -> None:
+        """Load the last checkpoint on several ranks, save it there, and load that checkpoint."""
+        self.finish_saves()
+        number = max(self.saved)
+        model = self.saved[number].model
+
+        def read_and_write(rank: int, group: dist.ProcessGroup) -> None:
+            engine, optimizer = self.build_engine(coalesce, "cpu", seed=rank)
+            parts = {"engine": engine, "sparse": optimizer}
+            Saver(self.root / "run", group=group).load(parts, number)
+            for name in NAMES:
+                self.compare(engine, name, model[name], lambda i: _owner(i, size) == rank)
+            Saver(self.root / "resharded", group=group).save(number, parts)
+
+        all_of(size, read_and_write, seconds=300)
+        Saver(self.root / "resharded").load(self.parts(), number)
+        shutil.rmtree(self.root / "resharded")
+        self.model, self.step = copy.deepcopy(model), self.saved[number].step
+        self.incremental = False
+        del self.saver
+        self.saver = self.make_saver()
+
+    # Comparison
+
+    def columns(self, engine: EmbeddingEngine, name: str) -> dict[str, torch.Tensor]:
+        table, member = next((t, k) for t in engine.tables for k, m in enumerate(t.members) if m.name == name)
+        return {column: values.cpu() for column, values in table.export(member).items()}
+
+    def compare(self, engine: EmbeddingEngine, name: str, model: TableModel, owns: Any = lambda i: True) -> None:
+        """Assert that a table of an engine equals its model, for the ids that it owns."""
+        table, member = next((t, k) for t in engine.tables for k, m in enumerate(t.members) if m.name == name)
+        gate = table.store.gate
+        counts = None if gate is None else {n: values.tolist() for n, values in gate.state_dict(member).items()}
+        model.check(self.columns(engine, name), counts, owns)
 
     @invariant()
     def rows_equal_the_model(self) -> None:
-        for name, (table, member) in self.places().items():
-            columns = {column: values.cpu() for column, values in self.engine.tables[table].export(member).items()}
-            expected = sorted(i for n, i in self.model if n == name)
-            assert columns["ids"].tolist() == expected
-            for at, i in enumerate(expected):
-                w, *meta = self.model[name, i]
-                assert np.array_equal(columns["embedding"][at].numpy(), w)
-                assert [int(columns[c][at]) for c in ("updated_step", "seen_step", "frequency")] == meta
-        assert sum(len(table) for table in self.engine.tables) == len(self.model)
+        type(self).steps += 1
+        for name in NAMES:
+            self.compare(self.engine, name, self.model[name])
+        assert sum(len(table) for table in self.engine.tables) == sum(len(m.rows) for m in self.model.values())
+        assert all(table.step == self.step for table in self.engine.tables)
 
 
-TestTables = TableMachine.TestCase
-TestTables.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+def _owner(i: int, size: int) -> int:
+    return int(rank_of_bucket(ops.id_map.bucket_of(torch.tensor([i])), size))
 
 
-class CachedTableMachine(TableMachine):
-    """The same with few records in a GPU cache, which lookups replace and every other operation sees through."""
+class EmulatedTableMachine(TableMachine):
+    """The kernels of CUDA."""
 
     device = "emulated"
-    placement = cached(1, None, dim=DIM)
 
 
-TestCachedTables = pytest.mark.emulated(CachedTableMachine.TestCase)
-TestCachedTables.settings = settings(
-    max_examples=12, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+class CachedTableMachine(EmulatedTableMachine):
+    """With few records in a GPU cache, which lookups replace and every other operation sees through."""
+
+    def placement(self) -> Placement:
+        return cached(1, self.rule.spec, dim=DIM, dtype=self.dtype)
+
+
+class DiskTableMachine(TableMachine):
+    """With few records in memory, and the others on disk."""
+
+    def placement(self) -> Placement:
+        return Placement(blocks="disk", path=self.root, cache_bytes=80 * 512)
+
+
+STEPS = 30
+"""Operations of a sequence."""
+# Sequences of a run in CI, and of `make soak` for each unit of SOAK, which come to 100,000 operations.
+MACHINES = [
+    pytest.param(TableMachine, 24, 140, id="cpu"),
+    pytest.param(EmulatedTableMachine, 4, 14, id="emulated", marks=pytest.mark.emulated),
+    pytest.param(CachedTableMachine, 1, 5, id="cached", marks=pytest.mark.emulated),
+    pytest.param(DiskTableMachine, 4, 5, id="disk"),
+]
+
+
+@pytest.mark.parametrize(("machine", "in_ci", "in_soak"), MACHINES)
+def test_tables_behave_like_a_dict(machine: type[TableMachine], in_ci: int, in_soak: int) -> None:
+    machine.steps = 0
+    examples = in_ci if SOAK == 1 else in_soak * SOAK
+    run_state_machine_as_test(  # type: ignore[no-untyped-call]
+        machine,
+        settings=settings(
+            max_examples=examples, stateful_step_count=STEPS, deadline=None, suppress_health_check=list(HealthCheck)
+        ),
+    )
+    if SOAK > 1:
+        assert machine.steps >= 0.82 * examples * STEPS  # some sequences are shorter

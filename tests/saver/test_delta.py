@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings, strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from hypothesis import given, strategies as st
 from safetensors.torch import load_file
 
 from recis_hybrid import optim
@@ -20,8 +18,7 @@ from recis_hybrid.saver import CheckpointError, CorruptCheckpoint, PartState, Sa
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.checkpoint.delta import apply_changes, merge_changes
 from tests.saver.fakes import entries
-from tests.support.caches import cached
-from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.devices import on_devices
 
 NAMES = ("a", "b", "counted")
 
@@ -56,113 +53,6 @@ def same(saver: Saver, engine: EmbeddingEngine, step: int) -> None:
     other.train()({name: torch.tensor([5, 77]) for name in NAMES})
     saver.load({"engine": other}, step)
     assert rows_of(other.checkpoint_state()) == rows_of(engine.checkpoint_state())
-
-
-batches = st.lists(st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS)), max_size=12)
-
-
-class DeltaMachine(RuleBasedStateMachine):
-    device = "cpu"
-    placement: Placement | None = None
-
-    @initialize(coalesce=st.booleans(), asynchronous=st.booleans(), keep=st.sampled_from([1, 2, None]))
-    def build(self, coalesce: bool, asynchronous: bool, keep: int | None) -> None:
-        self.root = Path(tempfile.mkdtemp())
-        self.engine = engine_of(coalesce=coalesce, device=self.device, placement=self.placement)
-        self.optimizer = optim.Adam(self.engine.parameters(), lr=0.1)
-        self.saver, self.reader = Saver(self.root, keep=keep, async_save=asynchronous), Saver(self.root)
-        self.step = 0
-        self.incremental = 0
-
-    def teardown(self) -> None:
-        shutil.rmtree(self.root)
-
-    def place(self, name: str) -> tuple[Any, int]:
-        return next((t, k) for t in self.engine.tables for k, m in enumerate(t.members) if m.name == name)
-
-    @rule(a=batches, b=batches, counted=batches, update=st.booleans())
-    def train(self, a: list[int], b: list[int], counted: list[int], update: bool) -> None:
-        batch = {
-            n: torch.tensor(i, dtype=torch.int64, device=self.device)
-            for n, i in zip(NAMES, (a, b, counted), strict=True)
-        }
-        outputs = self.engine.train()(batch)
-        if update:
-            sum(out.square().sum() + out.sum() for out in outputs.values()).backward()
-            self.optimizer.step()
-
-    @rule(ids=batches)
-    def evaluate(self, ids: list[int]) -> None:
-        with torch.no_grad():
-            self.engine.eval()(dict.fromkeys(NAMES, torch.tensor(ids, dtype=torch.int64, device=self.device)))
-
-    @rule(name=st.sampled_from(NAMES), ids=st.sets(st.integers(-4, 12), max_size=8), meta=st.booleans())
-    def insert(self, name: str, ids: set[int], meta: bool) -> None:
-        table, member = self.place(name)
-        n = len(ids)
-        columns: dict[str, torch.Tensor] = {"embedding": torch.rand(n, 3)}
-        if meta:
-            columns |= {c: torch.randint(3, (n,)) for c in ("updated_step", "seen_step", "frequency")}
-        table.insert(member, torch.tensor(sorted(ids), dtype=torch.int64), columns)
-
-    @rule(name=st.sampled_from(NAMES), ids=batches)
-    def erase(self, name: str, ids: list[int]) -> None:
-        table, member = self.place(name)
-        table.erase(member, torch.tensor(ids, dtype=torch.int64))
-
-    @rule(steps=st.integers(1, 3))
-    def evict(self, steps: int) -> None:
-        self.engine.evict(Unused(steps))
-
-    @rule(name=st.sampled_from([*NAMES, None]))
-    def clear(self, name: str | None) -> None:
-        table, member = self.place(name or "a")
-        table.clear(None if name is None else member)
-
-    @rule()
-    def compact(self) -> None:
-        self.engine.compact()
-
-    @rule(delta=st.sampled_from([True, True, True, False]))
-    def save(self, delta: bool) -> None:
-        self.step += 1
-        self.saver.save(self.step, {"engine": self.engine}, delta=delta)
-        self.saver.wait()
-        assert not delta or (StoredCheckpoint(self.root, self.step).manifest.previous is not None) == (
-            self.incremental > 0
-        )
-        self.incremental += delta or self.incremental > 0
-        same(self.reader, self.engine, self.step)
-
-    @precondition(lambda self: self.step > 0)
-    @rule(data=st.data())
-    def load(self, data: Any) -> None:
-        step = data.draw(st.sampled_from(self.saver.steps()))
-        had = StoredCheckpoint(self.root, step).manifest.previous is not None
-        self.saver.load({"engine": self.engine}, step)
-        self.incremental += had
-        same(self.reader, self.engine, step)
-
-
-TestDeltas = DeltaMachine.TestCase
-TestDeltas.settings = settings(
-    max_examples=40, stateful_step_count=20, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
-
-
-class EmulatedDeltaMachine(DeltaMachine):
-    device = "emulated"
-
-
-class CachedDeltaMachine(EmulatedDeltaMachine):
-    placement = cached(1, optim.Adam, dim=3)
-
-
-TestDeltasOnTheEmulatedDevice = pytest.mark.emulated(EmulatedDeltaMachine.TestCase)
-TestDeltasOfCachedRows = pytest.mark.emulated(CachedDeltaMachine.TestCase)
-TestDeltasOnTheEmulatedDevice.settings = TestDeltasOfCachedRows.settings = settings(
-    max_examples=8, stateful_step_count=15, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
 
 
 def trained(engine: EmbeddingEngine, steps: int = 1, first: int = 0) -> None:
