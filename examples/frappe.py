@@ -19,7 +19,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
 
 import torch
@@ -48,6 +48,7 @@ LR = 1e-3
 L2 = 0.05
 STD = 1e-4
 CLIP = 10.0
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 class TorchTower(nn.Module):
@@ -174,15 +175,12 @@ def whole(field: str) -> str:
 class GrowingTables(nn.Module):
     """An engine that in training also looks up all known ids, for the L2 penalty on whole tables."""
 
-    def __init__(self, vocabularies: dict[str, Tensor], dim: int, seed: int) -> None:
+    def __init__(self, vocabularies: dict[str, Tensor], dim: int, seed: int, dtype: torch.dtype) -> None:
         super().__init__()
         self.vocabularies = vocabularies
-        initializer = rh.embedding.Normal(0.0, STD)
-        configs = {field: rh.EmbeddingConfig(dim=dim, initializer=initializer) for field in vocabularies}
-        configs |= {
-            whole(field): rh.EmbeddingConfig(dim=dim, initializer=initializer, table=field, combiner=None)
-            for field in vocabularies
-        }
+        config = rh.EmbeddingConfig(dim=dim, initializer=rh.embedding.Normal(0.0, STD), dtype=dtype)
+        configs = dict.fromkeys(vocabularies, config)
+        configs |= {whole(field): replace(config, table=field, combiner=None) for field in vocabularies}
         self.engine = rh.EmbeddingEngine(configs, optimizer=rh.optim.Adam, seed=seed)
 
     def forward(self, batch: rh.Batch) -> dict[str, Tensor]:
@@ -259,7 +257,7 @@ def run(args: argparse.Namespace, data: dict[str, rh.ColumnDataset], *, baseline
         lookup: nn.Module = StaticTables(known, dim)
         sparse: torch.optim.Optimizer = torch.optim.Adam(lookup.parameters(), lr=LR)
     else:
-        lookup = GrowingTables(known, dim, args.seed)
+        lookup = GrowingTables(known, dim, args.seed, DTYPES[args.dtype])
         sparse = rh.optim.Adam(lookup.parameters(), lr=LR)
     torch.manual_seed(args.seed)
     model = DeepFM(lookup, make_towers(args.tower, len(FIELDS) * dim, args.seed))
@@ -331,6 +329,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="folder with train/, valid/ and test/")
     parser.add_argument("--tower", choices=("torch", "jax", "both"), default="torch", help="the towers (torch)")
     parser.add_argument("--baseline", action="store_true", help="also train the same model with nn.Embedding")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the embeddings (float32)")
     parser.add_argument("--epochs", type=int, default=100, help="maximum number of epochs, with early stopping (100)")
     parser.add_argument("--batch-size", type=int, default=4096, help="samples per step (4096)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (0)")
