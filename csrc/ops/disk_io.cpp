@@ -5,7 +5,9 @@
 #include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <cstring>
+#include <system_error>
 
 #if defined(__linux__) && __has_include(<linux/io_uring.h>)
 #include <linux/io_uring.h>
@@ -72,12 +74,23 @@ class Ring {
     ++added_;
   }
 
-  // Starts the transfers that were added, and waits until at least one in flight has ended. Returns 0 or an errno.
+  // Starts the transfers that were added, and waits until at least one in flight has ended. Returns 0 or an errno,
+  // after which the transfers of earlier calls still run.
   int enter() {
     const auto started = syscall(__NR_io_uring_enter, file_, added_, 1, IORING_ENTER_GETEVENTS, nullptr, 0);
     if (started < 0) return errno == EINTR || errno == EAGAIN || errno == EBUSY ? 0 : errno;
     added_ -= static_cast<unsigned>(started);
     return 0;
+  }
+
+  // Removes the transfers that were added and that the kernel has not started. Calls f(token) for each.
+  template <class F>
+  void withdraw(F&& f) {
+    const unsigned tail = tail_->load(std::memory_order_relaxed);
+    const unsigned head = head_->load(std::memory_order_acquire);
+    for (unsigned at = head; at != tail; ++at) f(entries_[at & mask_].user_data);
+    tail_->store(head, std::memory_order_release);
+    added_ = 0;
   }
 
   // Takes the result of a transfer that has ended: bytes, or a negative errno.
@@ -105,6 +118,7 @@ class Ring {
     entries_bytes_ = params.sq_entries * sizeof(io_uring_sqe);
     entries_ = reinterpret_cast<io_uring_sqe*>(map_at(entries_bytes_, IORING_OFF_SQES));
     if (completed_ == nullptr || entries_ == nullptr) return false;
+    head_ = at<std::atomic<unsigned>>(submitted_, params.sq_off.head);
     tail_ = at<std::atomic<unsigned>>(submitted_, params.sq_off.tail);
     mask_ = *at<unsigned>(submitted_, params.sq_off.ring_mask);
     array_ = at<unsigned>(submitted_, params.sq_off.array);
@@ -132,6 +146,7 @@ class Ring {
   size_t submitted_bytes_ = 0;
   size_t completed_bytes_ = 0;
   size_t entries_bytes_ = 0;
+  std::atomic<unsigned>* head_ = nullptr;
   std::atomic<unsigned>* tail_ = nullptr;
   std::atomic<unsigned>* done_head_ = nullptr;
   std::atomic<unsigned>* done_tail_ = nullptr;
@@ -149,17 +164,19 @@ class Ring {
   static std::unique_ptr<Ring> make() { return nullptr; }
   void add(int, const Transfer&, bool, uint64_t) {}
   int enter() { return ENOSYS; }
+  template <class F>
+  void withdraw(F&&) {}
   bool take(uint64_t&, int&) { return false; }
 };
 
 #endif
 
-DiskIo::DiskIo(int file, bool ring) : file_(file), ring_(ring ? Ring::make() : nullptr) {
+DiskIo::DiskIo(int file, bool ring) : file_(file), ring_(ring ? Ring::make() : nullptr), uses_ring_(ring_ != nullptr) {
   if (ring_ != nullptr) {
-    threads_.emplace_back([this] { run_ring(); });
-    return;
+    thread_ = std::thread([this] { run_ring(); });
+  } else {
+    thread_ = std::thread([this] { run_threads(); });
   }
-  for (int i = 0; i < kThreads; ++i) threads_.emplace_back([this] { run_thread(); });
 }
 
 DiskIo::~DiskIo() {
@@ -168,7 +185,7 @@ DiskIo::~DiskIo() {
     closed_ = true;
   }
   submitted_.notify_all();
-  for (auto& thread : threads_) thread.join();
+  thread_.join();
 }
 
 TransferBatchPtr DiskIo::submit(std::vector<Transfer> transfers, bool writes, bool urgent) {
@@ -197,29 +214,69 @@ bool DiskIo::next(Item& item, bool wait) {
   return true;
 }
 
+// Moves the bytes of a transfer, and waits for it.
+void DiskIo::move_bytes(Item& item) {
+  int error = 0;
+  Transfer& rest = item.transfer;
+  while (rest.bytes > 0 && error == 0) {
+    const ssize_t moved = item.batch->writes_ ? pwrite(file_, rest.memory, rest.bytes, rest.offset)
+                                              : pread(file_, rest.memory, rest.bytes, rest.offset);
+    if (moved < 0) {
+      error = errno == EINTR ? 0 : errno;
+    } else if (moved == 0) {
+      error = ENODATA;
+    } else {
+      rest = {rest.offset + moved, rest.bytes - moved, rest.memory + moved};
+    }
+  }
+  item.batch->end(error);
+  item.batch.reset();
+}
+
 void DiskIo::run_thread() {
   Item item;
-  while (next(item, true)) {
-    int error = 0;
-    Transfer& rest = item.transfer;
-    while (rest.bytes > 0 && error == 0) {
-      const ssize_t moved = item.batch->writes_ ? pwrite(file_, rest.memory, rest.bytes, rest.offset)
-                                                : pread(file_, rest.memory, rest.bytes, rest.offset);
-      if (moved < 0) {
-        error = errno == EINTR ? 0 : errno;
-      } else if (moved == 0) {
-        error = ENODATA;
-      } else {
-        rest = {rest.offset + moved, rest.bytes - moved, rest.memory + moved};
-      }
-    }
-    item.batch->end(error);
-    item.batch.reset();
+  while (next(item, true)) move_bytes(item);
+}
+
+void DiskIo::run_threads() {
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < kThreads; ++i) others.emplace_back([this] { run_thread(); });
+  } catch (const std::system_error&) {  // at a limit of threads: fewer do
   }
+  run_thread();
+  for (auto& thread : others) thread.join();
 }
 
 void DiskIo::run_ring() {
   std::vector<Item> items(kDepth);
+  if (run_ring_until_it_fails(items)) return;
+  // No batch may end while the kernel still moves bytes from or to its memory, which the caller frees then. So wait for
+  // what was started; its results arrive in shared memory. What was not, and all that follows, is for threads.
+  uses_ring_ = false;
+  std::vector<Item> again;
+  const auto retry = [&](Item& item) {
+    again.push_back(std::move(item));
+    item.batch.reset();
+  };
+  ring_->withdraw([&](uint64_t token) { retry(items[token]); });
+  const auto in_flight = [](const Item& item) { return item.batch != nullptr; };
+  while (std::any_of(items.begin(), items.end(), in_flight)) {
+    uint64_t token = 0;
+    int result = 0;
+    if (ring_->take(token, result)) {
+      retry(items[token]);
+    } else {
+      std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    }
+  }
+  for (Item& item : again) move_bytes(item);
+  run_threads();
+}
+
+// Returns true once the object is being destroyed and no transfer is left, and false if the ring fails; transfers of
+// items with a batch may be in flight then.
+bool DiskIo::run_ring_until_it_fails(std::vector<Item>& items) {
   std::vector<int> unused;
   for (int i = kDepth - 1; i >= 0; --i) unused.push_back(i);
   const auto start = [&](int i) {
@@ -238,13 +295,8 @@ void DiskIo::run_ring() {
       unused.pop_back();
       start(i);
     }
-    if (static_cast<int>(unused.size()) == kDepth) return;
-    if (const int error = ring_->enter(); error != 0) {
-      for (int i = 0; i < kDepth; ++i) {
-        if (items[i].batch != nullptr) end(i, error);
-      }
-      continue;
-    }
+    if (static_cast<int>(unused.size()) == kDepth) return true;
+    if (ring_->enter() != 0) return false;
     uint64_t token = 0;
     int result = 0;
     while (ring_->take(token, result)) {

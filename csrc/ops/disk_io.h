@@ -4,6 +4,7 @@
 // started in the order in which they are submitted, urgent ones first.
 #pragma once
 
+#include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <deque>
@@ -56,13 +57,13 @@ class DiskIo {
   static constexpr int kDepth = 256;   // transfers of a ring that run at the same time
   static constexpr int kThreads = 32;  // without a ring
 
-  // Transfers of a file descriptor, which the caller keeps open. Without `ring`, threads are used.
+  // Transfers of a file descriptor, which the caller keeps open. Without `ring`, or once it fails, threads are used.
   DiskIo(int file, bool ring);
   ~DiskIo();  // waits for the batches that were submitted
   DiskIo(const DiskIo&) = delete;
   DiskIo& operator=(const DiskIo&) = delete;
 
-  bool uses_ring() const { return ring_ != nullptr; }
+  bool uses_ring() const { return uses_ring_; }
 
   // The memory must stay valid until the batch is done.
   TransferBatchPtr submit(std::vector<Transfer> transfers, bool writes, bool urgent);
@@ -74,16 +75,20 @@ class DiskIo {
   };
 
   bool next(Item& item, bool wait);
+  void move_bytes(Item& item);
   void run_thread();
+  void run_threads();
   void run_ring();
+  bool run_ring_until_it_fails(std::vector<Item>& items);
 
   int file_;
   std::unique_ptr<Ring> ring_;
+  std::atomic<bool> uses_ring_;
   std::mutex mutex_;
   std::condition_variable submitted_;
   std::deque<TransferBatchPtr> batches_;
   bool closed_ = false;
-  std::vector<std::thread> threads_;
+  std::thread thread_;  // runs the ring, or starts the threads
 };
 
 }  // namespace recis

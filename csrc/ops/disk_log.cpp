@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kPage = 4096;
 constexpr int64_t kLongestRead = 1 << 20;
-constexpr int64_t kGap = 2 * kPage;  // unneeded bytes that are read rather than starting another transfer
+constexpr int64_t kGap = 4 * kPage;  // unneeded bytes that are read rather than starting another transfer
 constexpr size_t kMostWrites = 8;    // segments that wait to be written
 constexpr size_t kKeptFree = 4;      // free segments that keep their space
 

@@ -14,6 +14,7 @@
 #include <memory>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "ops/disk_io.h"
@@ -35,8 +36,21 @@ class PageBuffer {
   std::unique_ptr<char, Free> memory_;
 };
 
-// Records that are being read: record(i) is that of the i-th slot once wait() has returned.
+// Records that are being read: record(i) is that of the i-th slot once DiskLog::wait() has returned. Frees its memory
+// only after the last transfer to it has ended.
 struct LogRead {
+  LogRead() = default;
+  LogRead(LogRead&& other) = default;
+  LogRead& operator=(LogRead&& other) noexcept {
+    std::swap(places, other.places);
+    std::swap(buffer, other.buffer);
+    std::swap(batch, other.batch);
+    return *this;
+  }
+  ~LogRead() {
+    if (batch != nullptr) batch->wait();
+  }
+
   std::vector<int64_t> places;  // bytes in the buffer
   std::unique_ptr<PageBuffer> buffer;
   TransferBatchPtr batch;

@@ -36,10 +36,7 @@ DiskRecords::DiskRecords(const DiskOptions& options)
       frames_(memory_ = map_frames(memory_bytes_), options.frames, options.record_bytes),
       log_(options.name, options.path, options.record_bytes, options.segment_bytes, options.ring) {}
 
-DiskRecords::~DiskRecords() {
-  for (const Stage& stage : stages_) stage.read.batch->wait();
-  munmap(memory_, memory_bytes_);
-}
+DiskRecords::~DiskRecords() { munmap(memory_, memory_bytes_); }
 
 void DiskRecords::refuse_row(Locations locations, int64_t row) const {
   throw std::runtime_error("table " + options_.name + ": row " + std::to_string(row) + " is not below " +
@@ -135,7 +132,6 @@ void DiskRecords::drop_used_stages() {
   for (auto stage = stages_.begin(); stage != stages_.end(); ++stage) {
     if (2 * stage->used >= stage->slots.size()) end = stage + 1;
   }
-  for (auto stage = stages_.begin(); stage != end; ++stage) stage->read.batch->wait();  // it writes to its buffer
   stages_.erase(stages_.begin(), end);
 }
 
@@ -213,10 +209,7 @@ void DiskRecords::compact(Locations locations) {
 
 void DiskRecords::stage(Locations locations, const int64_t* rows, int64_t n) {
   std::lock_guard<std::mutex> lock(mutex_);
-  if (stages_.size() == kMostStages) {
-    stages_.front().read.batch->wait();  // it may still write to its buffer
-    stages_.pop_front();
-  }
+  if (stages_.size() == kMostStages) stages_.pop_front();
   std::vector<int64_t> slots;
   for (int64_t i = 0; i < n; ++i) {
     if (i + kAhead < n && rows[i + kAhead] >= 0) __builtin_prefetch(locations.words + rows[i + kAhead]);
@@ -274,17 +267,12 @@ void DiskRecords::read_slots(const std::vector<std::pair<int64_t, int64_t>>& ord
   for (size_t first = 0; first < order.size(); first += kReadAtOnce) {
     const LogRead now = std::move(next);
     if (first + kReadAtOnce < order.size()) next = part(first + kReadAtOnce);
-    try {
-      log_.wait(now);
-      for (size_t k = first; k < std::min(order.size(), first + kReadAtOnce); ++k) {
-        const int64_t i = order[k].second;
-        const char* record = now.record(k - first);
-        log_.check(record, rows[i]);
-        std::memcpy(records + i * options_.record_bytes, record, static_cast<size_t>(options_.record_bytes));
-      }
-    } catch (...) {
-      if (next.batch != nullptr) next.batch->wait();  // it still writes to its buffer
-      throw;
+    log_.wait(now);
+    for (size_t k = first; k < std::min(order.size(), first + kReadAtOnce); ++k) {
+      const int64_t i = order[k].second;
+      const char* record = now.record(k - first);
+      log_.check(record, rows[i]);
+      std::memcpy(records + i * options_.record_bytes, record, static_cast<size_t>(options_.record_bytes));
     }
   }
 }

@@ -1,7 +1,15 @@
-// Records on disk under the sanitizers: transfers by a ring and by threads, eviction, staging, compaction, and a thread
-// that reads pinned records meanwhile.
+// Records on disk under the sanitizers: transfers by a ring, by threads, and by a ring that fails, eviction, staging,
+// compaction, and a thread that reads pinned records meanwhile.
+#include <dirent.h>
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -73,10 +81,77 @@ void run(bool ring) {
   recis_test::expect(figures[recis::DiskRecords::kMoved] > 0, "nothing was compacted", 0);
 }
 
+// The descriptor of the only io_uring of this process, or -1 if the system permits none.
+int find_ring() {
+  int found = -1;
+  DIR* folder = opendir("/proc/self/fd");
+  for (const dirent* entry = readdir(folder); entry != nullptr; entry = readdir(folder)) {
+    char target[64] = {};
+    const std::string link = std::string("/proc/self/fd/") + entry->d_name;
+    if (readlink(link.c_str(), target, sizeof(target) - 1) > 0 && std::strstr(target, "[io_uring]") != nullptr) {
+      found = std::atoi(entry->d_name);
+    }
+  }
+  closedir(folder);
+  return found;
+}
+
+// Makes every later call of the ring fail, while transfers that it has started go on.
+void break_ring(int ring) {
+  const int other = open("/dev/null", O_RDONLY);
+  dup2(other, ring);
+  close(other);
+}
+
+// Transfers that are in flight when the ring fails, and those that follow: all bytes arrive, by threads, and none after
+// its batch has ended.
+void run_failing_transfers(int64_t delay_us) {
+  constexpr int64_t kCount = 400;
+  constexpr int64_t kBytes = 65536;
+  const int file = open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  recis::PageBuffer memory(kCount * kBytes);
+  const auto byte_of = [](int64_t i) { return static_cast<char>(i % 100); };
+  const auto holds = [&](int64_t i, char byte) {
+    const char* bytes = memory.data() + i * kBytes;
+    return bytes[0] == byte && std::memcmp(bytes, bytes + 1, kBytes - 1) == 0;
+  };
+  for (int64_t i = 0; i < kCount; ++i) std::memset(memory.data() + i * kBytes, byte_of(i), kBytes);
+  const bool written = pwrite(file, memory.data(), kCount * kBytes, 0) == kCount * kBytes && fsync(file) == 0;
+  recis_test::expect(written, "the file of the transfers cannot be written", errno);
+  fcntl(file, F_SETFL, O_RDWR | O_DIRECT);  // where it is possible, transfers are slow enough to be in flight
+  {
+    recis::DiskIo io(file, true);
+    const int ring = find_ring();
+    recis_test::expect(io.uses_ring() == (ring >= 0), "the ring of the transfers was not found", ring);
+    for (const bool first : {true, false}) {
+      std::memset(memory.data(), -1, kCount * kBytes);
+      std::vector<recis::TransferBatchPtr> batches;
+      for (int64_t i = 0; i < kCount; ++i) {
+        batches.push_back(io.submit({{i * kBytes, kBytes, memory.data() + i * kBytes}}, false, false));
+      }
+      if (first && ring >= 0) {
+        std::this_thread::sleep_for(std::chrono::microseconds(delay_us));
+        break_ring(ring);
+      }
+      for (int64_t i = 0; i < kCount; ++i) {
+        recis_test::expect(batches[i]->wait() == 0, "a transfer has failed with the ring", i);
+        recis_test::expect(holds(i, byte_of(i)), "a batch has ended before its bytes have arrived", i);
+        std::memset(memory.data() + i * kBytes, -1, kBytes);
+      }
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));
+      for (int64_t i = 0; i < kCount; ++i)
+        recis_test::expect(holds(i, -1), "bytes arrive after their batch has ended", i);
+    }
+    recis_test::expect(!io.uses_ring(), "the ring that has failed is still used", ring);
+  }
+  close(file);
+}
+
 }  // namespace
 
 int main() {
   run(true);
   run(false);
-  return recis_test::finish("disk_test", "records on disk, by io_uring and by threads");
+  for (const int64_t delay_us : {0, 100, 300, 1000, 3000}) run_failing_transfers(delay_us);
+  return recis_test::finish("disk_test", "records on disk, by io_uring, by threads, and by an io_uring that fails");
 }
