@@ -117,20 +117,22 @@ class DiskLog {
   }
 
   // Compaction: the caller moves the records of a segment that are still current. Calls f(slot, record) for each of one
-  // segment, if one has been read; starts to read another if too much of the log is not current. f must release() the
-  // current ones.
+  // segment, if one has been read; starts to read another if too much of the log is not current, and waits for it if
+  // far too much is. f must release() the current ones.
   template <class F>
   void compact(F&& f) {
-    if (compacted_ != kNone && compacting_.batch->is_done()) {
-      wait(compacting_);
-      const int64_t segment = compacted_;
-      reserve(segments_[segment].live);
-      compacted_ = kNone;
-      for_each_record(segment, compacting_.buffer->data(), f);
-      compacting_ = {};
-      end_compaction(segment);
-    }
-    if (compacted_ == kNone) start_compaction();
+    do {
+      if (compacted_ != kNone && (is_behind() || compacting_.batch->is_done())) {
+        wait(compacting_);
+        const int64_t segment = compacted_;
+        reserve(segments_[segment].live);
+        compacted_ = kNone;
+        for_each_record(segment, compacting_.buffer->data(), f);
+        compacting_ = {};
+        end_compaction(segment);
+      }
+      if (compacted_ == kNone) start_compaction();
+    } while (compacted_ != kNone && is_behind());
   }
 
  private:
@@ -174,6 +176,7 @@ class DiskLog {
   void take_written(bool wait);
   void recycle(int64_t segment);
   LogRead read_segment(int64_t segment);
+  bool is_behind() const { return used_ - live_ > live_ / 2 + 6 * slots_; }
   void start_compaction();
   void end_compaction(int64_t segment);
 

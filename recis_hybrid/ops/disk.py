@@ -64,6 +64,23 @@ class DiskFigures(NamedTuple):
     """1 if transfers bypass the page cache."""
 
 
+def most_log_bytes(rows: int, record_bytes: int, more: int = 0) -> int:
+    """Return the most that the log of a table with ``rows`` rows takes on disk, once it has been compacted.
+
+    Args:
+        rows: Number of rows.
+        record_bytes: Bytes of a record.
+        more: Number of rows that one call of :func:`fetch` may bring into frames.
+    """
+    stride = record_bytes + 8  # with the row behind it
+    segment = -(-max(SEGMENT_BYTES, 8 * stride) // 4096) * 4096
+    of_segment = segment // stride
+    # A third of the log and six segments that are not current; one that is filled, and space for a call's records.
+    used = -(-3 * rows // (2 * of_segment)) + 6 + 1 + -(-more // of_segment)
+    # Of the segments, an eighth and four may be free.
+    return (used + 4 + used // 7) * segment
+
+
 def open_disk(
     name: str,
     path: str,

@@ -136,6 +136,22 @@ def test_records_are_current_through_eviction_staging_and_compaction(folder: Pat
     assert figures.log_bytes <= 1.5 * 300 * (RECORD + 8) + 16 * SEGMENT
 
 
+def test_the_log_does_not_outgrow_its_bound_if_a_call_writes_several_segments(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ops.disk, "SEGMENT_BYTES", SEGMENT)
+    rows, calls = 2000, 400
+    records, random = Records(folder, frames=450, rows=rows), np.random.default_rng(4)
+    for step in range(60):
+        some = np.unique(random.integers(0, rows, calls)).tolist()
+        records.write(some, random.standard_normal((len(some), 4)), step)
+        assert records.figures.log_bytes <= ops.disk.most_log_bytes(rows, RECORD, calls)
+    assert records.figures.moved > 0
+    assert ops.disk.most_log_bytes(rows, RECORD, calls) < 2 * rows * RECORD + 32 * SEGMENT
+    written = np.flatnonzero(records.locations).tolist()
+    assert np.array_equal(records.read(written), records.values[written])
+
+
 def test_what_is_looked_up_often_stays_in_memory(folder: Path) -> None:
     records, random = filled(folder, frames=50), np.random.default_rng(2)
     often = list(range(10))
