@@ -5,6 +5,7 @@ Letters: n rows of a member table.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from recis_hybrid.embedding.checkpoint.state import (
     watch_tables,
 )
 from recis_hybrid.embedding.planner.coalesce import COUNTS
-from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot, in_one_block
+from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot, export_records, in_one_block
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.id_map import list_entries
 from recis_hybrid.embedding.table.record_layout import META, RecordLayout
@@ -213,7 +214,7 @@ def _counts(table: HashTable) -> tuple[dict[str, Tensor], ...]:
 
 
 def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[str, JSON]) -> PartState:
-    states = dict(split)
+    states, piece = dict(split), _Piece()
     for source in sources:
         table, layout = source.table, source.table.layout
         entries = list_entries(source.header, source.slots, source.live)
@@ -225,7 +226,9 @@ def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[
             first, last = torch.searchsorted(own_buckets, torch.tensor(source.buckets[number])).tolist()
             own_ids, own_rows, own_buckets = own_ids[first:last], own_rows[first:last], own_buckets[first:last]
             columns = {"ids": own_ids, **_no_rows(layout)}
-            reader = _RecordReader(source, own_rows.to(source.device))
+            reader: _RecordReader | _DiskReader = _RecordReader(source, own_rows.to(source.device))
+            if isinstance(source.handle, DiskSnapshot):
+                reader = _DiskReader(source.handle, layout, own_rows, piece)
             states[member.name] = TableState(columns, own_buckets, table_meta(layout), reader=reader)
             if source.counts:
                 known = {name: values.cpu() for name, values in source.counts[number].items()}
@@ -241,7 +244,7 @@ def _no_rows(layout: RecordLayout) -> dict[str, Tensor]:
 
 
 class _RecordReader:
-    """Reads records of rows (int64 ``[n]``, in the order of the files)."""
+    """Reads records in memory, of rows (int64 ``[n]``, in the order of the files)."""
 
     def __init__(self, source: _Source, rows: Tensor) -> None:
         self._source = source
@@ -249,22 +252,81 @@ class _RecordReader:
 
     def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
         """Write rows ``first`` to ``stop`` of some columns into ``out``."""
-        source, layout = self._source, self._source.table.layout
-        rows, handle = self._rows[first:stop], source.handle
-        if isinstance(handle, DiskSnapshot):
-            records = handle.read(rows)
-            handle, rows = in_one_block(layout, records)
-        if rows.is_cpu and {*layout.parts, *META} <= out.keys():
-            offsets = [layout.offset(part) for part in layout.parts]
-            parts = [out[part] for part in layout.parts]
-            ops.blocks.export(handle, rows, offsets, parts, [out[name] for name in META])
-            return
-        for part in layout.parts:
-            if part in out:
-                values = out[part] if rows.is_cpu else torch.empty_like(out[part], device=rows.device)
-                ops.blocks.read(handle, rows, layout.offset(part), values)
-                if not rows.is_cpu:
-                    out[part].copy_(values)
-        if META[0] in out:
-            for name, values in zip(META, ops.blocks.read_meta(handle, rows), strict=True):
-                out[name].copy_(values)
+        handle = self._source.handle
+        assert isinstance(handle, ops.blocks.Blocks)
+        _export(handle, self._rows[first:stop], layout=self._source.table.layout, out=out)
+
+
+class _Piece:
+    """Records of rows of one table, read ahead for files; those of all tables in turn, so that memory is bounded."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held while records are read or copied."""
+        self.owner: object = None
+        self.first = 0
+        self.records: Tensor | None = None
+        """uint8 ``[m, record_bytes]``: rows ``first`` to ``first`` + m - 1 of the owner."""
+
+
+class _DiskReader:
+    """Reads records on disk, of rows (int64 ``[n]``, in the order of the files).
+
+    The rows of one file lie anywhere in the log, one to a page. So records of many files are read at a time, which lie
+    close to each other there, and are kept until those files have been written.
+
+    Args:
+        snapshot: The records.
+        layout: Memory layout of a record.
+        rows: The rows.
+        piece: Shared by the readers of all tables.
+    """
+
+    def __init__(self, snapshot: DiskSnapshot, layout: RecordLayout, rows: Tensor, piece: _Piece) -> None:
+        self._snapshot, self._layout, self._rows, self._piece = snapshot, layout, rows, piece
+        self._loaded = 0
+        """End of the rows that have been in the piece."""
+        self._ends = {0}
+        """Ends of the rows of files so far: a file that begins there is followed by others."""
+
+    def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
+        """Write rows ``first`` to ``stop`` of some columns into ``out``."""
+        with self._piece.lock:
+            self._ends.add(stop)
+            at = first
+            while at < stop:
+                records = self._records(at, stop)
+                end = at + records.size(0)
+                some = {name: values[at - first : end - first] for name, values in out.items()}
+                _export(*in_one_block(self._layout, records), layout=self._layout, out=some)
+                del records  # before others are read into its memory
+                at = end
+
+    def _records(self, at: int, stop: int) -> Tensor:
+        """Return the records of row ``at`` and of some that follow, at most up to ``stop``."""
+        piece = self._piece
+        if at >= self._loaded and at in self._ends:
+            piece.owner = piece.records = None  # frees the memory first
+            piece.records = self._snapshot.read(self._rows[at : at + self._snapshot.piece_rows])
+            piece.owner, piece.first, self._loaded = self, at, at + piece.records.size(0)
+            self._ends.add(self._loaded)
+        if piece.owner is self and piece.records is not None and piece.first <= at < self._loaded:
+            return piece.records[at - piece.first : stop - piece.first]
+        # A file that is shared with another rank, or that another thread has overtaken.
+        return self._snapshot.read(self._rows[at : min(stop, at + self._snapshot.piece_rows)])
+
+
+def _export(handle: ops.blocks.Blocks, rows: Tensor, *, layout: RecordLayout, out: Mapping[str, Tensor]) -> None:
+    """Copy some columns of the records of rows (int64 ``[n]``) into ``out``, on the CPU."""
+    if rows.is_cpu and {*layout.parts, *META} <= out.keys():
+        export_records(layout, handle, rows, out)
+        return
+    for part in layout.parts:
+        if part in out:
+            values = out[part] if rows.is_cpu else torch.empty_like(out[part], device=rows.device)
+            ops.blocks.read(handle, rows, layout.offset(part), values)
+            if not rows.is_cpu:
+                out[part].copy_(values)
+    if META[0] in out:
+        for name, values in zip(META, ops.blocks.read_meta(handle, rows), strict=True):
+            out[name].copy_(values)

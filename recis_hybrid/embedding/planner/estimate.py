@@ -18,6 +18,7 @@ from recis_hybrid.embedding.placement import Placement, output_device
 from recis_hybrid.embedding.planner.coalesce import TablePlan, layout_on, owners_of, plan_tables
 from recis_hybrid.embedding.planner.sharding import columns_of
 from recis_hybrid.embedding.table.blocks import blocks_for
+from recis_hybrid.embedding.table.disk_blocks import bytes_on_disk
 from recis_hybrid.embedding.table.id_map import bytes_for
 from recis_hybrid.embedding.table.record_cache import bytes_of_cache
 from recis_hybrid.embedding.table.record_layout import META_BYTES, RecordLayout
@@ -39,7 +40,8 @@ class TableEstimate:
     """Rows on the rank; the mean over the ranks if hashing distributes them."""
     memory: dict[str, int]
     """Bytes of each part, as ``HashTable.memory``, and of the parts of ``blocks``: ``embedding``, ``optimizer_state``,
-    ``metadata``, ``padding`` and ``spare`` (room for further rows)."""
+    ``metadata``, ``padding`` and ``spare`` (room for further rows). ``disk``, which is not in ``total``, is the most
+    that compaction leaves of the file."""
     wire: dict[str, int]
     """Bytes that the rank sends to others in a step, by kind of message, as in ``Traffic``, without ``sizes``."""
 
@@ -82,8 +84,8 @@ def plan(
     """Estimate the memory of an engine's tables, and the bytes that its ranks send, without building it.
 
     Memory is that of ``EmbeddingEngine.memory`` after training lookups have inserted the rows. IDMap and blocks have
-    room for the ids of one more lookup. Batches and gradients are not counted. On the wire, a count takes one byte, as
-    long as no id occurs 256 times in a batch.
+    room for the ids of one more lookup. Batches, gradients, and buffers of transfers of a disk are not counted.
+    On the wire, a count takes one byte, as long as no id occurs 256 times in a batch.
 
     Args:
         configs: Configs by feature, as for EmbeddingEngine.
@@ -103,8 +105,7 @@ def plan(
 
     Raises:
         TypeError: If a config or a number has the wrong type.
-        ValueError: If the rows of a table are missing, a name is no table or feature, a number is out of range, or a
-            table is on disk.
+        ValueError: If the rows of a table are missing, a name is no table or feature, or a number is out of range.
 
     Example:
         >>> (rank,) = plan({"item": EmbeddingConfig(dim=16)}, rows={"item": 1_000_000}, samples=1000)
@@ -240,35 +241,30 @@ def _memory(
 ) -> dict[str, int]:
     """Return the bytes of each part of a table with ``rows`` rows, in which ``looked_up`` ids are looked up at once."""
     placement = plan.config.placement or Placement.on(device)
-    if placement.blocks not in ("cpu", "cuda", "pinned"):
-        raise ValueError(
-            f"plan: the memory of tables with Placement(blocks={placement.blocks!r}) cannot be estimated, got "
-            f"{[member.name for member in plan.members]}; leave them out: they take cache_bytes and 8 bytes per row"
-        )
     more = looked_up if plan.config.trainable else 0
-    blocks = blocks_for(layout, rows + more)
     embedding = rows * layout.width("embedding") * layout.part_dtype("embedding").itemsize
     state = rows * sum(layout.width(f.name) * layout.part_dtype(f.name).itemsize for f in layout.state)
     admission = 0
     if plan.config.admission is not None:
         admission = bytes_for(math.ceil(sum(waiting.values()) * share), more)
-    parts = {
-        "id_map": bytes_for(rows, more),
-        "blocks": blocks,
-        "cache": bytes_of_cache(layout.record_bytes, placement.cache_bytes) if more else 0,
-        "locations": 0,
-        "free_rows": 0,
-        "admission": admission,
-    }
-    return {
-        **parts,
-        "disk": 0,
-        "total": sum(parts.values()),
+    parts = {"id_map": bytes_for(rows, more), "blocks": 0, "cache": 0, "locations": 0, "disk": 0}
+    if placement.blocks == "disk":
+        parts |= bytes_on_disk(layout, rows, more, placement.cache_bytes)
+    else:
+        parts["blocks"] = blocks_for(layout, rows + more)
+        parts["cache"] = bytes_of_cache(layout.record_bytes, placement.cache_bytes) if more else 0
+    parts |= {"free_rows": 0, "admission": admission}
+    records = {
         "embedding": embedding,
         "optimizer_state": state,
         "metadata": rows * META_BYTES,
         "padding": rows * (layout.record_bytes - META_BYTES) - embedding - state,
-        "spare": blocks - rows * layout.record_bytes,
+        "spare": parts["blocks"] - rows * layout.record_bytes,
+    }
+    return {
+        **parts,
+        "total": sum(parts.values()) - parts["disk"],
+        **(dict.fromkeys(records, 0) if placement.blocks == "disk" else records),
     }
 
 

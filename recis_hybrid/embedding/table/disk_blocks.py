@@ -6,7 +6,7 @@ Letters: n rows, R rows of the table.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from recis_hybrid.ops.disk import BYTES_OF_A_FRAME, DiskFigures
 _LEAST_FRAMES = 64
 _PIECE_BYTES = 16 << 20
 _MAX_PIECE = 1 << 16
+_SAVE_BYTES = 512 << 20
+_SAVE_SHARE = 4
 _CPU = torch.device("cpu")
 
 
@@ -50,6 +52,7 @@ class DiskBlocks:
         frames = cache_bytes // each
         self.piece_rows = max(1, min(frames // 4, _MAX_PIECE))
         """Rows that bulk writes change at a time."""
+        self._save_rows = max(1, max(_SAVE_BYTES, cache_bytes // _SAVE_SHARE) // layout.record_bytes)
         self._disk = ops.disk.open_disk(
             name, path, record_bytes=layout.record_bytes, meta_offset=layout.meta_offset, frames=frames
         )
@@ -78,7 +81,7 @@ class DiskBlocks:
     def reserve(self, rows: int) -> None:
         """Make room for rows 0 to ``rows`` - 1. If memory runs out, nothing changes."""
         if rows > self.capacity:
-            locations = torch.zeros(max(rows, self.capacity * 3 // 2), dtype=torch.int64)
+            locations = torch.zeros(_locations_for(rows), dtype=torch.int64)
             locations[: self.capacity] = self.locations
             self._set(locations)
 
@@ -202,7 +205,7 @@ class DiskBlocks:
             RuntimeError: If the disk is full or fails; no record has changed.
         """
         slots, number = ops.disk.pin(self._disk, self.locations)
-        return DiskSnapshot(self._disk, number, slots, self.layout)
+        return DiskSnapshot(self._disk, number, slots, self.layout, self._save_rows)
 
     def _pieces(self, rows: Tensor) -> Iterator[tuple[Tensor, Blocks, Tensor]]:
         """Yield copies of the records of rows in pieces: indices into ``rows``, blocks, and the rows in them."""
@@ -228,10 +231,12 @@ class DiskSnapshot:
         number: Number of the pin.
         slots: int64 ``[R]``: where each row's record is.
         layout: Memory layout of a record.
+        piece_rows: Number of records that are to be read at a time. The more, the closer they are in the log.
     """
 
-    def __init__(self, disk: Tensor, number: int, slots: Tensor, layout: RecordLayout) -> None:
+    def __init__(self, disk: Tensor, number: int, slots: Tensor, layout: RecordLayout, piece_rows: int) -> None:
         self._disk, self._slots, self._layout = disk, slots, layout
+        self.piece_rows = piece_rows
         weakref.finalize(self, ops.disk.unpin, disk, number)
 
     def read(self, rows: Tensor) -> Tensor:
@@ -245,13 +250,39 @@ class DiskSnapshot:
         return records
 
 
+def bytes_on_disk(layout: RecordLayout, rows: int, more: int, cache_bytes: int) -> dict[str, int]:
+    """Return the parts of :meth:`DiskBlocks.memory`, without buffers that come and go.
+
+    Args:
+        layout: Memory layout of a record.
+        rows: Number of rows.
+        more: Number of ids of one more lookup, for which there is room.
+        cache_bytes: As for DiskBlocks.
+
+    Returns:
+        Bytes by part. ``disk``, which is not memory, is the most that compaction leaves of the log.
+    """
+    frame = layout.record_bytes + BYTES_OF_A_FRAME
+    return {
+        "cache": cache_bytes // frame * frame,
+        "locations": 8 * _locations_for(rows + more),
+        "disk": ops.disk.most_log_bytes(rows, layout.record_bytes, more),
+    }
+
+
+def _locations_for(rows: int) -> int:
+    """Return the number of locations for a number of rows: at most a quarter more."""
+    step = max(1 << max(rows.bit_length() - 3, 0), 512)
+    return -(-rows // step) * step
+
+
 def in_one_block(layout: RecordLayout, records: Tensor) -> tuple[Blocks, Tensor]:
     """Return records (uint8 ``[n, record_bytes]``), which must stay alive, as blocks, and their rows there."""
     address = torch.tensor([records.data_ptr()], dtype=torch.int64)
     return Blocks(address, 40, layout.meta_offset, layout.record_bytes), torch.arange(records.size(0))
 
 
-def export_records(layout: RecordLayout, blocks: Blocks, rows: Tensor, out: dict[str, Tensor]) -> None:
+def export_records(layout: RecordLayout, blocks: Blocks, rows: Tensor, out: Mapping[str, Tensor]) -> None:
     """Copy all parts and metadata of records of rows (int64 ``[n]``) into columns ``[n, ...]``."""
     offsets = [layout.offset(part) for part in layout.parts]
     ops.blocks.export(blocks, rows, offsets, [out[part] for part in layout.parts], [out[name] for name in META])

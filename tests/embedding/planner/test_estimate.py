@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings, strategies as st
 
-from recis_hybrid import optim
+from recis_hybrid import ops, optim
 from recis_hybrid.embedding import (
     Admission,
     EmbeddingConfig,
@@ -24,6 +24,7 @@ from recis_hybrid.embedding import (
     plan,
 )
 from recis_hybrid.embedding.table import blocks
+from recis_hybrid.embedding.table.disk_blocks import DiskBlocks
 from recis_hybrid.embedding.table.id_map import bytes_for
 from recis_hybrid.embedding.table.record_cache import RecordCache, bytes_of_cache
 from tests.support.devices import on_accelerators
@@ -184,7 +185,23 @@ def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> N
         plan(**{"configs": configs(), "rows": ROWS, "samples": 10, **arguments})
 
 
-def test_records_on_disk_are_refused(tmp_path: Path) -> None:
-    placement = Placement(blocks="disk", path=tmp_path, cache_bytes=1 << 20)
-    with pytest.raises(ValueError, match=r"blocks='disk'\) cannot be estimated, got \['large'\]; leave them out"):
-        plan({"large": EmbeddingConfig(dim=4, placement=placement)}, rows={"large": 5}, samples=1)
+def test_memory_of_tables_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(ops.disk, "SEGMENT_BYTES", 1 << 16)
+    placement = Placement(blocks="disk", path=tmp_path, cache_bytes=1 << 18)
+    placed = {name: replace(config, placement=placement) for name, config in configs().items()}
+    engine = EmbeddingEngine(placed, optimizer=optim.Adam)
+    trained(engine, 40)
+    engine.tables[-1].load(0, torch.zeros(1, dtype=torch.int64), {})
+    ids = {"tags": 0.5, "seen": 0.5}
+    (rank,) = plan(placed, rows=ROWS, samples=SAMPLES, ids=ids, optimizer=optim.Adam)
+    for table, estimate in zip(engine.tables, rank.tables, strict=True):
+        assert isinstance(table.store.blocks, DiskBlocks)
+        table.store.blocks.snapshot()  # writes the buffers, which are not estimated
+        memory = table.memory()
+        record, on_disk = table.layout.record_bytes, memory.pop("disk")
+        assert {part: estimate.memory[part] for part in memory} == memory
+        assert len(table) * record <= on_disk <= estimate.memory["disk"]
+        assert estimate.memory["disk"] <= 2 * len(table) * record + 16 * (1 << 16)
+    parts = ("embedding", "optimizer_state", "metadata", "padding", "spare")
+    assert [rank.memory[part] for part in parts] == [0] * 5
+    assert rank.memory["total"] == engine.memory()["total"]

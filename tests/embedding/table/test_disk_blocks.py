@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -19,10 +21,12 @@ from recis_hybrid.embedding import (
     Placement,
     Unused,
 )
-from recis_hybrid.embedding.table.disk_blocks import DiskBlocks
+from recis_hybrid.embedding.table import disk_blocks
+from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot
 from recis_hybrid.pipelines import TorchStep, Train, Trainer
 from recis_hybrid.ragged import RaggedTensor
 from recis_hybrid.saver import Saver
+from recis_hybrid.saver.checkpoint import table_plan
 
 EACH = 3 * 32 + 16 + ops.disk.BYTES_OF_A_FRAME
 """Bytes of a cached record of dim 8 with the state of Adam."""
@@ -132,6 +136,59 @@ def test_checkpoints_and_deltas_of_a_moment_are_saved_while_training_goes_on(eng
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+def test_a_save_reads_the_records_of_several_files_at_a_time_in_bounded_memory(
+    engines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_blocks, "_SAVE_BYTES", 90 * 112)
+    monkeypatch.setattr(table_plan, "RANGE_BYTES", 16 * 112)
+    (disk, optimizer), (memory, other) = engine_of(placed(tmp_path)), engines[1]
+    train(disk, optimizer, range(20)), train(memory, other, range(20))
+    sizes: list[int] = []
+    in_memory: list[int] = []
+    copies: list[weakref.ref[np.ndarray]] = []
+    read = DiskSnapshot.read
+
+    def watched(snapshot: DiskSnapshot, rows: Tensor) -> Tensor:
+        alive = [copy for each in copies if (copy := each()) is not None]
+        in_memory.append(sum(len(copy) for copy in alive) + rows.numel())
+        sizes.append(rows.numel())
+        records = read(snapshot, rows).numpy().copy()
+        copies.append(weakref.ref(records))
+        return torch.from_numpy(records)
+
+    monkeypatch.setattr(DiskSnapshot, "read", watched)
+    for name, engine, each in (("disk", disk, optimizer), ("memory", memory, other)):
+        Saver(tmp_path / name).save(1, {"engine": engine, "optimizer": each})
+    files = [path for path in (tmp_path / "disk").rglob("*.safetensors") if "sparse" in path.parts]
+    for path in files:
+        assert path.read_bytes() == (tmp_path / "memory" / path.relative_to(tmp_path / "disk")).read_bytes()
+    rows = sum(len(table) for table in disk.tables)
+    assert max(sizes) == 90
+    assert max(in_memory) < 150  # one piece, and a file
+    # A file that another thread has overtaken is read again, at most one for each piece.
+    assert rows <= sum(sizes) <= 1.5 * rows
+    assert len(sizes) < len(files) / 2
+
+
+def test_a_frozen_feature_of_a_trained_table(tmp_path: Path) -> None:
+    def run(placement: Placement | None) -> tuple[EmbeddingEngine, list[Tensor]]:
+        configs = {
+            "id": EmbeddingConfig(dim=8, placement=placement),
+            "list": EmbeddingConfig(dim=8, table="id", combiner="mean", trainable=False, placement=placement),
+        }
+        engine = EmbeddingEngine(configs, optimizer=optim.Adam)
+        return engine, train(engine, engine.make_optimizer(lr=0.1), range(40))
+
+    disk, ours = run(placed(tmp_path, 110))
+    memory, theirs = run(None)
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert_equal(disk, memory)
+    (table,) = disk.tables
+    figures = blocks_of(table).figures()
+    assert min(figures.misses, figures.written_back) > 0
+    assert set(table.ids(0).tolist()) <= {int(i) for step in range(40) for i in batch_of(step)["id"]}
+
+
 def test_rows_in_state_dict_and_erased_rows(engines: Any, tmp_path: Path) -> None:
     (disk, optimizer), (memory, other) = engines
     train(disk, optimizer, range(20)), train(memory, other, range(20))
@@ -202,6 +259,8 @@ def test_refusals(tmp_path: Path) -> None:
         Placement(blocks="disk", path=tmp_path, cache_bytes=1 << 20, id_map="cuda")
     with pytest.raises(ValueError, match=r"path='/tmp' needs blocks='disk', got blocks='cpu'"):
         Placement(blocks="cpu", path="/tmp")
+    with pytest.raises(ValueError, match=r"path must be an existing folder, got ''"):
+        Placement(blocks="disk", path="", cache_bytes=1 << 20)
     with pytest.raises(TypeError, match=r"path must be a str or a Path, got 3"):
         Placement(blocks="disk", path=3, cache_bytes=1 << 20)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=rf"table id: cache_bytes=999 is too small .*use at least {64 * EACH}"):
