@@ -76,6 +76,8 @@ class Placement:
     def _checked_path(self, path: object) -> str:
         if not isinstance(path, str | os.PathLike) or not isinstance(found := os.fspath(path), str):
             raise TypeError(f"Placement: path must be a str or a Path, got {path!r}")
+        if not found:
+            raise ValueError("Placement: path must be an existing folder, got ''; for the current one, use '.'")
         if self.blocks != "disk":
             raise ValueError(
                 f"Placement: path={found!r} needs blocks='disk', got blocks={self.blocks!r}; leave out path, or use "
