@@ -2,14 +2,16 @@
 
 A step looks up and updates 65,536 ids, Zipf 1.05 over the rows, in records of 256 bytes (dim 20 with Adam). The cache
 holds an eighth of the records. While a step runs, the records of the next batch are read (``prefetch``). Both tables
-train on the same batches, in alternating bursts, with the same outputs. Prints one JSON line a figure: rates, hit rate,
-misses a step, and the disk's rate of random reads, measured in the same run.
+train on the same batches, in alternating bursts, with the same outputs. Then both are saved, on the same disk. Prints
+one JSON line a figure: rates, hit rate, misses a step, the disk's rate of random reads, measured in the same run, and
+the memory that saving takes.
 
     python -m benchmarks.disk --path /local_ssd [--rows 20000000] [--quick]
 """
 
 from __future__ import annotations
 
+import os
 import statistics
 import tempfile
 import time
@@ -26,6 +28,7 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Placement
 from recis_hybrid.embedding.table.disk_blocks import DiskBlocks
 from recis_hybrid.ops.disk import BYTES_OF_A_FRAME
 from recis_hybrid.ragged import Batch
+from recis_hybrid.saver import Saver
 
 DIM, RECORD = 20, 256
 IDS = 65_536
@@ -76,17 +79,32 @@ def reads_per_second(blocks: DiskBlocks, rows: int) -> float:
     return 1 / statistics.median(times)
 
 
+def saved(side: Side, path: Path) -> tuple[float, int]:
+    """Save a table to a folder that is removed again; return the seconds and the bytes of memory that it took."""
+    with tempfile.TemporaryDirectory(dir=path) as folder:
+        os.sync()
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        before, begin = _memory("VmRSS"), time.perf_counter()
+        Saver(folder).save(1, {"engine": side.engine})
+        return time.perf_counter() - begin, _memory("VmHWM") - before
+
+
+def _memory(name: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
+
+
 def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__ or "", ["cpu"])
-    options.add_argument("--path", default=tempfile.gettempdir(), help="folder on a local SSD")
+    options.add_argument("--path", type=Path, default=tempfile.gettempdir(), help="folder on a local SSD")
     options.add_argument("--rows", type=int, default=20_000_000)
     options.add_argument("--bursts", type=int, default=8)
     args = options.parse_args()
     torch.set_num_threads(args.threads)
     rows = 1_000_000 if args.quick else args.rows
     bursts, length = (4, 6) if args.quick else (args.bursts, 12)
-    disk = Placement(blocks="disk", path=Path(args.path), cache_bytes=rows // 8 * (RECORD + BYTES_OF_A_FRAME))
+    disk = Placement(blocks="disk", path=args.path, cache_bytes=rows // 8 * (RECORD + BYTES_OF_A_FRAME))
     warm = 2 * length
     sides = {"disk": Side(disk, rows), "memory": Side(None, rows)}
     batches = batches_of(rows, warm + bursts * length)
@@ -128,6 +146,9 @@ def main() -> None:
     memory = {name: side.engine.memory()["total"] for name, side in sides.items()}
     show("memory", "bytes", memory["disk"], memory["memory"], "in memory")
     show("disk", "bytes", after.log_bytes, None, "")
+    saves = {name: saved(side, args.path) for name, side in sides.items()}
+    show("saving", "rows/s", rows / saves["disk"][0], rows / saves["memory"][0], "in memory")
+    show("memory of saving", "bytes", saves["disk"][1], saves["memory"][1], "in memory")
     show("io_uring, direct", "", 10 * after.io_uring + after.direct, None, "")
 
 
