@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -67,23 +68,24 @@ def main() -> None:
             result.print()
 
 
-def accuracy(data: str, seed: int, epochs: int) -> list[Result]:
-    """Return the AUC of each dtype for one seed, beside that of float32."""
+def accuracy(data: str, seed: int, epochs: int) -> Iterator[Result]:
+    """Yield the AUC of each dtype for one seed, beside that of float32."""
     frappe = example()
     settings = argparse.Namespace(data=data, tower="torch", epochs=epochs, batch_size=4096, seed=seed, quiet=True)
     settings.run, settings.resume = "", False
-    results, peers = [], {}
+    peer = 0.0
     for dtype in ("float32", "bfloat16", "float16"):
         settings.dtype = dtype
         trained = frappe.run(settings, frappe.datasets(settings), baseline=False)
         figures = trained.figures
         progress(f"seed {seed}, {dtype}: {figures.epochs} epochs, AUC {figures.auc:.5f}, {figures.seconds:.0f} s")
-        results.append(_auc(f"trained in {dtype}, seed {seed}", figures.auc, peers.setdefault("trained", figures.auc)))
+        peer = peer or figures.auc
+        yield _auc(f"trained in {dtype}, seed {seed}", figures.auc, peer)
         if dtype == "float32":
             test = list(frappe.datasets(settings)["test"])
-            peers["exported"] = auc_of(trained, test)
-            exported = quantized_aucs(trained, test)
-    return results + [_auc(f"{dtype} export, seed {seed}", auc, peers["exported"]) for dtype, auc in exported.items()]
+            whole = auc_of(trained, test)
+            for exported, auc in quantized_aucs(trained, test).items():
+                yield _auc(f"{exported} export, seed {seed}", auc, whole)
 
 
 def quantized_aucs(trained: Any, test: Any) -> dict[str, float]:

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import (
@@ -316,25 +315,6 @@ def test_bad_configs_are_refused() -> None:
         Uniform(1.0, 0.0)
     with pytest.raises(ValueError, match="values must be finite"):
         Normal(float("nan"), 1.0)
-
-
-@settings(max_examples=25)
-@given(st.lists(st.lists(st.sampled_from(EDGE_IDS), min_size=1, max_size=12), min_size=1, max_size=6))
-def test_sgd_on_a_table_is_sgd_on_a_dict(batches: list[list[int]]) -> None:
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=3, initializer=Constant(1.0))})
-    optimizer = optim.SGD(engine.parameters(), lr=0.5)
-    model: dict[int, torch.Tensor] = {}
-    for ids in batches:
-        gradient = torch.randn(len(ids), 3)
-        engine({"id": torch.tensor(ids)})["id"].backward(gradient)
-        optimizer.step()
-        summed: dict[int, torch.Tensor] = {}
-        for i, g in zip(ids, gradient, strict=True):
-            summed[i] = summed.get(i, torch.zeros(3)) + g
-        for i, g in summed.items():
-            model[i] = model.get(i, torch.ones(3)) - 0.5 * g
-        assert torch.equal(engine({"id": torch.tensor(ids)})["id"], torch.stack([model[i] for i in ids]))
-    assert len(engine.tables[0]) == len(model)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_wide_rows(device: str, rule: str, dim: int) -> None:
         gradient = torch.randn(len(ids), dim)
         output.backward(gradient.to(device))
         optimizer.step()
-        sums = {i: gradient[[k for k, j in enumerate(ids) if i == j]].double().sum(0).numpy() for i in ids}
+        sums = {i: gradient[[k for k, j in enumerate(ids) if i == j]].sum(0).double().numpy() for i in ids}
         model.update(sums, step, {name: values.cpu() for name, values in engine.tables[0].export(0).items()})
 
 
