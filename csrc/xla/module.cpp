@@ -136,7 +136,6 @@ PYBIND11_MODULE(_xla, m) {
   m.def("use_feature_kernels", &recis::use_feature_kernels,
         "Take the address of recis_feature_kernels in the native library.");
   m.def("handlers", &recis::handlers, "Return the handlers of a platform as capsules, by target name.");
-  m.def("context_words", &recis::Context::words, "Return the int64 words of the context of a training lookup.");
   m.def("state_words", &recis::ChainRef::size, "Return the int64 words of the state of a chain of so many tables.");
   py::class_<PyChain>(m, "Chain")
       .def(py::init<int64_t, int64_t, int64_t, int32_t>())

@@ -277,12 +277,16 @@ def _name(table: HashTable) -> str:
 
 
 def _learning_rates(parts: Mapping[str, object]) -> dict[str, float]:
-    return {
-        f"lr/{name}": float(part.param_groups[0]["lr"])
-        for name, part in parts.items()
+    """Return the learning rate of each optimizer, or of each of its groups if there are several."""
+    result = {}
+    for name, part in parts.items():
         # An optax optimizer has no learning rate in its parameter groups.
-        if isinstance(part, torch.optim.Optimizer) and "lr" in part.param_groups[0]
-    }
+        if not isinstance(part, torch.optim.Optimizer) or "lr" not in part.param_groups[0]:
+            continue
+        several = len(part.param_groups) > 1
+        for number, group in enumerate(part.param_groups):
+            result[f"lr/{name}/{number}" if several else f"lr/{name}"] = float(group["lr"])
+    return result
 
 
 def _memory(engines: Sequence[EmbeddingEngine]) -> dict[str, int]:

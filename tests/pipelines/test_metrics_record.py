@@ -92,6 +92,17 @@ def test_a_record_has_all_figures() -> None:
     assert all(line["samples_per_s"] > 0 for line in lines)
 
 
+def test_each_group_of_an_optimizer_has_its_learning_rate() -> None:
+    first, second = (torch.nn.Parameter(torch.zeros(2)) for _ in range(2))
+    parts = {
+        "dense": torch.optim.SGD([{"params": [first], "lr": 0.5}, {"params": [second], "lr": 0.25}]),
+        "tower": torch.optim.SGD([first], lr=0.125),
+    }
+    record = Recorder().train_record(steps=1, samples=1, engines=[], parts=parts, phases={})
+    rates = {name: value for name, value in record.items() if name.startswith("lr/")}
+    assert rates == {"lr/dense/0": 0.5, "lr/dense/1": 0.25, "lr/tower": 0.125}
+
+
 @on_accelerators
 def test_the_hit_rate_of_caches_is_that_since_the_last_record(device: str) -> None:
     config = EmbeddingConfig(dim=4, placement=Placement(id_map="cuda", blocks="pinned", cache_bytes=1 << 14))
