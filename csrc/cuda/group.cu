@@ -100,20 +100,41 @@ void group_nothing(const CudaDevice& device, const GroupsRef& out) {
   RECIS_CUDA_CHECK(cudaMemsetAsync(out.starts, 0, sizeof(int64_t), device.stream()));
 }
 
+// Groups the positions of features by row. What is wrong with the arguments is found before rows are there.
+struct GroupCall {
+  CudaDevice& device;
+  int64_t n;
+  GroupsRef out;
+  int64_t* sources = nullptr;
+  float* scales = nullptr;
+
+  GroupCall(CudaDevice& device_of_rows, int64_t count_of_rows, Ints lengths, Ints vectors, Tensors offsets,
+            Tensors weights, Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts,
+            const Tensor& grouped_sources, const std::optional<Tensor>& grouped_scales, const Tensor& count)
+      : device(device_of_rows), n(count_of_rows) {
+    check_groups(n, unique, starts, grouped_sources);
+    out = {data<int64_t>(count, "count"), data<int64_t>(unique, "unique"), data<int64_t>(starts, "starts"),
+           data<int64_t>(grouped_sources, "sources"), data_or_null<float>(grouped_scales, "scales")};
+    if (n == 0) return;
+    sources = static_cast<int64_t*>(device.scratch(n * 8));
+    if (out.scales != nullptr) scales = static_cast<float*>(device.scratch(n * 4));
+    fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, sources, scales);
+  }
+
+  void run(const int64_t* rows, int64_t row_bound) const {
+    if (n == 0) return group_nothing(device, out);
+    group_positions(device, rows, n, row_bound, sources, scales, out);
+  }
+};
+
 void group_rows(const Tensor& rows, Ints members, int64_t row_bound, Ints lengths, Ints vectors, Tensors offsets,
                 Tensors weights, Ints combiners, Ints tiles, const Tensor& unique, const Tensor& starts,
                 const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count) {
   CudaDevice device(rows);
-  const int64_t n = rows.numel();
-  check_features(n, members, lengths);
-  check_groups(n, unique, starts, sources);
-  const GroupsRef out{data<int64_t>(count, "count"), data<int64_t>(unique, "unique"), data<int64_t>(starts, "starts"),
-                      data<int64_t>(sources, "sources"), data_or_null<float>(scales, "scales")};
-  if (n == 0) return group_nothing(device, out);
-  auto* position_sources = static_cast<int64_t*>(device.scratch(n * 8));
-  auto* position_scales = out.scales == nullptr ? nullptr : static_cast<float*>(device.scratch(n * 4));
-  fill_sources(device, lengths, vectors, offsets, weights, combiners, tiles, position_sources, position_scales);
-  group_positions(device, data<int64_t>(rows, "rows"), n, row_bound, position_sources, position_scales, out);
+  check_features(rows.numel(), members, lengths);
+  const GroupCall groups(device, rows.numel(), lengths, vectors, offsets, weights, combiners, tiles, unique, starts,
+                         sources, scales, count);
+  groups.run(data<int64_t>(rows, "rows"), row_bound);
 }
 
 void insert_grouped(const Tensor& header, const Tensor& counters, const Tensor& free_rows, const Tensor& blocks,
@@ -126,12 +147,18 @@ void insert_grouped(const Tensor& header, const Tensor& counters, const Tensor& 
                     Ints out_starts) {
   CudaDevice device(header);
   check_features(rows.numel(), members, lengths);
-  if (out.has_value()) check_plain(*out, out_starts, lengths, vectors, offsets, weights, dim);
+  if (out.has_value()) {
+    check_plain(*out, out_starts, lengths, vectors, offsets, weights, dim);
+    data<float>(*out, "out");
+  }
+  const int64_t* at = data<int64_t>(rows, "rows");
+  const GroupCall groups(device, rows.numel(), lengths, vectors, offsets, weights, combiners, tiles, unique, starts,
+                         sources, scales, count);
   const Tensor fresh = torch::stable::empty_like(rows);
   const std::vector<IdSpan> spans = id_spans(ids, members);
   with_element(type, [&](auto element) {
-    // What may raise, for lack of memory or for bad arguments, comes before the first launch: once ids are inserted,
-    // their rows must get first values and be committed.
+    // What may raise, for lack of memory or for bad arguments, comes before ids are inserted: from then on, their rows
+    // must get first values and be committed.
     const auto init = init_fresh_rows<decltype(element)>(
         device, blocks_ref(blocks, block_shift, meta_offset, record_bytes), rows, fresh, spans, initializers,
         record_start(dim, field_offsets, field_widths, field_sizes, field_values));
@@ -140,8 +167,7 @@ void insert_grouped(const Tensor& header, const Tensor& counters, const Tensor& 
     device.for_each_counted(counts + kFresh, fresh.numel(), record_bytes / 4, init);
     device.for_each(1, 1, CommitInserts{counts});
   });
-  group_rows(rows, members, row_bound, lengths, vectors, offsets, weights, combiners, tiles, unique, starts, sources,
-             scales, count);
+  groups.run(at, row_bound);
   if (out.has_value()) {
     gather_bags<CudaDevice>(blocks, block_shift, meta_offset, record_bytes, type, dim, rows, lengths, vectors, offsets,
                             weights, combiners, tiles, {}, members, initializers, *out, out_starts, std::nullopt);

@@ -97,11 +97,12 @@ void id_map_move_lines(const Tensor& header, const Tensor& counters, int64_t lin
   RECIS_CHECK(0 <= first && first < end && end <= lines && end - first < room, "there is no room for lines ", first,
               " to ", end);
   auto* copies = reinterpret_cast<uint64_t*>(data<int64_t>(lifted, "lifted"));
+  int64_t* counts = counter_data(counters);
   constexpr int64_t kLineBytes = 16 * kLineSlots;
   const auto word = [](int64_t number) { return static_cast<uint64_t>(number); };
   device.for_each(1, 1, PrepareMove{map.header, word(lines), word(first), word(end), word(last_old), word(room)});
   const auto* count = reinterpret_cast<const int64_t*>(map.header + kMoveCount);
-  device.for_each_counted(count, room, kLineBytes, LiftLines{map, copies, counter_data(counters)});
+  device.for_each_counted(count, room, kLineBytes, LiftLines{map, copies, counts});
   device.for_each_counted(count, room, kLineBytes, PlaceLines{map, copies});
 }
 

@@ -1,4 +1,4 @@
-"""Every operator refuses tensors on different devices, by the name of an argument."""
+"""Every operator refuses tensors on different devices, by the name of an argument, before it changes a map."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from tests.ops.test_operators import HOST_ONLY, OPERATORS
 
 Call = tuple[Any, tuple[Any, ...]]
 MODULES = (test_blocks, test_cache, test_hash, test_id_map, test_program, test_ragged, test_transform, test_update)
+STATE = ("header", "counters", "free_rows")
+"""Arguments that keep the state of a map."""
 REFUSAL = re.compile(
     r"(\w+)( or \w+)* must be on the device of the operator's first tensor|the operator's first tensor"
 )
@@ -40,12 +42,14 @@ def checks() -> Iterator[Callable[..., None]]:
 
 
 @pytest.fixture(scope="module")
-def calls() -> list[Call]:
+def calls() -> Iterator[list[Call]]:
     """Valid calls of all operators: those that other tests check with opcheck."""
+    owners: list[Any] = []  # frames whose tables own the memory at addresses in the arguments
     found: list[Call] = []
 
     def record(operator: Any, arguments: tuple[Any, ...], **_: Any) -> None:
         found.append((operator, arguments))
+        owners.append(inspect.currentframe().f_back)  # type: ignore[union-attr]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.library, "opcheck", record)
@@ -54,7 +58,8 @@ def calls() -> list[Call]:
             parameters = inspect.signature(check).parameters
             if parameters.keys() <= known.keys():
                 check(**{name: known[name] for name in parameters})
-    return [(operator, tree_map(to_device, arguments)) for operator, arguments in found]
+    yield [(operator, tree_map(to_device, arguments)) for operator, arguments in found]
+    owners.clear()
 
 
 def to_device(leaf: Any) -> Any:
@@ -90,8 +95,11 @@ def test_a_tensor_on_another_device_is_refused_by_name(calls: list[Call], name: 
         for number, changed in variants(arguments, target):
             if tensors == 1:
                 continue  # a call with one tensor is always on one device
+            state = [part for part, name in zip(changed, schema, strict=False) if name in STATE]
+            before = [part.clone() for part in state]
             with pytest.raises(RuntimeError) as error:
                 operator(*changed)
+            assert all(map(torch.equal, state, before)), f"{schema[number]} is refused after a change"
             found = REFUSAL.search(str(error.value))
             assert found is not None, (schema[number], str(error.value))
             # Some planes are weights.
