@@ -263,8 +263,8 @@ class TableMachine(RuleBasedStateMachine):
     @rule(rule=st.sampled_from(sorted(EVICTIONS)), only=st.sampled_from([None, "a", "gated"]))
     def evict(self, rule: str, only: str | None) -> None:
         """Evict from all tables, or from one."""
-        eviction, is_unwanted = EVICTIONS[rule]
-        evicted = sum(self.model[n].evict(is_unwanted, self.step) for n in NAMES if only in (None, n))
+        eviction, unwanted = EVICTIONS[rule]
+        evicted = sum(self.model[n].evict(unwanted, self.step) for n in NAMES if only in (None, n))
         assert self.engine.evict(eviction if only is None else {only: eviction}) == evicted
 
     @rule()

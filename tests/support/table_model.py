@@ -139,14 +139,19 @@ class OddIds:
         return (rows.ids % 2 == 1) & (rows.updated_step < rows.step)
 
 
-EVICTIONS: dict[str, tuple[Eviction, Callable[[int, Row, int], bool]]] = {
-    **{
-        f"unused for {n}": (Unused(n), lambda i, row, step, n=n: row.seen <= step - n)  # type: ignore[misc]
-        for n in (1, 2, 4)
-    },
-    "odd": (OddIds(), lambda i, row, step: i % 2 == 1 and row.updated < step),
+def _unused(steps: int) -> Callable[[dict[int, Row], int], set[int]]:
+    return lambda rows, step: {i for i, row in rows.items() if row.seen <= step - steps}
+
+
+def _odd(rows: dict[int, Row], step: int) -> set[int]:
+    return {i for i, row in rows.items() if i % 2 == 1 and row.updated < step}
+
+
+EVICTIONS: dict[str, tuple[Eviction, Callable[[dict[int, Row], int], set[int]]]] = {
+    **{f"unused for {n}": (Unused(n), _unused(n)) for n in (1, 2, 4)},
+    "odd": (OddIds(), _odd),
 }
-"""Eviction rules, each with a function (id, row, step) → True for a row to erase."""
+"""Eviction rules, each with a function (rows of a member table, step) → ids to erase."""
 
 
 # Tables
@@ -257,9 +262,9 @@ class TableModel:
         """Erase rows, and return how many there were."""
         return sum(self.rows.pop(i, None) is not None for i in set(ids))
 
-    def evict(self, is_unwanted: Callable[[int, Row, int], bool], step: int) -> int:
+    def evict(self, unwanted: Callable[[dict[int, Row], int], set[int]], step: int) -> int:
         """Erase the rows that a rule selects, and return how many there were."""
-        return self.erase([i for i, row in self.rows.items() if is_unwanted(i, row, step)])
+        return self.erase(unwanted(self.rows, step))
 
     def check(
         self, columns: Mapping[str, Tensor], counts: Mapping[str, Any] | None, owns: Callable[[int], bool]
