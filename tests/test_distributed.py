@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from recis_hybrid import distributed
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 from recis_hybrid.pipelines import Trainer
-from tests.support.torchrun import on_two_ranks
+from tests.support.programs import Program, on_two_ranks
 
 
 def build_engine(folder: Path) -> object:
@@ -130,15 +127,8 @@ def test_the_code_in_the_readme_runs_on_two_ranks_unchanged(tmp_path: Path, root
     assert "4096" in code
     program = f"import os\nos.chdir({str(tmp_path)!r})\n" + code.replace("4096", str(batch)) + REPORT
     (tmp_path / "alone.py").write_text(program.replace('"checkpoints"', '"alone"'))
-    alone = subprocess.run(
-        [sys.executable, str(tmp_path / "alone.py")],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-        env={**os.environ, "PYTHONPATH": str(root)},
-    )
-    together = on_two_ranks(program, tmp_path, root)
+    started = Program(tmp_path / "alone.py", folder=tmp_path, path=[root])
+    together, alone = on_two_ranks(program, tmp_path), started.finish()
     assert (alone.returncode, together.returncode) == (0, 0), alone.stderr + together.stderr
 
     def reports(output: str) -> list[list[Any]]:
@@ -202,9 +192,9 @@ except RuntimeError as error:
 """
 
 
-def test_a_loop_written_for_one_process_is_refused(tmp_path: Path, root: Path) -> None:
+def test_a_loop_written_for_one_process_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"id": range(11)}), tmp_path / "rows.parquet")
-    done = on_two_ranks(REFUSED, tmp_path, root)
+    done = on_two_ranks(REFUSED, tmp_path)
     assert done.returncode == 0, done.stderr
     for rank in range(2):
         for said in (
@@ -247,8 +237,8 @@ except (KeyError, distributed.OtherRankError) as error:
 """
 
 
-def test_ranks_exchange_values_and_fail_together(tmp_path: Path, root: Path) -> None:
-    done = on_two_ranks(TOGETHER, tmp_path, root)
+def test_ranks_exchange_values_and_fail_together(tmp_path: Path) -> None:
+    done = on_two_ranks(TOGETHER, tmp_path)
     assert done.returncode == 0, done.stderr
     assert sorted(line for line in done.stdout.splitlines() if line.startswith("RAISED")) == [
         "RAISED 0 KeyError('lost') None None",

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.torchrun import on_two_ranks
+from tests.support.programs import on_two_ranks
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
@@ -140,8 +140,8 @@ print("agrees")
 
 
 @pytest.mark.slow
-def test_unequal_batches_on_two_ranks_agree_with_one_process(root: Path, tmp_path: Path) -> None:
-    done = on_two_ranks(PROGRAM, tmp_path, root)
+def test_unequal_batches_on_two_ranks_agree_with_one_process(tmp_path: Path) -> None:
+    done = on_two_ranks(PROGRAM, tmp_path)
     assert done.stdout.count("agrees") == 2, done.stderr[-3000:]
 
 

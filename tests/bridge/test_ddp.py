@@ -1,4 +1,4 @@
-"""Two Gloo ranks under torchrun train a torch and a JAX tower with DDP and FSDP, and agree with one process."""
+"""Two Gloo ranks train a torch and a JAX tower with DDP and FSDP, and agree with one process."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.torchrun import on_two_ranks
+from tests.support.programs import on_two_ranks
 
 pytestmark = pytest.mark.jax
 
@@ -80,6 +80,6 @@ print("agrees")
 
 
 @pytest.mark.slow
-def test_ddp_in_all_bucket_modes_and_fsdp_agree_with_one_process(root: Path, tmp_path: Path) -> None:
-    done = on_two_ranks(PROGRAM, tmp_path, root)
+def test_ddp_in_all_bucket_modes_and_fsdp_agree_with_one_process(tmp_path: Path) -> None:
+    done = on_two_ranks(PROGRAM, tmp_path)
     assert done.stdout.count("agrees") == 2, done.stderr[-3000:]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +10,10 @@ import pytest
 pytestmark = pytest.mark.jax
 pytest.importorskip("jax")
 from recis_hybrid.bridge import init, launch  # noqa: E402
+from tests.support.programs import run_code  # noqa: E402
 
 
-def test_init_configures_jax_once_and_warns_about_a_cpu_fallback(root: Path, tmp_path: Path) -> None:
+def test_init_configures_jax_once_and_warns_about_a_cpu_fallback(tmp_path: Path) -> None:
     code = """
 import os, sys, warnings
 import jax, torch
@@ -38,17 +36,16 @@ try:
 except RuntimeError as error:
     print(error)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], cwd=root, capture_output=True, text=True, check=False
-    )
+    done = run_code(code, str(tmp_path), folder=tmp_path)
     assert "has started already" in done.stdout, done.stderr
 
 
-def test_gpu_memory_is_not_preallocated_unless_the_user_says_so(root: Path) -> None:
+def test_gpu_memory_is_preallocated_only_if_the_user_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = """
 import os, warnings
 import jax, torch
 from recis_hybrid.bridge import init
+from tests.support.programs import run_code
 torch.cuda.is_available, torch.cuda.set_device = lambda: True, lambda rank: None
 seen = []
 default_backend = jax.default_backend
@@ -59,11 +56,10 @@ with warnings.catch_warnings():
 print(seen)
 """
     for given, expected in ((None, "false"), ("true", "true")):
-        name = "XLA_PYTHON_CLIENT_PREALLOCATE"
-        environment = {key: value for key, value in os.environ.items() if key != name}
-        environment |= {} if given is None else {name: given}
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False, env=environment)
+        monkeypatch.delenv("XLA_PYTHON_CLIENT_PREALLOCATE", raising=False)
+        if given is not None:
+            monkeypatch.setenv("XLA_PYTHON_CLIENT_PREALLOCATE", given)
+        done = run_code(code, folder=tmp_path)
         assert done.stdout.strip() == f"['{expected}']", done.stderr
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ import pytest
 
 from recis_hybrid.columnio.options import ShardOptions
 from recis_hybrid.columnio.ranks import has_other_ranks, open_on_all_ranks
+from tests.support.programs import Program
 
 # Both ranks run each scenario, each with its own folder; their reports are compared below. The barrier after each
 # scenario shows that the group still works.
@@ -121,23 +120,12 @@ def reports(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     write(root / "rank-1" / "rows" / "1.parquet", rows=31)
     (root / "rank-1" / "damaged" / "0.parquet").write_bytes(b"PAR1 and no more")
     write(root / "rank-0" / "missing" / "0.parquet")
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", _RANK, str(root), str(rank)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
-    try:
-        every = [process.communicate(timeout=300) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-            process.wait()
-    assert [process.returncode for process in ranks] == [0, 0], every
-    return [json.loads(out) for out, _ in every]
+    program = root / "program.py"
+    program.write_text(_RANK)
+    ranks = [Program(program, [str(root), str(rank)], folder=root, number=rank) for rank in range(2)]
+    every = [rank.finish() for rank in ranks]
+    assert [done.returncode for done in every] == [0, 0], every
+    return [json.loads(done.stdout) for done in every]
 
 
 @pytest.mark.parametrize(

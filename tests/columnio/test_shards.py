@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from itertools import chain
 from pathlib import Path
@@ -21,6 +20,7 @@ from recis_hybrid.columnio.read.sampler import Batches
 from recis_hybrid.features import Feature, FeatureEngine, Hash, Mod
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.columns import dense
+from tests.support.programs import Program
 from tests.support.workers import FEW_CORES, FORKED
 
 pytestmark = [FORKED, FEW_CORES]
@@ -229,20 +229,17 @@ dist.destroy_process_group()
 
 
 def test_ranks_of_torch_distributed_share_all_rows_and_no_collective_hangs(folder: Path, tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(_DISTRIBUTED)
     started = [
-        subprocess.Popen(
-            [sys.executable, "-c", _DISTRIBUTED, str(folder), str(number), str(tmp_path / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        Program(program, [str(folder), str(number), str(tmp_path / "store")], folder=tmp_path, number=number)
         for number in range(2)
     ]
     seen: list[int] = []
     for number, process in enumerate(started):
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == 0, err
-        rank, rows = out.strip().split(" ", 1)
+        done = process.finish()
+        assert done.returncode == 0, done.stderr
+        rank, rows = done.stdout.strip().split(" ", 1)
         assert int(rank) == 1 - number
         seen += [int(row) for row in rows.strip("[]").split(",")]
     assert sorted(seen) == list(range(ROWS))

@@ -17,7 +17,7 @@ import torch
 from examples import minilm
 from recis_hybrid.metrics import auc
 from recis_hybrid.towers import find_pretrained
-from tests.support.torchrun import on_two_ranks
+from tests.support.programs import on_two_ranks
 
 pytest.importorskip("tokenizers")
 transformers = pytest.importorskip("transformers")
@@ -144,10 +144,10 @@ def test_the_plot(
 
 
 @pytest.mark.slow
-def test_two_ranks_print_once(arguments: list[str], tmp_path: Path, root: Path) -> None:
+def test_two_ranks_print_once(arguments: list[str], tmp_path: Path) -> None:
     options = [*arguments, "--rows", "1500", "--epochs", "2"]
     program = f"import sys\nsys.argv = ['minilm.py', *{options!r}]\nfrom examples import minilm\nminilm.main()\n"
-    done = on_two_ranks(program, tmp_path, root)
+    done = on_two_ranks(program, tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert len(lines) == 1

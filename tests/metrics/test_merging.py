@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Callable
 from functools import partial
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from recis_hybrid.metrics import (
     AUC,
@@ -25,6 +23,7 @@ from recis_hybrid.metrics import (
     PrecisionAtK,
     RecallAtK,
 )
+from tests.support.programs import free_port, in_processes
 
 KINDS: list[Callable[..., Metric]] = [
     AUC,
@@ -123,7 +122,5 @@ def test_two_ranks_compute_the_value_of_one() -> None:
         metric = kind()
         update(metric, 0, 60)
         expected.append(metric.compute())
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(on_rank, (port, expected), nprocs=2)  # type: ignore[no-untyped-call]
+    port = free_port()
+    in_processes(on_rank, (port, expected), 2)

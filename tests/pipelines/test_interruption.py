@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -16,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from recis_hybrid.app import cli
 from recis_hybrid.columnio import Windows
@@ -24,6 +22,7 @@ from recis_hybrid.pipelines import Callback, Stage, Train, Trainer, WindowStages
 from recis_hybrid.pipelines.interruption import Interruption, Terminated
 from recis_hybrid.saver import Saver
 from tests.pipelines.interrupted_run import STAGES, trainer_of
+from tests.support.programs import free_port, in_processes
 from tests.support.small import assert_same, make_batches, make_step, state_of
 
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
@@ -288,12 +287,8 @@ def on_rank(rank: int, port: int, folder: Path) -> None:
 
 
 def test_ranks_save_together(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    # Ranks are forked from a server process that has already imported these modules.
-    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", __name__])
-    mp.start_processes(on_rank, (port, tmp_path), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
+    port = free_port()
+    in_processes(on_rank, (port, tmp_path), 2)
     files = [
         {path.relative_to(each).as_posix(): path.read_bytes() for path in each.rglob("*.safetensors")}
         for each in (tmp_path / name / "step_000012" for name in ("whole", "step2", "evaluate"))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +22,7 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, MinFrequenc
 from recis_hybrid.pipelines import EMA, Callback, PeriodicCheckpoint, SaveCheckpoint, TorchStep, Train, Trainer
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
+from tests.support.programs import free_port, in_processes
 from tests.support.small import bce
 
 STEPS, KILLED_AT = 10, 8
@@ -91,12 +91,8 @@ def on_rank(rank: int, port: int, *arguments: object) -> None:
 
 
 def on_two_ranks(*arguments: object) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # Ranks are forked from a server process that has already imported these modules.
-    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", __name__])
-    mp.start_processes(on_rank, (port, *arguments), nprocs=2, start_method="forkserver")  # type: ignore[no-untyped-call]
+    port = free_port()
+    in_processes(on_rank, (port, *arguments), 2)
 
 
 def files(directory: Path) -> dict[str, bytes]:

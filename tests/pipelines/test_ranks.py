@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -36,6 +34,7 @@ from recis_hybrid.pipelines import (
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Saver
 from tests.support.near import assert_near
+from tests.support.programs import free_port, in_processes, on_two_ranks
 from tests.support.small import Records, bce
 
 
@@ -46,12 +45,6 @@ class Dense(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         return self.tower(batch["x"])[:, 0]  # type: ignore[no-any-return]
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
 
 
 def make_batches(rank: int, ranks: int) -> list[Batch]:
@@ -207,7 +200,7 @@ def test_two_ranks_train_like_one_and_write_one_log(tmp_path: Path) -> None:
     of_config = dict(configured(write_starter(tmp_path), 256).figures["eval"])
     ports = [free_port(), free_port()]
     arguments = (ports, tmp_path, model.tower.weight.detach(), dict(trainer.figures["eval"]), of_config)
-    mp.spawn(on_rank, arguments, nprocs=2)  # type: ignore[no-untyped-call]
+    in_processes(on_rank, arguments, 2)
     logs = [
         [json.loads(line) for line in (tmp_path / ranks / "log.jsonl").read_text().splitlines()] for ranks in ("1", "2")
     ]
@@ -220,28 +213,23 @@ def test_two_ranks_train_like_one_and_write_one_log(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_under_torchrun(tmp_path: Path, root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = write_starter(tmp_path)
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        "2",
-        "-m",
-        "recis_hybrid.app.cli",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-
-    def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [*torchrun, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env=environment)
-
-    done = run("train", str(config), "train.epochs=1")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+    done = subprocess.run(
+        [*torchrun, "recis_hybrid.app.cli", "train", str(config), "train.epochs=1"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+        env={**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = done.stdout.splitlines()
     assert (json.loads(line)["steps"], done.stderr.count("step 20, eval: auc")) == (20, 1)
     # An evaluation on the same number of ranks returns bitwise the metrics of the training.
-    evaluated = run("evaluate", str(tmp_path / "run"))
+    command = (
+        f"import sys\nfrom recis_hybrid.app import cli\nsys.exit(cli.main(['evaluate', {str(tmp_path / 'run')!r}]))\n"
+    )
+    evaluated = on_two_ranks(command, tmp_path)
     assert evaluated.returncode == 0, evaluated.stderr[-3000:]
     figures = {name: value for name, value in json.loads(line).items() if name.startswith("eval/")}
     assert json.loads(evaluated.stdout) == {"step": 20, **figures}

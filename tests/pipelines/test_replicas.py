@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import socket
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,6 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
@@ -49,6 +47,7 @@ from recis_hybrid.pipelines import (
 )
 from recis_hybrid.ragged import Batch
 from tests.support.near import ROUNDINGS, assert_near
+from tests.support.programs import free_port, in_processes
 from tests.support.small import bce
 
 ROWS, SIZE = 16, 9  # rows of each batch, number of batches
@@ -402,9 +401,5 @@ def test_ranks_train_like_one_process_without_ddp(tmp_path: Path) -> None:
     expected = {
         name: {key: value.numpy() for key, value in run(case).items()} for name, case in CASES.items() if case.close
     }
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = int(free.getsockname()[1])
-    # Ranks are forked from a server process that has already imported these modules.
-    mp.get_context("forkserver").set_forkserver_preload(["torch._dynamo", __name__])
-    mp.start_processes(on_rank, (port, tmp_path, expected), nprocs=RANKS, start_method="forkserver")  # type: ignore[no-untyped-call]
+    port = free_port()
+    in_processes(on_rank, (port, tmp_path, expected), RANKS)

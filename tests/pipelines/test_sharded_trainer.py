@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +32,7 @@ from recis_hybrid.pipelines import (
 )
 from recis_hybrid.ragged import Batch
 from tests.support.near import assert_near
+from tests.support.programs import free_port, in_processes, redirect
 from tests.support.small import bce
 
 
@@ -109,6 +108,7 @@ def train(
 
 
 def on_rank(rank: int, port: int, folder: Path, auc: float) -> None:
+    redirect(folder / f"{rank}.out", folder / f"{rank}.err")
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     (first, first_in_flight), *others = (train(rank, 2, folder, prefetch) for prefetch in (0, 1, 2, None))
@@ -135,12 +135,10 @@ def on_rank(rank: int, port: int, folder: Path, auc: float) -> None:
 
 
 @pytest.mark.slow
-def test_two_ranks_that_share_tables_train_like_one(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_two_ranks_that_share_tables_train_like_one(tmp_path: Path) -> None:
     trainer, _ = train(0, 1, tmp_path)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    mp.spawn(on_rank, (port, tmp_path, trainer.figures["eval"]["auc"]), nprocs=2)  # type: ignore[no-untyped-call]
+    port = free_port()
+    in_processes(on_rank, (port, tmp_path, trainer.figures["eval"]["auc"]), 2)
     one, two, ahead = (
         [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
         for name in ("1.0", "2.0", "2.None")
@@ -164,7 +162,9 @@ def test_two_ranks_that_share_tables_train_like_one(tmp_path: Path, capfd: pytes
     events.Reload()
     waits = [record["time/exchange"] for record in ahead if "time/exchange" in record]
     assert [event.value for event in events.Scalars("time/exchange")] == pytest.approx(waits)
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert len(re.findall(r"train: 100%.*12/12", captured.err)) == 1
-    assert captured.err.count("step 12, eval: auc") == 1
+    output, errors = (
+        "".join((tmp_path / f"{rank}.{kind}").read_text() for rank in range(2)) for kind in ("out", "err")
+    )
+    assert output == ""
+    assert len(re.findall(r"train: 100%.*12/12", errors)) == 1
+    assert errors.count("step 12, eval: auc") == 1

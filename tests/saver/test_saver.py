@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from recis_hybrid.checkpointing import tables_apart
 from recis_hybrid.saver import CheckpointError, CheckpointMismatch, CorruptCheckpoint, PartState, Saver, TableState
 from tests.saver.fakes import Shelf, entries
 from tests.support.devices import EDGE_IDS, on_devices
+from tests.support.programs import run_code
 from tests.support.toy import Toy
 
 
@@ -23,7 +22,7 @@ def saved(path: Path, steps: int = 5, device: str = "cpu") -> Toy:
     return toy
 
 
-def test_a_new_process_predicts_the_same_bits(tmp_path: Path, root: Path) -> None:
+def test_a_new_process_predicts_the_same_bits(tmp_path: Path) -> None:
     toy = saved(tmp_path / "run")
     save_file({"predictions": toy.predictions()}, tmp_path / "expected.safetensors")
     code = (
@@ -33,13 +32,7 @@ def test_a_new_process_predicts_the_same_bits(tmp_path: Path, root: Path) -> Non
         "assert torch.equal(toy.predictions(), load_file(sys.argv[2])['predictions']), 'other predictions'\n"
         "toy.train_steps(3)\nprint(toy.predictions().sum().item())"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "run"), str(tmp_path / "expected.safetensors")],
-        cwd=root,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = run_code(code, str(tmp_path / "run"), str(tmp_path / "expected.safetensors"), folder=tmp_path)
     assert done.returncode == 0, done.stderr
     # Optimizer state is restored: further training equals that of the undisturbed run.
     toy.train_steps(3)

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests.support import emulated
+from tests.support.programs import server
 
 RANKS = 4
 TIMEOUT_S = 20.0
@@ -31,10 +31,7 @@ class Ranks:
     def __init__(self, timeout_s: float = TIMEOUT_S, ranks: int = RANKS) -> None:
         self._timeout_s = timeout_s
         self._folder = tempfile.TemporaryDirectory(prefix="recis-ranks-")
-        # Fork the ranks from a single-threaded process that has already imported their modules, including those that
-        # the first optimizer imports, because the imports take a few seconds.
-        context = mp.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "tests.support.sharded", "tests.support.sharded_saves"])
+        context = server()  # forks the ranks from a process that has already imported their modules
         pipes = [context.Pipe() for _ in range(ranks)]
         self.connections: list[Connection] = [ours for ours, _ in pipes]
         store = Path(self._folder.name) / "store"

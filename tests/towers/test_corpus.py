@@ -21,6 +21,7 @@ from recis_hybrid.features import Tokenize
 from recis_hybrid.ragged import RaggedTensor
 from recis_hybrid.towers import embed_corpus, find_pretrained, hf_tower
 from tests.support.near import assert_near
+from tests.support.programs import run_code
 from tests.support.rank_processes import Ranks
 
 IDS = torch.arange(100, 150)
@@ -147,9 +148,8 @@ embed(Tower(kill_after=21), Path(sys.argv[1]))
 """
 
 
-def test_a_killed_run_continues(tmp_path: Path, root: Path) -> None:
-    command = [sys.executable, "-c", KILLED, str(tmp_path)]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300, check=False)
+def test_a_killed_run_continues(tmp_path: Path) -> None:
+    done = run_code(KILLED, str(tmp_path), folder=tmp_path)
     assert done.returncode == -signal.SIGKILL, done.stderr
     complete = list(tmp_path.rglob("*.parquet"))
     assert len(complete) == 2

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import subprocess
-import sys
 import time
 import weakref
 from collections.abc import Iterator
@@ -18,6 +16,7 @@ pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
 from recis_hybrid.bridge import to_jax, to_torch  # noqa: E402
 from recis_hybrid.bridge.exchange import _dlpack_fast  # noqa: E402
+from tests.support.programs import run_code  # noqa: E402
 
 
 @pytest.fixture
@@ -90,11 +89,9 @@ def test_conversion_to_torch_waits_for_the_computation() -> None:
     assert torch.equal(result, expected)
 
 
-def test_sharded_arrays_are_refused(root: Path) -> None:
+def test_sharded_arrays_are_refused(tmp_path: Path) -> None:
     # The private function would silently return the first shard.
     code = """
-import os
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=2"
 import jax
 from recis_hybrid.bridge import to_torch
 sharding = jax.sharding.NamedSharding(jax.make_mesh((2,), ("x",)), jax.sharding.PartitionSpec("x"))
@@ -103,5 +100,5 @@ try:
 except ValueError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    done = run_code(code, folder=tmp_path, environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=2"})
     assert "sharded over 2 devices" in done.stdout, done.stderr

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from recis_hybrid.ragged import RaggedTensor
 from tests.support.devices import EDGE_IDS, late_streams, on_devices
 from tests.support.jit_tables import TorchTables, assert_equal_tables, engine_of, rows_of, words
 from tests.support.near import assert_near
+from tests.support.programs import run_code
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
@@ -415,12 +414,12 @@ def test_optimizers_without_a_rule_are_refused() -> None:
         ffi.JitTables(engine, engine.make_optimizer())
 
 
-def test_the_error_without_handlers_says_what_to_install(root: Path) -> None:
+def test_the_error_without_handlers_says_what_to_install(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['recis_hybrid._xla'] = None\n"
         "from recis_hybrid import embedding; from recis_hybrid.bridge import ffi\n"
         "ffi.JitTables(embedding.EmbeddingEngine({'item': embedding.EmbeddingConfig(dim=2)}))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    done = run_code(code, folder=tmp_path)
     assert "ImportError: recis_hybrid.bridge.ffi: the XLA handlers recis_hybrid._xla could not" in done.stderr
     assert "pip install jax pybind11" in done.stderr

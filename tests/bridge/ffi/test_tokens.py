@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -19,6 +16,7 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
 from recis_hybrid.embedding.eviction import Unused
 from tests.support.devices import on_devices
 from tests.support.jit_tables import TorchTables, assert_equal_tables, engine_of, rows_of, words
+from tests.support.programs import run_code
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
@@ -256,6 +254,7 @@ def test_vmap_is_refused() -> None:
 
 PROGRAM = """
 import jax, jax.numpy as jnp, numpy as np
+jax.config.update("jax_platforms", "cpu")
 from jax.sharding import NamedSharding, PartitionSpec
 from tests.bridge.ffi.test_tokens import tables_of, IDS
 from recis_hybrid.bridge import ffi
@@ -288,10 +287,9 @@ print(jax.jit(look_up)(ids, token).shape)
 """
 
 
-def test_several_devices_are_refused(root: Path) -> None:
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-c", PROGRAM]
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+def test_several_devices_are_refused(tmp_path: Path) -> None:
+    environment = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+    done = run_code(PROGRAM, folder=tmp_path, environment=environment)
     lines = done.stdout.splitlines()
     assert len(lines) == 5, done.stderr
     for line, name in zip(lines, ("shard_map", "unchecked", "sharded", "pmap"), strict=False):

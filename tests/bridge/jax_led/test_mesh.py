@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.torchrun import on_two_ranks
+from tests.support.programs import on_two_ranks
 
 pytestmark = pytest.mark.jax
 pytest.importorskip("jax")
@@ -59,6 +59,6 @@ def test_gradients_summed_by_jax_agree_with_one_process(root: Path, tmp_path: Pa
     (program,) = re.findall(r"^```\{code-block\} python\n:name: mesh\n(.*?)^```$", guide, re.MULTILINE | re.DOTALL)
     shutdown = "jax.distributed.shutdown()\n"
     assert program.endswith(shutdown)
-    done = on_two_ranks(f"import torch\n{program.removesuffix(shutdown)}{CHECK}{shutdown}", tmp_path, root)
+    done = on_two_ranks(f"import torch\n{program.removesuffix(shutdown)}{CHECK}{shutdown}", tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("agrees") == 2  # torch and JAX print lines about Gloo, too

@@ -17,7 +17,7 @@ from recis_hybrid.pipelines import Evaluate, Objective, Train, Trainer, evaluate
 from recis_hybrid.pipelines.predict import predict
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.near import OF_ADAM, assert_near
-from tests.support.torchrun import on_two_ranks
+from tests.support.programs import on_two_ranks
 
 pytestmark = pytest.mark.jax
 jax = pytest.importorskip("jax")
@@ -418,6 +418,6 @@ print("agrees")
 """
 
 
-def test_two_ranks_agree_with_one_process(root: Path, tmp_path: Path) -> None:
-    done = on_two_ranks(PROGRAM, tmp_path, root)
+def test_two_ranks_agree_with_one_process(tmp_path: Path) -> None:
+    done = on_two_ranks(PROGRAM, tmp_path)
     assert done.stdout.split() == ["agrees"] * 2, done.stderr

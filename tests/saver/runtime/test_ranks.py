@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import errno
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +22,7 @@ from recis_hybrid.saver.checkpoint import table_plan
 from recis_hybrid.saver.format import tensor_file
 from recis_hybrid.saver.storage import shared_check
 from tests.saver.fakes import Shelf, entries
+from tests.support.programs import start_ranks
 from tests.support.ranks import all_of, in_ranks
 
 
@@ -236,55 +235,26 @@ print("done", rank)
 """
 
 
-def run_job(root: Path, size: int, port: int, *arguments: str) -> list[tuple[int, str, str]]:
-    jobs = [
-        subprocess.Popen(
-            [sys.executable, "-c", JOB, *arguments],
-            cwd=root,
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env=os.environ
-            | {
-                "RANK": str(rank),
-                "WORLD_SIZE": str(size),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-                "OMP_NUM_THREADS": "1",
-            },
-        )
-        for rank in range(size)
-    ]
-    try:
-        return [(job.wait(60), *job.communicate()) for job in jobs]
-    finally:
-        for job in jobs:
-            job.kill()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+def run_job(size: int, folder: Path, *arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    (folder / "job.py").write_text(JOB)
+    return [rank.finish(60) for rank in start_ranks(folder / "job.py", arguments, size)]
 
 
 @pytest.mark.slow
-def test_processes_of_torch_distributed(tmp_path: Path, root: Path) -> None:
+def test_processes_of_torch_distributed(tmp_path: Path) -> None:
     Saver(tmp_path / "alone").save(1, {"shelf": shelf(0, 1)})
     run = tmp_path / "run"
     for size, what in ((2, "async"), (3, "load")):
-        for code, _, err in run_job(root, size, free_port(), str(run), what):
-            assert code == 0, err
+        for done in run_job(size, tmp_path, str(run), what):
+            assert done.returncode == 0, done.stderr
     for path in (run / "step_000001").rglob("*.safetensors"):
         assert path.read_bytes() == (tmp_path / "alone" / path.relative_to(run)).read_bytes()
 
 
 @pytest.mark.slow
-def test_a_rank_that_dies_stops_the_others(tmp_path: Path, root: Path) -> None:
-    (code, out, err), (killed, _, _) = run_job(root, 2, free_port(), str(tmp_path), "die")
-    assert killed == -signal.SIGKILL
-    assert (code, out) == (1, "")
-    assert "CheckpointError: Saver: rank 0 of 2 lost the connection to another" in err
-    assert Saver(tmp_path).steps() == []
+def test_a_rank_that_dies_stops_the_others(tmp_path: Path) -> None:
+    left, killed = run_job(2, tmp_path, str(tmp_path / "run"), "die")
+    assert killed.returncode == -signal.SIGKILL
+    assert (left.returncode, left.stdout) == (1, "")
+    assert "CheckpointError: Saver: rank 0 of 2 lost the connection to another" in left.stderr
+    assert Saver(tmp_path / "run").steps() == []
