@@ -19,7 +19,7 @@ from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.near import OF_ADAM, assert_near
 from tests.support.programs import on_two_ranks
 
-pytestmark = pytest.mark.jax
+pytestmark = [pytest.mark.jax, pytest.mark.usefixtures("compiled_once")]
 jax = pytest.importorskip("jax")
 optax = pytest.importorskip("optax")
 jnp = jax.numpy
