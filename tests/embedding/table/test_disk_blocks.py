@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterator
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -168,6 +169,28 @@ def test_a_save_reads_the_records_of_several_files_at_a_time_in_bounded_memory(
     # A file that another thread has overtaken is read again, at most one for each piece.
     assert rows <= sum(sizes) <= 1.5 * rows
     assert len(sizes) < len(files) / 2
+
+
+def test_files_are_saved_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(disk_blocks, "_SAVE_BYTES", 40 * 112)
+    engine, optimizer = engine_of(placed(tmp_path))
+    train(engine, optimizer, range(30))
+    expected = engine.checkpoint_state().tables
+
+    def files_of(name: str) -> list[tuple[str, int, int]]:
+        n = expected[name].columns["ids"].numel()
+        return [(name, first, stop) for first, stop in pairwise([*range(0, n, 17), n])]
+
+    one, two = files_of("id"), files_of("list")
+    mixed = [file for pair in zip_longest(one, two) for file in pair if file is not None]
+    for files in (one + two, (one + two)[::-1], [one[0], one[-1], *one[1:-1]], mixed, [*one[:2], *two, *one[2:]]):
+        tables = engine.checkpoint_snapshot(None)().tables
+        for name, first, stop in files:
+            reader, columns = tables[name].reader, expected[name].columns
+            assert reader is not None
+            out = {key: torch.full_like(values[first:stop], 7) for key, values in columns.items() if key != "ids"}
+            reader.read(first, stop, out)
+            assert [key for key in out if not torch.equal(out[key], columns[key][first:stop])] == []
 
 
 def test_a_frozen_feature_of_a_trained_table(tmp_path: Path) -> None:
