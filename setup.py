@@ -79,20 +79,24 @@ LEVELS = {
 
 @dataclass(frozen=True)
 class Job:
-    """The compilation of one source file.
+    """The compilation of one source file, or of a header that others include first.
 
     Attributes:
         source: The source file.
-        output: The object file.
+        output: The object file, or the compiled header.
         command: The command line.
+        text: What the source is to contain, if the build writes it.
     """
 
     source: Path
     output: Path
     command: list[str]
+    text: str | None = None
 
     def is_stale(self, newest_header: float) -> bool:
         """Return whether the object is missing, or older than its source or any header."""
+        if self.text is not None and not (self.source.exists() and self.source.read_text() == self.text):
+            return True
         return not self.output.exists() or self.output.stat().st_mtime <= max(
             newest_header, self.source.stat().st_mtime
         )
@@ -104,11 +108,13 @@ class Library:
 
     Attributes:
         path: The library file.
+        header: The compilation of a header that comes before the others.
         jobs: The compilations of its objects.
         linker: The command line, without objects and output.
     """
 
     path: Path
+    header: Job | None
     jobs: list[Job]
     linker: list[str]
 
@@ -196,19 +202,22 @@ def xla_flags() -> list[str] | None:
     return [flag for header in headers for flag in ("-isystem", str(header))]
 
 
-def compile_all(jobs: list[Job]) -> None:
-    """Run compilations in parallel, as many at a time as MAX_JOBS or the CPUs allow."""
+def compile_all(headers: list[Job], jobs: list[Job]) -> None:
+    """Run compilations in parallel, as many at a time as MAX_JOBS or the CPUs allow; those of headers first."""
     workers = int(os.environ.get("MAX_JOBS", 0)) or os.cpu_count() or 1
-    print(f"compiling {len(jobs)} files of the native library, {workers} at a time (MAX_JOBS)", flush=True)
+    count = len(headers) + len(jobs)
+    print(f"compiling {count} files of the native library, {workers} at a time (MAX_JOBS)", flush=True)
 
-    def compile_one(numbered: tuple[int, Job]) -> None:
-        number, job = numbered
+    def compile_one(number: int, job: Job) -> None:
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        print(f"  {number}/{len(jobs)} {job.output.parent.name:8} {job.source.relative_to(ROOT)}", flush=True)
+        if job.text is not None:
+            job.source.write_text(job.text)
+        print(f"  {number}/{count} {job.output.parent.name:8} {job.source.relative_to(ROOT)}", flush=True)
         run(job.command)
 
     with ThreadPoolExecutor(workers) as pool:
-        list(pool.map(compile_one, enumerate(jobs, 1)))
+        list(pool.map(compile_one, range(1, count + 1), headers))
+        list(pool.map(compile_one, range(len(headers) + 1, count + 1), jobs))
 
 
 class BuildNative(build_ext):
@@ -232,16 +241,18 @@ class BuildNative(build_ext):
         libraries = []
         is_x86 = platform.machine() in ("x86_64", "AMD64")
         for level, flags in (LEVELS if is_x86 else {"generic": []}).items():
-            jobs = jobs_of("csrc/ops/*.cpp", objects / f"cpu_{level}", [cxx, *CXX_FLAGS, prefix, *flags, *common])
+            folder, command = objects / f"cpu_{level}", [cxx, *CXX_FLAGS, prefix, *flags, *common]
+            header, command = compiled_first(folder, ["ops/common.h", "ops/device.h"], command)
+            jobs = jobs_of("csrc/ops/*.cpp", folder, command)
             linker = [cxx, "-shared", "-pthread", *torch_link]
-            libraries.append(Library(target / f"librecis_cpu_{level}.so", jobs, linker))
+            libraries.append(Library(target / f"librecis_cpu_{level}.so", header, jobs, linker))
 
         includes = xla_flags()
         if includes is not None:
             command = [cxx, *CXX_FLAGS, prefix, f"-I{ROOT / 'csrc'}", *includes]
             # One object folder for each Python, of which each has its own ABI.
             jobs = jobs_of("csrc/xla/*.cpp", objects / f"xla-{sys.implementation.cache_tag}", command)
-            libraries.append(Library(target.parent / XLA_MODULE, jobs, [cxx, "-shared", "-pthread"]))
+            libraries.append(Library(target.parent / XLA_MODULE, None, jobs, [cxx, "-shared", "-pthread"]))
 
         nvcc = find_nvcc(torch_has_cuda)
         if nvcc is not None:
@@ -252,17 +263,20 @@ class BuildNative(build_ext):
             jobs = jobs_of("csrc/cuda/*.cu", objects / "cuda", command)
             # The CUDA runtime is linked statically, so that the library loads wherever there is a driver.
             linker = [nvcc, "-shared", "-cudart=static", *gencode, *cuda_link_flags(lib, objects, cxx), *torch_link]
-            libraries.append(Library(target / "librecis_cuda.so", jobs, linker))
+            libraries.append(Library(target / "librecis_cuda.so", None, jobs, linker))
         self.build(libraries)
 
     def build(self, libraries: Iterable[Library]) -> None:
-        """Compile the stale objects of libraries, and link them."""
+        """Compile the stale headers and objects of libraries, and link them."""
         headers = [*ROOT.glob("csrc/**/*.h"), *ROOT.glob("csrc/**/*.cuh"), Path(__file__)]
         newest_header = max(header.stat().st_mtime for header in headers)
-        jobs = [job for library in libraries for job in library.jobs]
-        stale = [job for job in jobs if self.force or job.is_stale(newest_header)]
-        if stale:
-            compile_all(stale)
+
+        def stale(jobs: Iterable[Job]) -> list[Job]:
+            return [job for job in jobs if self.force or job.is_stale(newest_header)]
+
+        jobs = stale(job for library in libraries for job in library.jobs)
+        if jobs:
+            compile_all(stale(library.header for library in libraries if library.header is not None), jobs)
         for library in libraries:
             if self.force or library.is_stale():
                 library.link()
@@ -287,11 +301,29 @@ class BuildEmulated(BuildNative):
         folder = ROOT / "build" / "emulated"
         common = ["-I", str(ROOT / "csrc/test/emulated"), "-I", str(ROOT / "csrc/test"), "-I", str(ROOT / "csrc")]
         common += ["-isystem", str(include)]
-        kernels = [cxx, *EMULATED_FLAGS, *common, TARGET, "-include", "cuda/runtime.cuh", "-x", "c++"]
-        jobs = jobs_of("csrc/cuda/*.cu", folder, kernels)
+        header, kernels = compiled_first(folder, ["cuda/runtime.cuh"], [cxx, *EMULATED_FLAGS, *common, TARGET])
+        jobs = jobs_of("csrc/cuda/*.cu", folder, [*kernels, "-x", "c++"])
         jobs += jobs_of("csrc/test/emulated/*.cpp", folder, [cxx, *EMULATED_FLAGS, *common])
         linker = [cxx, "-shared", "-pthread", f"-L{lib}", "-ltorch_cpu", "-lc10"]
-        self.build([Library(folder / "librecis_emulated.so", jobs, linker)])
+        self.build([Library(folder / "librecis_emulated.so", header, jobs, linker)])
+
+
+def compiled_first(folder: Path, headers: list[str], command: list[str]) -> tuple[Job, list[str]]:
+    """Return the compilation of headers, and the command that compiles sources which include these headers first.
+
+    Torch and the standard library would take half of the time of most sources. A compiler that cannot use the compiled
+    headers reads their text.
+
+    Args:
+        folder: The folder for the compiled headers.
+        headers: The headers, in order.
+        command: The command line of headers and sources.
+    """
+    first, output = folder / "first.h", folder / "first.h.gch"
+    # With other flags, the text differs, and the headers are compiled again.
+    text = f"// {' '.join(command)}\n" + "".join(f'#include "{header}"\n' for header in headers)
+    job = Job(first, output, [*command, "-x", "c++-header", "-c", str(first), "-o", str(output)], text)
+    return job, [*command, "-include", str(first)]
 
 
 def jobs_of(pattern: str, folder: Path, command: list[str]) -> list[Job]:
