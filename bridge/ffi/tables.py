@@ -123,10 +123,7 @@ class JitTables:
             self._chain.set_memory(number, *table.lend(room, self._return))
             if self.trained[number]:
                 rule, steps = self.optimizer.rule(table.anchor)
-                beta1, beta2 = rule.betas
-                self._chain.set_rule(
-                    number, rule.kind, rule.offsets, rule.lr, beta1, beta2, rule.eps, rule.weight_decay, steps
-                )
+                self._chain.set_rule(number, rule.kind, rule.offsets, rule.values, steps)
         token = self._state.start()
         self._chain.lend(True)
         self._lent = True

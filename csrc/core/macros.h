@@ -9,6 +9,13 @@
 #define RECIS_HD inline __attribute__((always_inline))
 #endif
 
+// A function with a loop that g++ must see alone: inlined behind a branch, the loop is not vectorized.
+#if defined(__CUDACC__)
+#define RECIS_HD_ALONE RECIS_HD
+#else
+#define RECIS_HD_ALONE inline __attribute__((noinline))
+#endif
+
 #define RECIS_RESTRICT __restrict__
 
 // Keeps a loop over 64-bit products scalar if vectors have no such product (below AVX-512): a loop of products composed

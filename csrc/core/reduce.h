@@ -78,6 +78,38 @@ struct GroupedGradients {
     }
   }
 
+  // Sums n elements of a gradient from d on, on the CPU. Not inlined, so that it is compiled once for all rules.
+  [[gnu::noinline]] void sum_many(int64_t u, int64_t dim, int64_t d, int n, float* total) const {
+    const auto tiles = [&](auto width, int at) {
+      constexpr int W = decltype(width)::value;
+      for (; at + W <= n; at += W) sum<W>(u, dim, d + at, width, *reinterpret_cast<float (*)[W]>(total + at));
+      return at;
+    };
+    const int at = tiles(Const<8>{}, tiles(Const<16>{}, tiles(Const<64>{}, 0)));
+    if (at < n) {
+      float rest[8];
+      sum<8>(u, dim, d + at, n - at, rest);
+      for (int j = at; j < n; ++j) total[j] = rest[j - at];
+    }
+  }
+
+  // The gradient of a row that has one source with a factor of 1; or null. On the CPU.
+  const float* only(int64_t u) const {
+    const int64_t begin = offsets[u];
+    return offsets[u + 1] - begin == 1 && scales == nullptr && factor == nullptr ? source(begin) : nullptr;
+  }
+
+  // total = the sums of the squares of the gradients, in input order, for elements d .. d + n - 1.
+  template <class Count>
+  RECIS_HD void sum_squares(int64_t u, int64_t d, Count n, float* RECIS_RESTRICT total) const {
+    for (int j = 0; j < n; ++j) total[j] = 0.0f;
+    for (int64_t k = offsets[u]; k < offsets[u + 1]; ++k) {
+      const float* RECIS_RESTRICT gradient = source(k) + d;
+      const float scale = (scales == nullptr ? 1.0f : scales[k]) * (factor == nullptr ? 1.0f : *factor);
+      for (int j = 0; j < n; ++j) total[j] += scale * gradient[j] * (scale * gradient[j]);
+    }
+  }
+
   template <int W, class Count>
   RECIS_HD void sum_chunk(int64_t begin, int64_t end, int64_t d, Count n, float (&total)[W]) const {
     float sum[W];  // a local array, so that the compiler knows that no pointer aliases it

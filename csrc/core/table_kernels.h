@@ -13,11 +13,12 @@
 #include "core/blocks.h"
 #include "core/chain.h"
 #include "core/for_each.h"
+#include "core/rules/rule.h"
 #include "core/table.h"
 
 namespace recis {
 
-inline constexpr int64_t kKernelsVersion = 3;
+inline constexpr int64_t kKernelsVersion = 4;
 
 // Where a call runs. On a device it only queues work on the stream.
 struct Launch {
@@ -83,19 +84,6 @@ struct LookupCall {
   int32_t watched;     // whether an update must follow, which marks rows as seen; otherwise the lookup does
   int64_t step;        // the step to mark them with
   int64_t generation;  // of the table
-};
-
-enum class RuleKind : int32_t { kSgd = 0, kMomentum = 1, kAdagrad = 2, kRowwiseAdagrad = 3, kAdam = 4, kAdamW = 5 };
-
-// An optimizer: a rule of core/update.h by name, with hyperparameters in double. Unused ones are 0.
-struct RuleCall {
-  RuleKind kind;
-  int64_t offsets[2];  // of the state fields in the record
-  double lr;
-  double beta1;  // momentum's beta, too
-  double beta2;
-  double eps;
-  double weight_decay;
 };
 
 struct GradientCall {

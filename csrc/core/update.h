@@ -1,46 +1,17 @@
-// Optimizer updates of records, in one pass over gradients and records.
-//
-// A rule is plain data with
-//
-//   static constexpr bool kHasState   whether it keeps state of type S for each element
-//   static constexpr bool kRowwise    whether it keeps one number per row
-//   apply<E, S>(record, d, n, gradient, rounding)
-//
-// where apply updates elements d .. d + n - 1 of a record with an embedding of type E and state of type S by their
-// `gradient`. A rowwise rule also has
-//
-//   float advance(record, mean_square)
-//
-// which one lane calls before apply; its result is passed to apply as an additional argument.
+// Optimizer updates of records, in one pass over gradients and records. The rules are in core/rules.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 #include "core/blocks.h"
 #include "core/reduce.h"
+#include "core/rules/rule.h"
 #include "core/table.h"
 
 namespace recis {
 
-// Rounds new values to the record's type, stochastically. The random bits depend only on the value, the element and the
-// step, so equal rows that receive equal gradients stay equal.
-struct Rounding {
-  uint32_t seed;
-
-  template <class T>
-  RECIS_HD void store(T* at, float x, uint32_t element) const {
-    store_stochastic(at, x, rounding_bits(seed, element, x));
-  }
-  // The rounding of another part of the record.
-  RECIS_HD Rounding part(uint32_t number) const { return {seed ^ number * 0x85ebca6bu}; }
-};
-
-template <class T>
-RECIS_HD T* field_at(char* record, int64_t offset, int64_t d) {
-  return reinterpret_cast<T*>(record + offset) + d;
-}
-
+// Applies a rule to each row that has a gradient. On CUDA, each lane works on tiles of W elements. On the CPU, W is
+// unused and a piece is a whole row, or kPiece elements of a long one: so a rule is one loop, whatever the dim.
 template <class Rule, class E, class S, int W>
 struct UpdateRows {
   GroupedGradients gradients;
@@ -51,6 +22,8 @@ struct UpdateRows {
   Rounding rounding;
   Rule rule;
   const int64_t* repeated = nullptr;  // [1]: whether the rows are marked already, which the host need not know; or null
+
+  static constexpr int kPiece = kOnCuda ? W : 512;
 
   int64_t fetched_bytes() const { return blocks.record_bytes + dim * 4; }
   int64_t lanes() const { return (dim + W - 1) / W; }
@@ -64,60 +37,161 @@ struct UpdateRows {
   RECIS_HD void operator()(int64_t u, Lanes lanes) const {
     const int64_t row = gradients.unique[u];
     char* record = blocks.record(row);
+    int64_t updated = 0;  // the step of the row's last update, for one lane
     if (lanes.rank == 0) {
       RowMeta* meta = blocks.meta(row);
       const bool marks = mark_seen && (repeated == nullptr || *repeated == 0);
       const int64_t times = marks ? gradients.offsets[u + 1] - gradients.offsets[u] : 0;
+      updated = meta->updated_step();
       *meta = RowMeta::of(step, marks ? step : meta->seen_step(), meta->frequency() + times);
     }
-    if constexpr (Rule::kRowwise) {
-      rowwise(u, record, lanes);
+    if constexpr (Rule::kNeeds == Needs::kNorm) {
+      with_norm(u, record, step - updated, lanes);
+    } else if constexpr (Rule::kNeeds == Needs::kNorms) {
+      with_norms(u, record, lanes);
     } else {
-      for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-        float gradient[W];
-        gradients.template sum<W>(u, dim, d, n, gradient);
-        rule.template apply<E, S>(record, d, n, gradient, rounding);
+      for_pieces(lanes, [&](int64_t d, auto n) {
+        float gradient[kPiece];
+        if constexpr (Rule::kNeeds == Needs::kSquares) {
+          float squares[kPiece];
+          sum(u, d, n, gradient);
+          gradients.sum_squares(u, d, n, squares);
+          apply(record, d, n, gradient, squares, rounding);
+        } else {
+          apply(record, d, n, gradient_of(u, d, n, gradient), rounding);
+        }
       });
     }
   }
 
-  // The row's number must be advanced with the whole gradient before any element is updated. A gradient of one or two
-  // tiles (CUDA: one for each lane) is buffered; a longer one is summed twice.
-  template <class Lanes>
-  RECIS_HD void rowwise(int64_t u, char* record, Lanes lanes) const {
-    if (dim == W && lanes.size == 1) return one_tile(u, record);
-    constexpr int kBuffered = kOnCuda ? 1 : 2;
-    float buffer[kBuffered][W];
-    const bool fits = dim <= int64_t{kBuffered} * W * lanes.size;
-    float squares[W];
-    for (int j = 0; j < W; ++j) squares[j] = 0.0f;
-    for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-      float gradient[W];
+ private:
+  // f(first, count) for each piece of a row. CUDA: for each tile of the lane.
+  template <class Lanes, class F>
+  RECIS_HD void for_pieces(Lanes lanes, F&& f) const {
+    if constexpr (kOnCuda) {
+      for_tiles<W>(dim, lanes, f);
+    } else {
+      for (int64_t d = 0; d < dim; d += kPiece) f(d, static_cast<int>(min64(dim - d, kPiece)));
+    }
+  }
+
+  template <class Count>
+  RECIS_HD void sum(int64_t u, int64_t d, Count n, float (&gradient)[kPiece]) const {
+    if constexpr (kOnCuda) {
       gradients.template sum<W>(u, dim, d, n, gradient);
-      for (int j = 0; j < n; ++j) squares[j] += gradient[j] * gradient[j];
-      if (fits) {
-        for (int j = 0; j < n; ++j) buffer[kOnCuda ? 0 : d / W][j] = gradient[j];
+    } else {
+      gradients.sum_many(u, dim, d, n, gradient);
+    }
+  }
+
+  static constexpr int kSums = kOnCuda ? W : 16;
+
+  // The gradient of a piece; a single one is read in place on the CPU, and otherwise it is summed into the buffer.
+  template <class Count>
+  RECIS_HD const float* gradient_of(int64_t u, int64_t d, Count n, float (&buffer)[kPiece]) const {
+    if constexpr (!kOnCuda) {
+      if (const float* only = gradients.only(u)) return only + d;
+    }
+    sum(u, d, n, buffer);
+    return buffer;
+  }
+
+  // One lane does what a row needs once; the sum broadcasts its result to all lanes.
+  template <class Lanes, class F>
+  RECIS_HD static float once(Lanes lanes, F&& f) {
+    return lanes_sum(lanes.rank == 0 ? f() : 0.0f, lanes);
+  }
+
+  // Whether the pieces of a row can be kept: one, or on CUDA a tile for each lane. Those of a longer row are computed
+  // twice, because a rule that needs a norm needs that of the whole row first.
+  template <class Lanes>
+  RECIS_HD bool keeps(Lanes lanes) const {
+    return dim <= int64_t{kPiece} * lanes.size;
+  }
+
+  template <class Count, class... Rest>
+  RECIS_HD_ALONE void apply(char* record, int64_t d, Count n, Rest... rest) const {
+    rule.template apply<E, S, W>(record, d, n, rest...);
+  }
+
+  template <class Lanes>
+  RECIS_HD void with_norm(int64_t u, char* record, int64_t elapsed, Lanes lanes) const {
+    float first = 0.0f;
+    if constexpr (requires { rule.begin(record, elapsed); }) {
+      first = once(lanes, [&] { return rule.begin(record, elapsed); });
+    }
+    float kept[kPiece];  // CUDA: only in the registers of a lane with one tile
+    const float* gradient = kept;
+    float squares[kSums] = {};
+    const bool fits = keeps(lanes);
+    for_pieces(lanes, [&](int64_t d, auto n) {
+      if constexpr (kOnCuda) {
+        float tile[kPiece];
+        direct(u, record, d, n, first, tile);
+        add_squares(n, tile, squares);
+        if (fits) {
+          for (int j = 0; j < n; ++j) kept[j] = tile[j];
+        }
+      } else {
+        gradient = direct(u, record, d, n, first, kept);
+        add_squares(n, gradient, squares);
       }
     });
-    // One lane advances the row's number; the sum broadcasts its result to all lanes.
     const float mean = lanes_sum(halved(squares), lanes) / static_cast<float>(dim);
-    const float scale = lanes_sum(lanes.rank == 0 ? rule.advance(record, mean) : 0.0f, lanes);
-    for_tiles<W>(dim, lanes, [&](int64_t d, auto n) {
-      if (fits) return rule.template apply<E, S>(record, d, n, buffer[kOnCuda ? 0 : d / W], rounding, scale);
-      float gradient[W];
-      gradients.template sum<W>(u, dim, d, n, gradient);
-      rule.template apply<E, S>(record, d, n, gradient, rounding, scale);
+    const float scale = once(lanes, [&] { return rule.advance(record, mean); });
+    for_pieces(lanes, [&](int64_t d, auto n) {
+      if (fits) return apply(record, d, n, kOnCuda ? kept : gradient, rounding, first, scale);
+      float again[kPiece];
+      apply(record, d, n, direct(u, record, d, n, first, again), rounding, first, scale);
     });
   }
 
-  // Like rowwise, for rows of one tile: the gradient stays in registers.
-  RECIS_HD void one_tile(int64_t u, char* record) const {
-    float gradient[W];
-    gradients.template sum<W>(u, dim, 0, Const<W>{}, gradient);
-    float squares[W];
-    for (int j = 0; j < W; ++j) squares[j] = gradient[j] * gradient[j];
-    const float scale = rule.advance(record, halved(squares) / static_cast<float>(W));
-    rule.template apply<E, S>(record, 0, Const<W>{}, gradient, rounding, scale);
+  template <class Count>
+  RECIS_HD const float* direct(int64_t u, char* record, int64_t d, Count n, float first,
+                               float (&buffer)[kPiece]) const {
+    if constexpr (Rule::kDirects) {
+      sum(u, d, n, buffer);
+      rule.template direct<E, S, W>(record, d, n, buffer, first);
+      return buffer;
+    } else {
+      return gradient_of(u, d, n, buffer);
+    }
+  }
+
+  // On CUDA, two kept tiles would be too many registers.
+  template <class Lanes>
+  RECIS_HD void with_norms(int64_t u, char* record, Lanes lanes) const {
+    float gradient[kPiece];
+    float direction[kPiece];
+    float of_direction[kSums] = {};
+    float of_embedding[kSums] = {};
+    for_pieces(lanes, [&](int64_t d, auto n) {
+      sum(u, d, n, gradient);
+      rule.template direct<E, S, W>(record, d, n, gradient, direction);
+      add_squares(n, direction, of_direction);
+      float w[kPiece];
+      ReadTile<E, W> tile(field_at<E>(record, 0, d));
+      for (int j = 0; j < n; ++j) w[j] = load_element(tile.data()[j]);
+      add_squares(n, w, of_embedding);
+    });
+    const float scale = rule.trust(lanes_sum(halved(of_direction), lanes), lanes_sum(halved(of_embedding), lanes));
+    for_pieces(lanes, [&](int64_t d, auto n) {
+      if (kOnCuda || !keeps(lanes)) {
+        sum(u, d, n, gradient);
+        rule.template direct<E, S, W>(record, d, n, gradient, direction);
+      }
+      apply(record, d, n, gradient, direction, rounding, scale);
+    });
+  }
+
+  // Running sums by element modulo their number, so that the compiler vectorizes them.
+  template <class Count, int N>
+  RECIS_HD static void add_squares(Count n, const float* x, float (&sums)[N]) {
+    int at = 0;
+    for (; at + N <= n; at += N) {
+      for (int j = 0; j < N; ++j) sums[j] += x[at + j] * x[at + j];
+    }
+    for (int j = 0; j < n - at; ++j) sums[j] += x[at + j] * x[at + j];
   }
 
   // Sums by halves, so that the order does not depend on the processor's vector width.
@@ -129,125 +203,6 @@ struct UpdateRows {
       float half[N / 2];
       for (int j = 0; j < N / 2; ++j) half[j] = x[j] + x[j + N / 2];
       return halved(half);
-    }
-  }
-};
-
-// w -= scale * g, for elements d .. d + n - 1 of a record.
-template <class E, class Count, int W>
-RECIS_HD void descend(char* record, int64_t d, Count n, const float (&g)[W], float scale, Rounding rounding) {
-  EditTile<E, W> w_tile(field_at<E>(record, 0, d));
-  E* w = w_tile.data();
-  for (int j = 0; j < n; ++j) rounding.store(w + j, load_element(w[j]) - scale * g[j], d + j);
-}
-
-// w -= lr g.
-struct SgdRule {
-  static constexpr bool kHasState = false;
-  static constexpr bool kRowwise = false;
-  float lr;
-
-  template <class E, class S, class Count, int W>
-  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
-    descend<E>(record, d, n, g, lr, rounding);
-  }
-};
-
-// b = momentum b + g; w -= lr b. Like torch.optim.SGD: its first step sets b = g, which is the same for b = 0.
-struct MomentumRule {
-  static constexpr bool kHasState = true;
-  static constexpr bool kRowwise = false;
-  int64_t buffer_offset;
-  float lr;
-  float momentum;
-
-  template <class E, class S, class Count, int W>
-  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
-    EditTile<E, W> w_tile(field_at<E>(record, 0, d));
-    EditTile<S, W> buffer_tile(field_at<S>(record, buffer_offset, d));
-    E* RECIS_RESTRICT w = w_tile.data();
-    S* RECIS_RESTRICT buffer = buffer_tile.data();
-    for (int j = 0; j < n; ++j) {
-      const float b = momentum * load_element(buffer[j]) + g[j];
-      rounding.part(1).store(buffer + j, b, d + j);
-      rounding.store(w + j, load_element(w[j]) - lr * b, d + j);
-    }
-  }
-};
-
-// Duchi, Hazan, Singer: Adaptive subgradient methods (JMLR 2011). Like torch.optim.Adagrad.
-struct AdagradRule {
-  static constexpr bool kHasState = true;
-  static constexpr bool kRowwise = false;
-  int64_t sum_offset;
-  float lr;
-  float eps;
-
-  template <class E, class S, class Count, int W>
-  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
-    EditTile<E, W> w_tile(field_at<E>(record, 0, d));
-    EditTile<S, W> sum_tile(field_at<S>(record, sum_offset, d));
-    E* RECIS_RESTRICT w = w_tile.data();
-    S* RECIS_RESTRICT sum = sum_tile.data();
-    for (int j = 0; j < n; ++j) {
-      const float s = load_element(sum[j]) + g[j] * g[j];
-      rounding.part(1).store(sum + j, s, d + j);
-      rounding.store(w + j, load_element(w[j]) - lr * (g[j] / (sqrtf(s) + eps)), d + j);
-    }
-  }
-};
-
-// Adagrad with one float32 sum per row, of the mean squared gradient.
-struct RowwiseAdagradRule {
-  static constexpr bool kHasState = false;
-  static constexpr bool kRowwise = true;
-  int64_t sum_offset;
-  float lr;
-  float eps;
-
-  RECIS_HD float advance(char* record, float mean_square) const {
-    float* sum = field_at<float>(record, sum_offset, 0);
-    *sum += mean_square;
-    return lr / (sqrtf(*sum) + eps);
-  }
-
-  template <class E, class S, class Count, int W>
-  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding, float scale) const {
-    descend<E>(record, d, n, g, scale, rounding);
-  }
-};
-
-// Kingma, Ba: Adam (ICLR 2015), applied to rows that have a gradient. Like torch.optim.SparseAdam; with a decay below
-// 1, AdamW (Loshchilov, Hutter, ICLR 2019).
-struct AdamRule {
-  static constexpr bool kHasState = true;
-  static constexpr bool kRowwise = false;
-  int64_t exp_avg_offset;
-  int64_t exp_avg_sq_offset;
-  float beta1_rest;  // 1 - beta1
-  float beta2_rest;
-  float step_size;  // lr sqrt(1 - beta2^t) / (1 - beta1^t)
-  float eps;
-  float decay;  // 1 - lr weight_decay
-
-  template <class E, class S, class Count, int W>
-  RECIS_HD void apply(char* record, int64_t d, Count n, const float (&g)[W], Rounding rounding) const {
-    EditTile<E, W> w_tile(field_at<E>(record, 0, d));
-    EditTile<S, W> m_tile(field_at<S>(record, exp_avg_offset, d));
-    EditTile<S, W> v_tile(field_at<S>(record, exp_avg_sq_offset, d));
-    E* RECIS_RESTRICT w = w_tile.data();
-    S* RECIS_RESTRICT m = m_tile.data();
-    S* RECIS_RESTRICT v = v_tile.data();
-    for (int j = 0; j < n; ++j) {
-      const float m0 = load_element(m[j]);
-      const float v0 = load_element(v[j]);
-      // Also exact for a beta of 0. The formula of torch.lerp, with a case for each half of the range, makes a step a
-      // third slower.
-      const float first = (1.0f - beta1_rest) * m0 + beta1_rest * g[j];
-      const float second = (1.0f - beta2_rest) * v0 + beta2_rest * (g[j] * g[j]);
-      rounding.part(1).store(m + j, first, d + j);
-      rounding.part(2).store(v + j, second, d + j);
-      rounding.store(w + j, decay * load_element(w[j]) - step_size * (first / (sqrtf(second) + eps)), d + j);
     }
   }
 };

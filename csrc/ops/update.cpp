@@ -7,13 +7,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("reduce_rows(" RECIS_GROUPED ", Tensor(a!) out) -> ()");
   m.def("sum_squares(Tensor values, Tensor count) -> Tensor");
   m.def("clip_rows(Tensor(a!) values, Tensor count, Tensor? factor, float limit) -> ()");
-  m.def("sgd_update(" RECIS_TABLE ", " RECIS_GROUPED ", float lr) -> ()");
-  m.def("momentum_update(" RECIS_TABLE ", " RECIS_GROUPED ", int buffer_offset, float lr, float momentum) -> ()");
-  m.def("adagrad_update(" RECIS_TABLE ", " RECIS_GROUPED ", int sum_offset, float lr, float eps) -> ()");
-  m.def("rowwise_adagrad_update(" RECIS_TABLE ", " RECIS_GROUPED ", int sum_offset, float lr, float eps) -> ()");
-  m.def("adam_update(" RECIS_TABLE ", " RECIS_GROUPED
-        ", int exp_avg_offset, int exp_avg_sq_offset, float lr, float beta1, float beta2, float eps, float decay, int "
-        "t) -> ()");
+  m.def("update_rows(" RECIS_TABLE ", " RECIS_GROUPED ", int kind, int[] state_offsets, float[] values, int t) -> ()");
 }
 
 recis::Outcome recis::update_cpu(const Launch& launch, const TableRef& table, const UpdateCall& call, char* reason) {

@@ -1,11 +1,11 @@
 // Operators on row gradients: reduction, clipping and optimizer updates (kernels: core/reduce.h, core/clip.h,
-// core/update.h).
+// core/update.h, core/rules).
 #pragma once
 
-#include <cmath>
-#include <type_traits>
+#include <algorithm>
 
 #include "core/clip.h"
+#include "core/rules/rules.h"
 #include "core/table_kernels.h"
 #include "core/update.h"
 #include "ops/common.h"
@@ -146,91 +146,66 @@ struct Records {
   const int64_t* repeated = nullptr;  // as in UpdateRows
 };
 
-// Calls f with values of the types of embedding and state, and the tile width. The state is float32 or of the type of
-// the embedding; float32 for a rule without state. Types narrower than float32 use one tile width, because each
-// combination adds a compiled kernel.
-template <class Rule, class Device, class F>
-void with_types(Device& device, const Records& records, bool aligned, F&& f) {
+// Calls f with values of the types of embedding and state. The state is float32 or of the type of the embedding;
+// float32 for a rule without state.
+template <class Rule, class F>
+void with_types(const Records& records, F&& f) {
   RECIS_CHECK(records.state_type == 0 || records.state_type == records.type,
               "the state must be float32 or of the type of the embedding");
   with_element(records.type, [&](auto element) {
-    using E = decltype(element);
-    if constexpr (std::is_same_v<E, float>) {
-      device.with_width(records.dim, aligned, [&](auto width) { f(element, float{}, width); });
-    } else {
-      device.with_narrow_width(aligned, [&](auto width) {
-        if (records.state_type == 0 || !Rule::kHasState) {
-          f(element, float{}, width);
-        } else if constexpr (Rule::kHasState) {
-          f(element, element, width);
-        }
-      });
+    if constexpr (Rule::kHasState) {
+      if (records.state_type != 0) return f(element, element);
     }
+    f(element, float{});
   });
 }
 
 // Updates the rows of `grouped`, of which `bound` is an upper bound, by the gradients of so many positions.
-template <class Device, class Rule>
+template <class Device>
 void update_records(Device& device, const Records& records, const GroupedGradients& grouped, int64_t positions,
-                    int64_t bound, bool aligned, const Rule& rule) {
-  with_types<Rule>(device, records, aligned, [&](auto element, auto state, auto width) {
+                    int64_t bound, bool aligned, const RuleCall& call, int64_t t) {
+  // On the CPU one width serves every dim; see UpdateRows.
+  device.with_narrow_width(aligned, [&](auto width) {
     constexpr int W = decltype(width)::value;
     const GroupedGradients summed = with_chunks<W>(device, grouped, positions, records.dim);
-    device.for_each_counted(grouped.count, bound, 4 * records.dim,
-                            UpdateRows<Rule, decltype(element), decltype(state), W>{
-                                summed, records.blocks, records.dim, records.step, records.mark_seen,
-                                Rounding{records.seed}, rule, records.repeated});
+    const bool known = with_rule(call, t, [&]<class Rule>(const Rule& rule) {
+      with_types<Rule>(records, [&](auto element, auto state) {
+        device.for_each_counted(grouped.count, bound, 4 * records.dim,
+                                UpdateRows<Rule, decltype(element), decltype(state), W>{
+                                    summed, records.blocks, records.dim, records.step, records.mark_seen,
+                                    Rounding{records.seed}, rule, records.repeated});
+      });
+    });
+    RECIS_CHECK(known, "unknown rule: ", static_cast<int>(call.kind));
   });
 }
 
-template <class Device, class Rule>
-void update_rows(Device& device, const Records& records, const Grouped& gradients, const Rule& rule) {
+// Reduces row gradients and applies step t, from 1, of a rule: its kind, the offsets of its state in a record, and its
+// hyperparameters; see core/rules.
+template <class Device>
+void update_rows(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,
+                 int64_t state_type, int64_t dim, int64_t step, bool mark_seen, int64_t seed, Tensors gradients,
+                 const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,
+                 const std::optional<Tensor>& scales, const std::optional<Tensor>& factor, int64_t kind,
+                 Ints state_offsets, Floats values, int64_t t) {
+  Device device(unique);
+  const Records records{blocks_ref(blocks, block_shift, meta_offset, record_bytes),
+                        type,
+                        state_type,
+                        dim,
+                        step,
+                        mark_seen,
+                        static_cast<uint32_t>(seed)};
+  RECIS_CHECK(state_offsets.size() <= RuleCall::kOffsets && values.size() <= RuleCall::kValues,
+              "a rule has too many offsets or values");
+  RuleCall call{};
+  call.kind = static_cast<RuleKind>(kind);
+  std::copy(state_offsets.begin(), state_offsets.end(), call.offsets);
+  std::copy(values.begin(), values.end(), call.values);
   std::vector<GradientSpan> spans;
-  const auto grouped = gradients.ref(device, spans, records.dim);
-  update_records(device, records, grouped, gradients.sources.numel(), gradients.unique.numel(),
-                 aligned16(spans, records.dim), rule);
+  const auto grouped = Grouped{gradients, count, unique, offsets, sources, scales, factor}.ref(device, spans, dim);
+  update_records(device, records, grouped, sources.numel(), unique.numel(), aligned16(spans, dim), call, t);
 }
-
-// Defines the operator of a rule: RECIS_UPDATE(name, (parameters of the rule), rule). The device comes first, because
-// it checks those of the tensors that are read after it.
-#define RECIS_UNPACK(...) __VA_ARGS__
-#define RECIS_UPDATE(NAME, PARAMETERS, RULE)                                                                     \
-  template <class Device>                                                                                        \
-  void NAME(const Tensor& blocks, int64_t block_shift, int64_t meta_offset, int64_t record_bytes, int64_t type,  \
-            int64_t state_type, int64_t dim, int64_t step, bool mark_seen, int64_t seed, Tensors gradients,      \
-            const Tensor& count, const Tensor& unique, const Tensor& offsets, const Tensor& sources,             \
-            const std::optional<Tensor>& scales, const std::optional<Tensor>& factor, RECIS_UNPACK PARAMETERS) { \
-    Device device(unique);                                                                                       \
-    update_rows(device,                                                                                          \
-                Records{blocks_ref(blocks, block_shift, meta_offset, record_bytes), type, state_type, dim, step, \
-                        mark_seen, static_cast<uint32_t>(seed)},                                                 \
-                Grouped{gradients, count, unique, offsets, sources, scales, factor}, RULE);                      \
-  }
-
-inline AdamRule adam_rule(int64_t exp_avg_offset, int64_t exp_avg_sq_offset, double lr, double beta1, double beta2,
-                          double eps, double decay, int64_t step) {
-  const double correction1 = 1.0 - std::pow(beta1, static_cast<double>(step));
-  const double correction2 = 1.0 - std::pow(beta2, static_cast<double>(step));
-  return {exp_avg_offset,
-          exp_avg_sq_offset,
-          static_cast<float>(1.0 - beta1),
-          static_cast<float>(1.0 - beta2),
-          static_cast<float>(lr * std::sqrt(correction2) / correction1),
-          static_cast<float>(eps),
-          static_cast<float>(decay)};
-}
-
-RECIS_UPDATE(sgd_update, (double lr), SgdRule{static_cast<float>(lr)})
-RECIS_UPDATE(momentum_update, (int64_t buffer_offset, double lr, double momentum),
-             (MomentumRule{buffer_offset, static_cast<float>(lr), static_cast<float>(momentum)}))
-RECIS_UPDATE(adagrad_update, (int64_t sum_offset, double lr, double eps),
-             (AdagradRule{sum_offset, static_cast<float>(lr), static_cast<float>(eps)}))
-RECIS_UPDATE(rowwise_adagrad_update, (int64_t sum_offset, double lr, double eps),
-             (RowwiseAdagradRule{sum_offset, static_cast<float>(lr), static_cast<float>(eps)}))
-RECIS_UPDATE(adam_update,
-             (int64_t exp_avg_offset, int64_t exp_avg_sq_offset, double lr, double beta1, double beta2, double eps,
-              double decay, int64_t t),
-             (adam_rule(exp_avg_offset, exp_avg_sq_offset, lr, beta1, beta2, eps, decay, t)))
 
 // Updates the records of a call inside jit.
 template <class Device>
@@ -248,31 +223,8 @@ void update_table(Device& device, const TableRef& table, const UpdateCall& call,
   grouped.scales = groups.scales;
   const Records records{table.blocks, table.type, table.state_type, table.dim,
                         call.step,    true,       call.seed,        &flags->repeated};
-  const auto update = [&](const auto& rule) {
-    update_records(device, records, grouped, call.positions, call.positions, aligned16(spans, table.dim), rule);
-  };
-  const RuleCall& rule = call.rule;
-  const auto lr = static_cast<float>(rule.lr);
-  const auto eps = static_cast<float>(rule.eps);
-  switch (rule.kind) {
-    case RuleKind::kSgd:
-      return update(SgdRule{lr});
-    case RuleKind::kMomentum:
-      return update(MomentumRule{rule.offsets[0], lr, static_cast<float>(rule.beta1)});
-    case RuleKind::kAdagrad:
-      return update(AdagradRule{rule.offsets[0], lr, eps});
-    case RuleKind::kRowwiseAdagrad:
-      return update(RowwiseAdagradRule{rule.offsets[0], lr, eps});
-    case RuleKind::kAdam:
-      return update(
-          adam_rule(rule.offsets[0], rule.offsets[1], rule.lr, rule.beta1, rule.beta2, rule.eps, 1.0, call.t));
-    case RuleKind::kAdamW: {
-      const double scaled = rule.eps * std::sqrt(1.0 - std::pow(rule.beta2, static_cast<double>(call.t)));
-      return update(adam_rule(rule.offsets[0], rule.offsets[1], rule.lr, rule.beta1, rule.beta2, scaled,
-                              1.0 - rule.lr * rule.weight_decay, call.t));
-    }
-  }
-  RECIS_CHECK(false, "unknown rule: ", static_cast<int>(rule.kind));
+  update_records(device, records, grouped, call.positions, call.positions, aligned16(spans, table.dim), call.rule,
+                 call.t);
 }
 
 // An update inside jit.
@@ -288,11 +240,7 @@ void register_update(Library& m) {
   m.impl("reduce_rows", TORCH_BOX(&reduce_rows<Device>));
   m.impl("sum_squares", TORCH_BOX(&sum_squares<Device>));
   m.impl("clip_rows", TORCH_BOX(&clip_rows<Device>));
-  m.impl("sgd_update", TORCH_BOX(&sgd_update<Device>));
-  m.impl("momentum_update", TORCH_BOX(&momentum_update<Device>));
-  m.impl("adagrad_update", TORCH_BOX(&adagrad_update<Device>));
-  m.impl("rowwise_adagrad_update", TORCH_BOX(&rowwise_adagrad_update<Device>));
-  m.impl("adam_update", TORCH_BOX(&adam_update<Device>));
+  m.impl("update_rows", TORCH_BOX(&update_rows<Device>));
 }
 
 }  // namespace recis

@@ -15,6 +15,8 @@
 #include "core/group.h"
 #include "core/id_map.h"
 #include "core/insert.h"
+#include "core/rules/adagrad.h"
+#include "core/rules/rowwise_adagrad.h"
 #include "core/update.h"
 #include "test/expect.h"
 #include "test/slots.h"
@@ -240,11 +242,13 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
     updated.push_back(reduced);
     for_each_cpu(threads, groups, 1, SeeRows{blocks, unique.data(), starts.data(), 1});
     for_each_cpu(threads, groups, 1,
-                 UpdateRows<AdagradRule, float, float, 16>{all, blocks, kDim, 1, true, Rounding{7},
-                                                           AdagradRule{kSumOffset, 0.1f, 1e-10f}});
+                 UpdateRows<AdagradRule<false>, float, float, 16>{
+                     all, blocks, kDim, 1, true, Rounding{7},
+                     AdagradRule<false>::of({RuleKind::kAdagrad, {kSumOffset}, {0.1, 0.0, 0.0, 1e-10}}, 1)});
     for_each_cpu(threads, groups, 1,
-                 UpdateRows<RowwiseAdagradRule, float, float, 16>{all, blocks, kDim, 1, false, Rounding{7},
-                                                                  RowwiseAdagradRule{kSumOffset, 0.1f, 1e-10f}});
+                 UpdateRows<RowwiseAdagradRule<true>, float, float, 16>{
+                     all, blocks, kDim, 1, false, Rounding{7},
+                     RowwiseAdagradRule<true>::of({RuleKind::kRowwiseAdagrad, {kSumOffset}, {0.1, 1e-10, 0.01}}, 1)});
     int64_t frequency = 0;
     for (int64_t row = 0; row < count; ++row) frequency += blocks.meta(row)->frequency();
     CHECK(frequency == 2 * n * static_cast<int64_t>(updated.size()));

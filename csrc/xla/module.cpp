@@ -2,6 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <memory>
 #include <stdexcept>
 #include <string>
@@ -87,12 +88,17 @@ class PyChain {
     table.seed = seed;
   }
 
-  void set_rule(int64_t number, int kind, const std::vector<int64_t>& offsets, double lr, double beta1, double beta2,
-                double eps, double weight_decay, int64_t t) {
+  void set_rule(int64_t number, int kind, const std::vector<int64_t>& offsets, const std::vector<double>& values,
+                int64_t t) {
     const std::lock_guard lock(chain_->mutex);
     Table& table = chain_->tables.at(static_cast<size_t>(number));
-    table.rule = {static_cast<RuleKind>(kind), {0, 0}, lr, beta1, beta2, eps, weight_decay};
-    for (size_t k = 0; k < offsets.size() && k < 2; ++k) table.rule.offsets[k] = offsets[k];
+    if (offsets.size() > RuleCall::kOffsets || values.size() > RuleCall::kValues) {
+      throw std::invalid_argument("a rule has too many offsets or values");
+    }
+    table.rule = {};
+    table.rule.kind = static_cast<RuleKind>(kind);
+    std::copy(offsets.begin(), offsets.end(), table.rule.offsets);
+    std::copy(values.begin(), values.end(), table.rule.values);
     table.has_rule = true;
     table.t = t;
   }

@@ -54,6 +54,16 @@ SPARSE: Mapping[str, Any] = {
     "adagrad": optim.Adagrad,
     "rowwise_adagrad": optim.RowwiseAdagrad,
     "sgd": optim.SGD,
+    "adagrad_sum": optim.AdagradSum,
+    "adam_l2": optim.AdamL2,
+    "adamw": optim.AdamW,
+    "adamw_tf": optim.AdamWTF,
+    "amsgrad": optim.AMSGrad,
+    "ftrl": optim.FTRL,
+    "lamb": optim.LAMB,
+    "lion": optim.Lion,
+    "rmsprop": optim.RMSprop,
+    "rowwise_adam": optim.RowwiseAdam,
 }
 LOWER_IS_BETTER = {"logloss", "normalized_entropy", "mse"}
 

@@ -62,7 +62,7 @@ model:
 
 optimizer:
   dense_lr: 0.001            # of the tower (Adam)
-  sparse: adam               # of the tables: adam, adagrad, rowwise_adagrad or sgd
+  sparse: adam               # of the tables: adam, adagrad, sgd, ftrl, …
   sparse_lr: 0.01
   clip_grad_norm: 10.0       # null: no clipping
 

@@ -7,7 +7,7 @@ its tables, identified by their anchors. :class:`BeforeRead` lets an optimizer c
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -34,7 +34,10 @@ class OptimizerSpec:
     """Keyword arguments for ``make``."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "row_state", check_state_fields("OptimizerSpec: row_state", self.row_state))
+        row_state = check_state_fields("OptimizerSpec: row_state", self.row_state)
+        if getattr(self.make, "needs_whole_rows", False):
+            row_state = tuple(replace(field, whole_rows=True) for field in row_state)
+        object.__setattr__(self, "row_state", row_state)
 
     @property
     def key(self) -> tuple[object, ...]:

@@ -15,15 +15,7 @@ from recis_hybrid.ops._fake import nothing_returned
 from recis_hybrid.ops.blocks import Blocks
 from recis_hybrid.ops.gather import RowGroups
 
-nothing_returned(
-    "reduce_rows",
-    "clip_rows",
-    "sgd_update",
-    "momentum_update",
-    "adagrad_update",
-    "rowwise_adagrad_update",
-    "adam_update",
-)
+nothing_returned("reduce_rows", "clip_rows", "update_rows")
 
 
 @torch.library.register_fake("recis::sum_squares")  # type: ignore[untyped-decorator]
@@ -51,24 +43,35 @@ class Table(NamedTuple):
 
 
 class Rule(NamedTuple):
-    """An optimizer's update as plain data, for programs that apply it without torch."""
+    """An optimizer's update as plain data; also for programs that apply it without torch."""
 
     kind: int
     """A value of ``RULES``."""
     offsets: list[int]
     """Byte offsets of the state in a record."""
-    lr: float
-    """Learning rate."""
-    betas: tuple[float, float] = (0.0, 0.0)
-    """Decay of the moments; (momentum, 0) for SGD."""
-    eps: float = 0.0
-    """Added to square roots."""
-    weight_decay: float = 0.0
-    """Decay of the weights."""
+    values: list[float]
+    """Hyperparameters, in the order that the rule's file in ``csrc/core/rules`` states."""
 
 
-RULES = {"sgd": 0, "momentum": 1, "adagrad": 2, "rowwise_adagrad": 3, "adam": 4, "adamw": 5}
-"""Numbers of the rules, as in ``csrc/core/table_kernels.h``."""
+RULES = {
+    "sgd": 0,
+    "momentum": 1,
+    "adagrad": 2,
+    "rowwise_adagrad": 3,
+    "adam": 4,
+    "adamw": 5,
+    "adamw_tf": 6,
+    "adam_l2": 7,
+    "amsgrad": 8,
+    "adagrad_sum": 9,
+    "rmsprop": 10,
+    "ftrl": 11,
+    "lamb": 12,
+    "lion": 13,
+    "rowwise_adam": 14,
+    "assign": 15,
+}
+"""Numbers of the rules, as in ``csrc/core/rules/rule.h``."""
 
 
 class Gradients(NamedTuple):
@@ -114,48 +117,16 @@ def clip_rows(values: Tensor, count: Tensor, factor: Tensor | None, max_norm: fl
     torch.ops.recis.clip_rows(values, count, factor, max_norm)
 
 
-def sgd_update(table: Table, gradients: Gradients, *, lr: float) -> None:
-    """Reduce row gradients and apply SGD, w -= lr g, in one pass."""
-    torch.ops.recis.sgd_update(*_records(table), *_parts(gradients), lr)
+def update_rows(table: Table, gradients: Gradients, rule: Rule, t: int) -> None:
+    """Reduce row gradients and apply a rule to the rows that have one, in one pass.
 
-
-def momentum_update(table: Table, gradients: Gradients, *, buffer_offset: int, lr: float, momentum: float) -> None:
-    """Reduce row gradients and apply SGD with momentum: b = momentum b + g, w -= lr b.
-
-    ``buffer_offset`` is the offset of b in the record, in bytes.
+    Args:
+        table: The records.
+        gradients: Their gradients.
+        rule: The rule.
+        t: Number of the step, from 1.
     """
-    torch.ops.recis.momentum_update(*_records(table), *_parts(gradients), buffer_offset, lr, momentum)
-
-
-def adagrad_update(table: Table, gradients: Gradients, *, sum_offset: int, lr: float, eps: float) -> None:
-    """Reduce row gradients and apply Adagrad, in one pass; ``sum_offset`` is the offset of ``sum`` in bytes."""
-    torch.ops.recis.adagrad_update(*_records(table), *_parts(gradients), sum_offset, lr, eps)
-
-
-def rowwise_adagrad_update(table: Table, gradients: Gradients, *, sum_offset: int, lr: float, eps: float) -> None:
-    """Like :func:`adagrad_update`, but with one float32 ``sum`` per row, of the mean squared gradient."""
-    torch.ops.recis.rowwise_adagrad_update(*_records(table), *_parts(gradients), sum_offset, lr, eps)
-
-
-def adam_update(
-    table: Table,
-    gradients: Gradients,
-    *,
-    exp_avg_offset: int,
-    exp_avg_sq_offset: int,
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    decay: float,
-    t: int,
-) -> None:
-    """Reduce row gradients and apply Adam to the rows that have one; weights are first multiplied by ``decay``.
-
-    ``t`` counts from 1; ``eps`` is added to the square root of the second moment before its bias correction.
-    """
-    torch.ops.recis.adam_update(
-        *_records(table), *_parts(gradients), exp_avg_offset, exp_avg_sq_offset, lr, *betas, eps, decay, t
-    )
+    torch.ops.recis.update_rows(*_records(table), *_parts(gradients), *rule, t)
 
 
 def _records(table: Table) -> tuple[object, ...]:

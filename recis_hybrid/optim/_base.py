@@ -16,7 +16,7 @@ from recis_hybrid.embedding import Anchor, HashTable, OptimizerSpec, StateField
 from recis_hybrid.embedding.compilation import outside_graphs
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
-from recis_hybrid.validation import check_number, describe_value
+from recis_hybrid.validation import describe_value
 
 
 @outside_graphs("step", "zero_grad", "check_tables", "update_table")
@@ -31,6 +31,8 @@ class SparseOptimizer(torch.optim.Optimizer):
     """
 
     checkpoint_kind = "optimizer"
+    needs_whole_rows = False
+    """True if an update depends on all elements of a row, so that ranks cannot split rows by column."""
 
     def __init__(self, params: Iterable[Any], defaults: dict[str, Any]) -> None:
         super().__init__(_groups(type(self).__name__, params), defaults)
@@ -106,6 +108,10 @@ class SparseOptimizer(torch.optim.Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.param_groups = [_Group(group) if "optimizer" in group else group for group in self.param_groups]
+        for group in self.param_groups:  # saved before some hyperparameters existed
+            kind = _kind_of(type(self), group["params"][0])
+            for name, value in kind._defaults().items():
+                group.setdefault(name, value)
 
     @classmethod
     def _defaults(cls) -> dict[str, Any]:
@@ -116,6 +122,11 @@ class SparseOptimizer(torch.optim.Optimizer):
     @classmethod
     def _check_layout(cls, anchor: Anchor, group: dict[str, Any]) -> None:
         layout = anchor.table.layout
+        if cls.needs_whole_rows and layout.whole_dim is not None:
+            raise ValueError(
+                f"{cls.__name__} needs whole rows, but those of the table {anchor.table.name} are split by column over "
+                f"ranks: build it with EmbeddingConfig(sharding='row')"
+            )
         available = {field.name: (layout.width(field.name), layout.part_dtype(field.name)) for field in layout.state}
         fields = cls._needed(group)
         required = {field.name: (field.width or layout.dim, field.dtype or layout.state_dtype) for field in fields}
@@ -127,27 +138,29 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"{cls._spec_call(group)})"
             )
 
-    @staticmethod
+    @classmethod
     @abstractmethod
-    def _check(group: dict[str, Any]) -> None:
+    def _check(cls, group: dict[str, Any]) -> None:
         """Raise ValueError for a hyperparameter that is out of range."""
 
-    @staticmethod
-    @abstractmethod
-    def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
+    @classmethod
+    def _needed(cls, group: dict[str, Any]) -> tuple[StateField, ...]:
         """Return the row state that these hyperparameters require."""
+        return cls.row_state()
 
     @staticmethod
     def _spec_call(group: dict[str, Any]) -> str:
         """Return source text of the call to ``spec`` that these hyperparameters need; empty if the class suffices."""
         return ""
 
-    @staticmethod
-    @abstractmethod
+    @classmethod
     def _update(
-        table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
+        cls, table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
     ) -> None:
         """Apply the gradients of one step to a table; ``step`` counts from 1."""
+        rule = cls._rule(table, group)
+        assert rule is not None, f"{cls.__name__} has neither a rule nor an update of its own"
+        ops.update.update_rows(records, gradients, rule, step)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -248,9 +261,9 @@ class SparseOptimizer(torch.optim.Optimizer):
             state["step"] = state.get("step", table.step) + steps
             table.step += steps
 
-    @staticmethod
-    def _rule(table: HashTable, group: dict[str, Any]) -> ops.update.Rule | None:
-        """Return the rule of a table as plain data; None if there is none."""
+    @classmethod
+    def _rule(cls, table: HashTable, group: dict[str, Any]) -> ops.update.Rule | None:
+        """Return the rule of a table as plain data; None if its update is Python."""
         return None
 
     def _group_of(self, anchor: Tensor) -> dict[str, Any]:
@@ -290,6 +303,18 @@ class SparseOptimizer(torch.optim.Optimizer):
             _kind_of(type(self), anchor)._update(table, records, gradients, group, step)
         state["step"] = step
         table.step += 1
+
+
+def rule_of(table: HashTable, kind: str, state: Sequence[str], *values: float) -> ops.update.Rule:
+    """Return a rule of ``csrc/core/rules``.
+
+    Args:
+        table: The table.
+        kind: A key of ``ops.update.RULES``.
+        state: Names of the state fields of a row, in the order of the rule's offsets.
+        *values: Hyperparameters, in the rule's order.
+    """
+    return ops.update.Rule(ops.update.RULES[kind], [table.layout.offset(name) for name in state], list(values))
 
 
 def _groups(owner: str, params: Iterable[Any]) -> list[dict[str, Any]]:
@@ -381,11 +406,3 @@ def _refuse_unknown(owner: str, anchor: Anchor, overrides: dict[str, Any], known
             f"{owner} has no hyperparameter {unknown}, which the config of the table {anchor.table.name} sets; "
             f"it has {sorted(known)}"
         )
-
-
-def check_positive(owner: str, **values: float) -> None:
-    """Raise TypeError if a hyperparameter is not a number, and ValueError if it is negative."""
-    for name, value in values.items():
-        check_number(owner, name, value)
-        if not value >= 0:
-            raise ValueError(f"{owner}: {name} must not be negative, got {value}")

@@ -9,35 +9,46 @@ from weakref import WeakSet
 
 from recis_hybrid import ops
 from recis_hybrid.embedding import HashTable, StateField
-from recis_hybrid.ops.update import Gradients
-from recis_hybrid.optim._base import SparseOptimizer, check_positive
+from recis_hybrid.optim._base import SparseOptimizer, rule_of
+from recis_hybrid.optim._checks import check_positive
 
 
 class SGD(SparseOptimizer):
-    r"""Stochastic gradient descent, equivalent to ``torch.optim.SGD``.
+    r"""Stochastic gradient descent, equivalent to ``torch.optim.SGD`` for the rows that have gradients.
 
-    .. math:: b \leftarrow \mu b + g,\; w \leftarrow w - \eta b
+    .. math:: u = g + \lambda w,\; b \leftarrow \mu b + u,\; w \leftarrow w - \eta b
 
-    The momentum buffer b of a row does not change while the row has no gradient. Rows have this buffer if the engine
-    was built with ``optimizer=optim.SGD.spec(momentum=0.9)``, which momentum requires. A schedule that cycles the
-    momentum, such as ``OneCycleLR``, does so if rows have the buffer. Otherwise, it only changes the learning rate, and
-    a warning is issued.
+    or, with Nesterov momentum, :math:`w \leftarrow w - \eta (u + \mu b)`. While a row has no gradient, its weights and
+    its momentum buffer b do not change, not even by weight decay. Rows have this buffer if the engine was built with
+    ``optimizer=optim.SGD.spec(momentum=0.9)``, which momentum requires. A schedule that cycles the momentum, such as
+    ``OneCycleLR``, does so if rows have the buffer. Otherwise, it only changes the learning rate, and a warning is
+    issued.
 
     Args:
         params: ``engine.parameters()``, or groups of them.
         lr: Learning rate η.
         momentum: μ, in [0, 1).
+        weight_decay: λ.
+        nesterov: True for Nesterov momentum.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
-        ValueError: If a hyperparameter is out of range, or rows have no ``momentum_buffer`` although there is momentum.
+        ValueError: If a hyperparameter is out of range, rows have no ``momentum_buffer`` although there is momentum, or
+            ``nesterov`` is set without momentum.
 
     References:
         Sutskever, Martens, Dahl, Hinton: On the importance of initialization and momentum in deep learning. ICML 2013.
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-2, momentum: float = 0.0) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum})
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-2,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
 
     @staticmethod
     def row_state(momentum: float = 0.0) -> tuple[StateField, ...]:
@@ -45,38 +56,28 @@ class SGD(SparseOptimizer):
         check_positive("SGD", momentum=momentum)
         return (StateField("momentum_buffer"),) if momentum > 0 else ()
 
-    @staticmethod
-    def _check(group: dict[str, Any]) -> None:
-        check_positive("SGD", lr=group["lr"], momentum=group["momentum"])
+    @classmethod
+    def _check(cls, group: dict[str, Any]) -> None:
+        check_positive("SGD", lr=group["lr"], momentum=group["momentum"], weight_decay=group["weight_decay"])
         if group["momentum"] >= 1:
             raise ValueError(f"SGD: momentum must be in [0, 1), got {group['momentum']}")
+        if group["nesterov"] and not group["momentum"] > 0:
+            raise ValueError("SGD: nesterov=True needs a momentum above 0, e.g. momentum=0.9")
 
-    @staticmethod
-    def _needed(group: dict[str, Any]) -> tuple[StateField, ...]:
+    @classmethod
+    def _needed(cls, group: dict[str, Any]) -> tuple[StateField, ...]:
         return SGD.row_state(group["momentum"])
 
     @staticmethod
     def _spec_call(group: dict[str, Any]) -> str:
         return f".spec(momentum={group['momentum']})" if group["momentum"] > 0 else ""
 
-    @staticmethod
-    def _update(
-        table: HashTable, records: ops.update.Table, gradients: Gradients, group: dict[str, Any], step: int
-    ) -> None:
-        if group["momentum"] > 0 and _has_buffer(table, group["momentum"]):
-            offset = table.layout.offset("momentum_buffer")
-            ops.update.momentum_update(
-                records, gradients, buffer_offset=offset, lr=group["lr"], momentum=group["momentum"]
-            )
-        else:
-            ops.update.sgd_update(records, gradients, lr=group["lr"])
-
-    @staticmethod
-    def _rule(table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
-        if group["momentum"] > 0 and _has_buffer(table, group["momentum"]):
-            offsets = [table.layout.offset("momentum_buffer")]
-            return ops.update.Rule(ops.update.RULES["momentum"], offsets, group["lr"], (group["momentum"], 0.0))
-        return ops.update.Rule(ops.update.RULES["sgd"], [], group["lr"])
+    @classmethod
+    def _rule(cls, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
+        lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
+        if momentum > 0 and _has_buffer(table, momentum):
+            return rule_of(table, "momentum", ["momentum_buffer"], lr, momentum, decay, float(group["nesterov"]))
+        return rule_of(table, "sgd", [], lr, decay)
 
 
 _warned: WeakSet[HashTable] = WeakSet()
@@ -93,6 +94,6 @@ def _has_buffer(table: HashTable, momentum: float) -> bool:
             f"SGD: rows of the table {table.name} have no momentum_buffer, so the momentum {momentum:g} set by a "
             f"schedule is ignored; build the engine with optimizer=optim.SGD.spec(momentum=0.9), or the schedule with "
             f"cycle_momentum=False",
-            stacklevel=4,
+            stacklevel=5,
         )
     return False

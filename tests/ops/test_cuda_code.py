@@ -13,7 +13,22 @@ pytestmark = [
     pytest.mark.skipif(bool(ptx.reason_to_skip()), reason=ptx.reason_to_skip() or "none"),
 ]
 
-FIELDS = {"SgdRule": 1, "MomentumRule": 2, "AdagradRule": 2, "RowwiseAdagradRule": 1, "AdamRule": 3}
+FIELDS = {
+    "AdagradRule": 2,
+    "AdagradSumRule": 2,
+    "AdamL2Rule<false>": 3,
+    "AdamL2Rule<true>": 4,
+    "AdamRule": 3,
+    "AssignRule": 1,
+    "FtrlRule": 3,
+    "LambRule": 3,
+    "LionRule": 2,
+    "MomentumRule": 2,
+    "RmspropRule": 2,
+    "RowwiseAdagradRule": 1,
+    "RowwiseAdamRule": 2,
+    "SgdRule": 1,
+}
 """Parts of a record that a rule edits element by element."""
 
 
@@ -31,13 +46,16 @@ def of_tiles(kernels: dict[str, ptx.Kernel], start: str) -> dict[str, ptx.Kernel
 
 def test_updates_move_each_field_by_one_access(kernels: dict[str, ptx.Kernel]) -> None:
     for name, kernel in of_tiles(kernels, "UpdateRows").items():
-        rule, *types = re.findall(r"\w+", name)[1:4]
-        sizes = [4 * (4 if kind == "float" else 2) for kind in (types[0], *(types[1:] * (FIELDS[rule] - 1)))]
+        match = re.fullmatch(r"UpdateRows<(\w+)(<\w+>)?, (\w+), (\w+), 4>", name)
+        assert match is not None, name
+        rule, types = match[1], match.groups()[2:]
+        fields = FIELDS.get(f"{rule}{match[2]}") or FIELDS[rule]
+        sizes = [4 * (4 if kind == "float" else 2) for kind in (types[0], *(types[1:] * (fields - 1)))]
         # A kernel has several copies of its loops, but each of them moves whole tiles.
         for size in set(sizes):
             assert kernel.stores.count(size) >= sizes.count(size), name
         assert 16 in kernel.loads, name
-        narrow = {"RowwiseAdagradRule": {4}}.get(rule, set())
+        narrow = {4} if rule.startswith("Rowwise") else set()
         assert set(kernel.stores) - narrow <= {8, 16}, name
 
 

@@ -20,7 +20,7 @@ def has_kernel(operator: str, key: str) -> bool:
 
 def test_the_operators_are_found() -> None:
     assert recis_hybrid.ops.hash is not None
-    assert {"recis::adam_update", "recis::gather_bags", "recis::hash_bytes"} <= set(OPERATORS)
+    assert {"recis::update_rows", "recis::gather_bags", "recis::hash_bytes"} <= set(OPERATORS)
 
 
 @pytest.mark.parametrize("operator", OPERATORS)

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -463,8 +465,23 @@ def test_schemas_and_fakes_of_operators() -> None:
     check(torch.ops.recis.reduce_rows.default, (*grouped, torch.zeros(3, 4)))
     check(torch.ops.recis.sum_squares.default, (torch.ones(3, 4), groups.count))
     check(torch.ops.recis.clip_rows.default, (torch.ones(3, 4), groups.count, torch.ones(1), 1.0))
-    check(torch.ops.recis.sgd_update.default, (*records, *grouped, 0.1))
-    check(torch.ops.recis.momentum_update.default, (*records, *grouped, 0, 0.1, 0.9))
-    check(torch.ops.recis.adagrad_update.default, (*records, *grouped, 0, 0.1, 1e-10))
-    check(torch.ops.recis.rowwise_adagrad_update.default, (*records, *grouped, 0, 0.1, 1e-10))
-    check(torch.ops.recis.adam_update.default, (*records, *grouped, 0, 0, 0.1, 0.9, 0.999, 1e-8, 1.0, 1))
+    check(torch.ops.recis.update_rows.default, (*records, *grouped, 0, [], [0.1, 0.0], 1))
+    check(torch.ops.recis.update_rows.default, (*records, *grouped, 4, [0, 0], [0.1, 0.9, 0.999, 1e-8, 0.0], 1))
+
+
+@pytest.mark.parametrize(
+    ("kind", "offsets", "values", "message"),
+    [(99, [], [], "unknown rule: 99"), (0, [0] * 9, [], "too many offsets"), (0, [], [0.0] * 9, "or values")],
+)
+def test_unknown_rules_are_refused(kind: int, offsets: list[int], values: list[float], message: str) -> None:
+    table = make_table(dim=4)
+    lookup = table.lookup([feature([1, 2, 1], combiner=0)], train=True)
+    records, gradients = table.records(Gradients([torch.ones(3, 4)], lookup.groups))
+    with pytest.raises(RuntimeError, match=message):
+        ops.update.update_rows(records, gradients, ops.update.Rule(kind, offsets, values), 1)
+
+
+def test_rules_have_the_numbers_of_the_kernels(root: Path) -> None:
+    source = (root / "csrc" / "core" / "rules" / "rule.h").read_text()
+    found = {name.lower(): int(number) for name, number in re.findall(r"  k(\w+) = (\d+),", source)}
+    assert {name.replace("_", ""): number for name, number in ops.update.RULES.items()} == found

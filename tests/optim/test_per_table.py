@@ -132,8 +132,8 @@ def test_hyperparameters_are_the_specs_and_overrides_take_precedence() -> None:
     settings = {name: {k: v for k, v in group.items() if k != "params"} for name, group in found.items()}
     assert settings == {
         "a": {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8},
-        "b": {"optimizer": "Adagrad", "lr": 0.3, "eps": 1e-3},
-        "c": {"optimizer": "Adagrad", "lr": 1e-2, "eps": 1e-10},
+        "b": {"optimizer": "Adagrad", "lr": 0.3, "eps": 1e-3, "lr_decay": 0.0, "weight_decay": 0.0},
+        "c": {"optimizer": "Adagrad", "lr": 1e-2, "eps": 1e-10, "lr_decay": 0.0, "weight_decay": 0.0},
     }
     anchors = {member.name: table.anchor for table in engine.tables for member in table.members}
     groups = [{"params": [anchors["a"]], "betas": (0.5, 0.9)}, {"params": [anchors["b"], anchors["c"]], "lr": 0.2}]

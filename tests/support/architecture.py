@@ -70,6 +70,7 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
         "distributed": {"planner", "table"},
         "checkpoint": {"distributed", "planner", "table"},
     },
+    "optim": {"moments": set()},
     "saver": {
         "runtime": set(),
         "format": {"runtime"},

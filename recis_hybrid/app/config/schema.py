@@ -36,7 +36,22 @@ class Range:
 _MOST = 2**31
 Count: TypeAlias = Annotated[int, Range(1, _MOST)]
 Positive: TypeAlias = Annotated[float, Range(0)]
-Sparse: TypeAlias = Literal["adam", "adagrad", "rowwise_adagrad", "sgd"]
+Sparse: TypeAlias = Literal[
+    "adam",
+    "adagrad",
+    "rowwise_adagrad",
+    "sgd",
+    "adagrad_sum",
+    "adam_l2",
+    "adamw",
+    "adamw_tf",
+    "amsgrad",
+    "ftrl",
+    "lamb",
+    "lion",
+    "rmsprop",
+    "rowwise_adam",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

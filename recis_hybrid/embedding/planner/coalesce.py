@@ -205,11 +205,12 @@ def _refuse_columns(names: str, layout: RecordLayout, ranks: int) -> None:
             f"table {names}: sharding='column' needs at least {QUAD} elements of a row for each of {ranks} ranks, got "
             f"dim={layout.dim}; use sharding='row'"
         )
-    shared = [field.name for field in layout.state if field.width is not None]
+    shared = [field.name for field in layout.state if not field.splits_by_column]
     if shared:
         raise ValueError(
             f"table {names}: sharding='column' needs optimizer state per element, but {shared} belong to a whole row, "
-            f"which no rank has; use another sharding, or optim.Adagrad instead of optim.RowwiseAdagrad"
+            f"which no rank has; use another sharding, or an optimizer that updates elements independently, e.g. "
+            f"optim.Adagrad"
         )
 
 

@@ -71,7 +71,7 @@ def sharding_of(config: EmbeddingConfig, ranks: int, optimizer_state: tuple[Stat
     seconds: dict[Sharding, float] = {
         "row": _seconds(3, others * (8 * rows / ranks + 2 * vector * most), ranks * most),
     }
-    if config.dim >= QUAD * ranks and all(field.width is None for field in optimizer_state):
+    if config.dim >= QUAD * ranks and all(field.splits_by_column for field in optimizer_state):
         seconds["column"] = _seconds(3, others * (8 * rows + 2 * vector * rows / ranks), ranks * rows)
     if rows * vector <= REPLICA_BYTES:
         seconds["replicated"] = _seconds(2, others * rows * (8 + vector), ranks * rows)

@@ -45,6 +45,8 @@ class StateField:
     """Initial value."""
     dtype: torch.dtype | None = None
     """Dtype; None: the layout's ``state_dtype``."""
+    whole_rows: bool = False
+    """True if an update of one element depends on the others of its row."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str):
@@ -56,6 +58,11 @@ class StateField:
             check_integer(where, "width", self.width, low=1)
         if not isinstance(self.first_value, int | float) or not math.isfinite(self.first_value):
             raise ValueError(f"{where}: first_value must be a finite number, got {self.first_value!r}")
+
+    @property
+    def splits_by_column(self) -> bool:
+        """True if ranks that have some elements of each row can update these elements and their state."""
+        return self.width is None and not self.whole_rows
 
 
 def check_state_fields(where: str, fields: object) -> tuple[StateField, ...]:

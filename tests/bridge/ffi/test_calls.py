@@ -12,7 +12,6 @@ from hypothesis import given, settings, strategies as st
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
-from recis_hybrid.optim._base import SparseOptimizer
 from recis_hybrid.ragged import RaggedTensor
 from tests.support.devices import EDGE_IDS, late_streams, on_devices
 from tests.support.jit_tables import TorchTables, assert_equal_tables, engine_of, rows_of, words
@@ -32,6 +31,9 @@ OPTIMIZERS = {
     "rowwise": optim.RowwiseAdagrad,
     "adam": optim.Adam.spec(betas=(0.8, 0.95)),
     "adamw": optim.AdamW.spec(weight_decay=0.1),
+    "adagrad_decay": optim.Adagrad.spec(lr_decay=0.5, weight_decay=0.1),
+    "amsgrad": optim.AMSGrad.spec(weight_decay=0.1),
+    "counter": optim.RowwiseAdagrad.spec(weight_decay=0.1, counter_halflife=2.0),
 }
 
 
@@ -406,8 +408,13 @@ def test_wrong_arguments_are_refused() -> None:
 
 
 def test_optimizers_without_a_rule_are_refused() -> None:
-    class Own(optim.SGD):
-        _rule = SparseOptimizer._rule
+    class Own(optim.Custom):
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, {})
+
+        @staticmethod
+        def update(rows: Any, gradients: Any, state: Any, settings: Any, step: int) -> None:
+            rows -= gradients
 
     engine = engine_of(Own)
     with pytest.raises(TypeError, match="Own cannot update tables inside jax.jit"):

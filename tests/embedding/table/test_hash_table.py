@@ -39,6 +39,10 @@ class OddIds:
         return rows.ids % 2 == 1
 
 
+def sgd(lr: float) -> ops.update.Rule:
+    return ops.update.Rule(ops.update.RULES["sgd"], [], [lr, 0.0])
+
+
 def meta(table: HashTable, ids: list[int]) -> list[list[int]]:
     columns = table.export(0, torch.tensor(ids))
     return [columns[name].tolist() for name in ("updated_step", "seen_step", "frequency")]
@@ -447,7 +451,7 @@ def test_row_numbers_beyond_32_bits(row: int) -> None:
     groups = ops.gather.group_rows(torch.tensor([row, row, -1]), [0], row + 1, ops.gather.Bags.single([3]))
     assert (int(groups.count), int(groups.unique[0])) == (1, row)
     table = ops.update.Table(far, 0, 0, 4, 1, False, 0)
-    ops.update.sgd_update(table, ops.update.Gradients([torch.ones(3, 4)], groups), lr=0.5)
+    ops.update.update_rows(table, ops.update.Gradients([torch.ones(3, 4)], groups), sgd(0.5), 1)
     assert blocks.read(within, "embedding").tolist() == [[0.0, 1.0, 2.0, 3.0]]
 
 
@@ -506,7 +510,7 @@ def test_updates_below_half_the_spacing_are_exact_on_average(device: str, dtype:
     step = 0.2 * spacing
     gradient = torch.rand(n, dim, generator=torch.Generator().manual_seed(0)).to(device) * step * 2
     records = ops.update.Table(table.store.blocks.whole(), table.layout.element, 0, dim, 1, False, table.rounding_seed)
-    ops.update.sgd_update(records, ops.update.Gradients([gradient], lookup.groups), lr=1.0)
+    ops.update.update_rows(records, ops.update.Gradients([gradient], lookup.groups), sgd(1.0), 1)
     moved = base - table.export(0, ids)["embedding"].float().cpu()
     steps = (moved / spacing).round()
     assert set(steps.unique().tolist()) <= {0.0, 1.0} | ({0.5} if value < 0 else set())
