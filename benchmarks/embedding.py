@@ -7,7 +7,8 @@ Ours looks up random 64-bit ids in growing hash tables. Static peers are given r
 Dynamic peers take the same ids as ours: ``tfra`` (cuckoo tables) and ``dict``, a Python dict from id to row with
 vectorized torch operations on the rows. Steps of ours and one peer alternate. The case ``threads`` compares ours with
 two threads and one; ``counted`` and ``hottest`` compare an engine that counts ids, or also finds the 100 most frequent
-of each table, with one that does not.
+of each table, with one that does not; ``family`` compares an optimizer with Adam, whose rate is scaled down by the size
+of a record where the optimizer has a larger one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from torch import Tensor
 from benchmarks import harness, workload
 from benchmarks.peers.worker import Worker, installed
 from recis_hybrid import optim
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
+from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, OptimizerSpec, RecordLayout
 
 LR = 0.01
 OURS = {
@@ -37,6 +38,26 @@ OURS = {
     "sgd": optim.SGD,
     "lookup": optim.SGD,
 }
+FAMILY = {
+    "sgd": optim.SGD.spec(weight_decay=0.01),
+    "momentum": optim.SGD.spec(momentum=0.9),
+    "nesterov": optim.SGD.spec(momentum=0.9, weight_decay=0.01, nesterov=True),
+    "adagrad": optim.Adagrad,
+    "adagrad_decay": optim.Adagrad.spec(lr_decay=0.01, weight_decay=0.01),
+    "rowwise_adagrad": optim.RowwiseAdagrad,
+    "rowwise_adagrad_decay": optim.RowwiseAdagrad.spec(weight_decay=0.01),
+    "rowwise_adagrad_counter": optim.RowwiseAdagrad.spec(weight_decay=0.01, counter_halflife=100.0),
+    "rmsprop": optim.RMSprop,
+    "adamw": optim.AdamW,
+    "adamw_tf": optim.AdamWTF.spec(weight_decay=0.01),
+    "adam_l2": optim.AdamL2.spec(weight_decay=0.01),
+    "amsgrad": optim.AMSGrad,
+    "rowwise_adam": optim.RowwiseAdam,
+    "lamb": optim.LAMB.spec(weight_decay=0.01),
+    "lion": optim.Lion.spec(weight_decay=0.01),
+    "ftrl": optim.FTRL.spec(l1=0.01, l2=0.01),
+}
+"""Optimizers of the cases ``family``. AdagradSum is Adagrad in one process."""
 PEERS = {
     "rowwise_adagrad": ["fbgemm"],
     "adagrad": ["fbgemm", "nn.EmbeddingBag", "dict"],
@@ -46,6 +67,8 @@ PEERS = {
 }
 TRACKED = {"counted": 0, "hottest": 100}
 """Argument of ``EmbeddingEngine.track`` by case."""
+ALONE = {"threads": "1 thread", "family": "Adam at its bytes"}
+"""Other side of a case of ours alone."""
 QUICK = ["65k/d64/rowwise_adagrad", "4k/d64/rowwise_adagrad", "65k/d64/adagrad", "65k/d16/adam/threads"]
 
 
@@ -63,14 +86,20 @@ class FixedGradient(torch.autograd.Function):
 
 
 def ours(
-    work: workload.Workload, dim: int, rule: str, device: torch.device, hottest: int | None = None
+    work: workload.Workload,
+    dim: int,
+    kind: Any,
+    device: torch.device,
+    hottest: int | None = None,
+    *,
+    trains: bool = True,
 ) -> Callable[[], None]:
     engine = EmbeddingEngine(
         {workload.name(f): EmbeddingConfig(dim=dim) for f in range(workload.FEATURES)},
-        optimizer=OURS[rule],
+        optimizer=kind,
         device=device,
     )
-    optimizer = OURS[rule](engine.parameters(), lr=LR)
+    optimizer = engine.make_optimizer(lr=LR)
     with torch.no_grad():
         for part in range(0, workload.IDS, 10_000):
             engine({workload.name(f): work.ids[f][part : part + 10_000] for f in range(workload.FEATURES)})
@@ -86,10 +115,17 @@ def ours(
     def lookup() -> None:
         engine(batches[next(number) % workload.BATCHES])
 
-    if rule == "lookup":
+    if not trains:
         engine.eval()
         return lookup
     return step
+
+
+def record_bytes(kind: Any, dim: int) -> int:
+    """Return the size of a record."""
+    spec = OptimizerSpec.of("record_bytes", kind)
+    assert spec is not None
+    return RecordLayout(dim=dim, state=spec.row_state).record_bytes
 
 
 def with_threads(step: Callable[[], None], threads: int) -> Callable[[], None]:
@@ -111,7 +147,8 @@ def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
     torch.set_num_threads(args.threads)
     warnings.filterwarnings("ignore", message="Sparse invariant checks")
     work = workload.make(size, dim, device)
-    step = ours(work, dim, rule, device, TRACKED.get(*alone) if alone else None)
+    kind = FAMILY[rule] if alone == ["family"] else OURS[rule]
+    step = ours(work, dim, kind, device, TRACKED.get(*alone) if alone else None, trains=rule != "lookup")
     # Bursts are long enough to refill the caches after the other side's turn.
     rounds, burst = (7 if args.quick else 12, 6) if size == "65k" else (20 if args.quick else 50, 5)
 
@@ -121,8 +158,11 @@ def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
     if alone == ["threads"]:
         # CPU time would count both threads.
         rate = rates({"ours": with_threads(step, 2), peer: with_threads(step, 1)}, "wall")
+    elif alone == ["family"]:
+        rate = rates({"ours": step, peer: ours(work, dim, optim.Adam, device)}, args.clock)
+        rate[peer] *= min(1.0, record_bytes(optim.Adam, dim) / record_bytes(kind, dim))
     elif alone:
-        rate = rates({"ours": step, peer: ours(work, dim, rule, device)}, args.clock)
+        rate = rates({"ours": step, peer: ours(work, dim, kind, device)}, args.clock)
     elif present(peer, device):
         peer_cores = set(cores[1:2] if one_core and len(cores) > 1 else cores)
         with Worker(
@@ -163,13 +203,14 @@ def main() -> None:
     cases = QUICK if args.quick else [*cases, "65k/d64/lookup", "65k/d16/adam/threads"]
     if not args.quick:
         cases += [f"{size}/d16/adam/{name}" for size in workload.SIZES for name in TRACKED]
+        cases += [f"65k/d{dim}/{rule}/family" for dim in (16, 64, 128) for rule in FAMILY]
     results = []
     for case in cases:
         if args.cases not in case:
             continue
         harness.progress(f"{case} on {args.device}, {args.threads} thread(s)")
         _, _, rule, *alone = case.split("/")
-        for peer in ["1 thread" if alone == ["threads"] else "untracked"] if alone else PEERS[rule]:
+        for peer in [ALONE.get(*alone, "untracked")] if alone else PEERS[rule]:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 result = process.submit(measure, case, peer, args).result()
             result.print()
