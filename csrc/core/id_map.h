@@ -559,10 +559,11 @@ struct MoveRows {
 };
 
 // Counts the ids that have no row (rows[i] < 0). The IDMap serves as an exact counter: the row bits of an entry hold
-// the number of times that its id was counted.
+// the sum of the counts of its id.
 struct CountIds : LookUpIds {
   int64_t* counters;
   const int64_t* rows;
+  const int64_t* counts;  // [n], each at least 1; null: 1
 
   RECIS_HD void prefetch(int32_t part, int64_t i) const {
     if (rows[i] < 0) LookUpIds::prefetch(part, i);
@@ -572,7 +573,8 @@ struct CountIds : LookUpIds {
   RECIS_HD void operator()(int32_t part, int64_t i, Lanes lanes) const {
     const IdSpan& span = segments[part];
     if (rows[i] >= 0 || !span.has(i)) return;
-    const Probe probe = find_or_claim(map, span.id(i), span.member, true, [] { return int64_t{1}; }, lanes);
+    const int64_t count = counts == nullptr ? 1 : counts[i];
+    const Probe probe = find_or_claim(map, span.id(i), span.member, true, [count] { return count; }, lanes);
     if (lanes.rank != 0) return;
     if (probe.claimed) {
       fetch_add(counters + kUsedSlots, 1);
@@ -581,7 +583,7 @@ struct CountIds : LookUpIds {
       store_relaxed(reinterpret_cast<uint64_t*>(counters + kOverflow), 1);
     } else {
       // The sum stays within the row bits: no id is counted 2^40 times.
-      fetch_add(reinterpret_cast<int64_t*>(probe.slot + 1), int64_t{1} << kTagBits);
+      fetch_add(reinterpret_cast<int64_t*>(probe.slot + 1), count << kTagBits);
     }
   }
 };

@@ -151,11 +151,14 @@ void id_map_move(const Tensor& header, int64_t slots, const Tensor& moved) {
 
 template <class Device>
 void id_map_count(const Tensor& header, const Tensor& counters, Tensors ids, Ints members, Tensors used,
-                  const Tensor& rows) {
+                  const Tensor& rows, const std::optional<Tensor>& counts) {
   Device device(header);
   std::vector<IdSpan> spans;
   const LookUpIds lookup = look_up(device, header, {ids, members, used}, rows, spans);
-  device.for_each(rows.numel(), 1, CountIds{lookup, counter_data(counters), data<int64_t>(rows, "rows")});
+  RECIS_CHECK(!counts.has_value() || counts->numel() == rows.numel(), "counts must hold one element for each id");
+  device.for_each(
+      rows.numel(), 1,
+      CountIds{lookup, counter_data(counters), data<int64_t>(rows, "rows"), data_or_null<int64_t>(counts, "counts")});
 }
 
 template <class Device>

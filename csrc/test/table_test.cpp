@@ -285,7 +285,7 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
   // Count on all threads at once: the counts are exact.
   Table counts(capacity);
   const std::vector<int64_t> none(n, -1);
-  for_each_cpu(threads, n, 1, CountIds{{segments(spans, n), counts.map()}, counts.counters, none.data()});
+  for_each_cpu(threads, n, 1, CountIds{{segments(spans, n), counts.map()}, counts.counters, none.data(), nullptr});
   CHECK(counts.counters[kLive] == count);
   int64_t total = 0;
   for (int64_t slot = 0; slot < capacity; ++slot) {

@@ -1,4 +1,4 @@
-"""Operators of the IDMap: (member table, id) → row.
+"""Operators of the IDMap, (member table, id) → row, and of sketches, which count ids approximately.
 
 Shapes: N ids of a call over all features, S slots, R rows ever created. ``header`` is int64 ``[HEADER_WORDS + C]``:
 words of ``csrc/core/table.h``, then the addresses of the C chunks that hold the slots; operators that change the slots
@@ -30,6 +30,8 @@ nothing_returned(
     "id_map_admit",
     "bucket_ids",
     "file_order",
+    "sketch_admit",
+    "sketch_halve",
 )
 
 FRESH, ROWS, FREE, USED_SLOTS, LIVE, OVERFLOW, COUNTERS = range(7)
@@ -44,6 +46,13 @@ HEADER_WORDS = 16
 LINE_SLOTS = 4
 FULL = 2
 """State of a slot that holds an id."""
+
+SKETCH_ROWS = 4
+"""Cells of an id in a count-min sketch; see ``csrc/core/sketch.h``."""
+SKETCH_WORDS = 8
+"""Words of a block of a sketch."""
+CELL_BITS = (2, 4, 8, 16)
+"""Bits that a cell of a sketch may have."""
 
 
 def find(
@@ -194,9 +203,13 @@ def count(
     rows: Tensor,
     *,
     used: Sequence[Tensor] = (),
+    counts: Tensor | None = None,
 ) -> None:
-    """Count the ids whose row (int64 ``[N]``) is negative, in a map that holds counts instead of rows."""
-    torch.ops.recis.id_map_count(header, counters, ids, members, used, rows)
+    """Count the ids whose row (int64 ``[N]``) is negative, in a map that holds counts instead of rows.
+
+    ``counts`` (int64 ``[N]``, at least 1) is how often each id occurs; None: once.
+    """
+    torch.ops.recis.id_map_count(header, counters, ids, members, used, rows, counts)
 
 
 def admit(
@@ -259,3 +272,43 @@ def file_order(ids: Tensor, members: Tensor, rows: Tensor, member_count: int) ->
     ordered = torch.empty(3, ids.numel(), dtype=torch.int64)
     torch.ops.recis.file_order(ids, members, rows, member_count, ordered)
     return ordered[0], ordered[1], ordered[2]
+
+
+def sketch_admit(
+    words: Tensor,
+    first_block: int,
+    block_shift: int,
+    cell_bits: int,
+    ids: Sequence[Tensor],
+    members: Sequence[int],
+    rows: Tensor,
+    least: int,
+    admitted: Tensor,
+    *,
+    used: Sequence[Tensor] = (),
+    counts: Tensor | None = None,
+) -> None:
+    """Count the ids that have no row, and then decide which of them have a count of at least ``least``.
+
+    Args:
+        words: The sketch, int64 ``[M, K, SKETCH_WORDS]``, written: K blocks of each of M member tables.
+        first_block: Number of its first block among those of all buckets.
+        block_shift: 64 minus log2 of the number of blocks of all buckets, at least 24.
+        cell_bits: Bits of a cell, which saturates at ``2**cell_bits - 1``.
+        ids: For each feature, int64 ``[n_f]``, contiguous.
+        members: For each feature, the number of its member table, below M.
+        rows: int64 ``[N]``: negative for an id without a row.
+        least: At most ``2**cell_bits - 1``.
+        admitted: uint8 ``[N]``, written: 1 for an id that has a row, or is counted often enough; 0 for ids of buckets
+            that are not in the sketch.
+        used: As in ``ops.id_map.find``.
+        counts: int64 ``[N]``, at least 1: how often each id occurs; None: once.
+    """
+    torch.ops.recis.sketch_admit(
+        words, first_block, block_shift, cell_bits, ids, members, used, rows, counts, least, admitted
+    )
+
+
+def sketch_halve(words: Tensor, cell_bits: int, times: int) -> None:
+    """Halve every cell ``times`` times (1 to ``cell_bits``), rounding down."""
+    torch.ops.recis.sketch_halve(words, cell_bits, times)

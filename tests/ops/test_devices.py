@@ -19,13 +19,24 @@ from tests.ops import (
     test_id_map,
     test_program,
     test_ragged,
+    test_sketch,
     test_transform,
     test_update,
 )
 from tests.ops.test_operators import HOST_ONLY, OPERATORS
 
 Call = tuple[Any, tuple[Any, ...]]
-MODULES = (test_blocks, test_cache, test_hash, test_id_map, test_program, test_ragged, test_transform, test_update)
+MODULES = (
+    test_blocks,
+    test_cache,
+    test_hash,
+    test_id_map,
+    test_program,
+    test_ragged,
+    test_sketch,
+    test_transform,
+    test_update,
+)
 STATE = ("header", "counters", "free_rows")
 """Arguments that keep the state of a map."""
 REFUSAL = re.compile(

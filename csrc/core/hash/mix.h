@@ -19,10 +19,11 @@ RECIS_HD uint64_t slot_hash(int64_t id, int64_t member) {
   return mix64(static_cast<uint64_t>(id) + static_cast<uint64_t>(member + 1) * 0x9e3779b97f4a7c15ull);
 }
 
-// The bucket of an id, one of 65,536. It is the same on every rank and in every checkpoint and must never change. It
-// has its own salt, so that the ids of one bucket still spread over a whole IDMap.
-RECIS_HD int64_t bucket_of(int64_t id) {
-  return static_cast<int64_t>(mix64(static_cast<uint64_t>(id) ^ 0x5851f42d4c957f2dull) >> 48);
-}
+// The hash whose top 16 bits are the bucket of an id. It is the same on every rank and in every checkpoint and must
+// never change. It has its own salt, so that the ids of one bucket still spread over a whole IDMap.
+RECIS_HD uint64_t bucket_hash(int64_t id) { return mix64(static_cast<uint64_t>(id) ^ 0x5851f42d4c957f2dull); }
+
+// The bucket of an id, one of 65,536.
+RECIS_HD int64_t bucket_of(int64_t id) { return static_cast<int64_t>(bucket_hash(id) >> 48); }
 
 }  // namespace recis

@@ -22,7 +22,8 @@ GROW_LOAD = 0.61
 GROWTH = 1.2
 """Factor by which such a map grows. Its old part reaches a load of at most ``GROW_LOAD * GROWTH``."""
 MAX_MEMBERS = 1 << 16
-MAX_ROWS = 1 << 40
+ROW_BITS = 40
+MAX_ROWS = 1 << ROW_BITS
 _FIRST_SLOTS = 1024
 
 
@@ -271,12 +272,32 @@ class IdMap:
 class IdCounts(IdMap):
     """A map whose entries hold counts instead of rows: exact counters of ids."""
 
-    def count(self, ids: Sequence[Tensor], members: Sequence[int], rows: Tensor, used: Sequence[Tensor] = ()) -> None:
-        """Count each id whose row (int64 ``[N]``) is negative."""
+    def count(
+        self,
+        ids: Sequence[Tensor],
+        members: Sequence[int],
+        rows: Tensor,
+        used: Sequence[Tensor] = (),
+        counts: Tensor | None = None,
+    ) -> None:
+        """Count each id whose row (int64 ``[N]``) is negative; ``counts`` as in ``ops.id_map.count``."""
         self.reserve(rows.numel())
         self.count_inserts(rows.numel())
-        ops.id_map.count(self.slots.header, self.counters, ids, members, rows, used=used)
+        ops.id_map.count(self.slots.header, self.counters, ids, members, rows, used=used, counts=counts)
         self.copy_counters()
+
+    def halve(self, times: int) -> None:
+        """Halve the counts ``times`` times, rounding down, drop those that become 0, and free their memory.
+
+        Waits for the device.
+        """
+        for entries in self.slices():
+            counts = entries.rows >> min(times, ROW_BITS)
+            kept = counts > 0
+            ops.id_map.set_rows(self.slots.header, entries.slots[kept], counts[kept])
+            self.erase_slots(entries.slots[~kept])
+        if len(self) < self._bounds.exact()[ops.id_map.USED_SLOTS]:
+            self.rehash(len(self) * 5 // 4)
 
     def set(self, ids: Tensor, member: int, counts: Tensor) -> None:
         """Set the counts (int64 ``[n]``) of distinct ids (int64 ``[n]``)."""
