@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from recis_hybrid.embedding.admission import Admission as Admission, Gate as Gate, MinFrequency as MinFrequency
+from recis_hybrid.embedding.admission import (
+    AdmitIf as AdmitIf,
+    MinFrequency as MinFrequency,
+    NewIds as NewIds,
+    Probability as Probability,
+)
 from recis_hybrid.embedding.config import EmbeddingConfig as EmbeddingConfig
 from recis_hybrid.embedding.ddp import leave_out_of_ddp as leave_out_of_ddp, mean_over_samples as mean_over_samples
 from recis_hybrid.embedding.distributed.exchange import ExchangeError as ExchangeError, Traffic as Traffic
@@ -11,7 +16,16 @@ from recis_hybrid.embedding.engine import (
     EngineLookup as EngineLookup,
     dense_parameters as dense_parameters,
 )
-from recis_hybrid.embedding.eviction import Eviction as Eviction, Rows as Rows, Unused as Unused
+from recis_hybrid.embedding.eviction import (
+    Capacity as Capacity,
+    Eviction as Eviction,
+    EvictionRule as EvictionRule,
+    Rows as Rows,
+    SmallNorm as SmallNorm,
+    Unused as Unused,
+    UnusedFor as UnusedFor,
+)
+from recis_hybrid.embedding.gate import Admission as Admission, Gate as Gate, TableShare as TableShare
 from recis_hybrid.embedding.gradients import exchange_gradients as exchange_gradients
 from recis_hybrid.embedding.initializers import (
     Constant as Constant,

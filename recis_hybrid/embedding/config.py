@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.admission import Admission
+from recis_hybrid.embedding.gate import Admission
 from recis_hybrid.embedding.initializers import Initializer, Normal
 from recis_hybrid.embedding.optimizer import OptimizerSpec
 from recis_hybrid.embedding.placement import Placement

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from recis_hybrid import distributed
-from recis_hybrid.checkpointing import are_tables_apart
+from recis_hybrid.checkpointing import BUCKETS, are_tables_apart, owned_buckets
 from recis_hybrid.embedding.checkpoint.load import LoadedTables
 from recis_hybrid.embedding.checkpoint.save import SavedTables
 from recis_hybrid.embedding.checkpoint.state_dict import (
@@ -30,7 +30,7 @@ from recis_hybrid.embedding.config import EmbeddingConfig, check_configs
 from recis_hybrid.embedding.distributed.exchange import Exchange, Traffic, group_of
 from recis_hybrid.embedding.distributed.prefetch import Prefetcher
 from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables, refuse_settings, shard
-from recis_hybrid.embedding.eviction import Eviction
+from recis_hybrid.embedding.eviction import EvictionRule, SharedRows
 from recis_hybrid.embedding.gradients import non_finite_features
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, distinct_columns, samples_of
 from recis_hybrid.embedding.optimizer import OptimizerSpec, RowOptimizer
@@ -39,6 +39,7 @@ from recis_hybrid.embedding.planner.coalesce import TablePlan, describe_plans, l
 from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.statistics import TableStatistics, statistics_of
 from recis_hybrid.embedding.table.hash_table import Anchor, HashTable
+from recis_hybrid.embedding.table.id_map import Entries
 from recis_hybrid.embedding.table.lookup import Lookup, Request
 from recis_hybrid.embedding.table.tracking import LookupTracker
 from recis_hybrid.ragged import Batch, RaggedTensor
@@ -270,6 +271,7 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             seed,
             placement=config.placement,
             admission=config.admission,
+            buckets=owned_buckets(rank, ranks) if plan.sharding == "row" else (0, BUCKETS),
             read_only=not config.trainable,
         )
         table.optimizer, table.overrides = config.optimizer_spec, dict(config.optimizer_overrides or {})
@@ -570,14 +572,16 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         if self._prefetcher is not None:
             self._prefetcher.look_up()
 
-    def evict(self, rule: Eviction | Mapping[str, Eviction]) -> int:
-        """Erase the rows that a rule selects, and return their number on this process.
+    def evict(self, rule: EvictionRule | Mapping[str, EvictionRule]) -> int:
+        """Erase the rows that a rule selects, and return their number on this process; collective if ranks share them.
 
         Args:
-            rule: Applied to each trained table; or rules by name of the table (``EmbeddingConfig.table``, or else the
-                feature's name), each applied to the rows of its table alone. Tables without a rule keep their rows.
+            rule: Applied to each member table of each trained table: an object such as :class:`Unused`, or a function
+                that takes :class:`Rows` and returns bool ``[n]``. Or rules by name of the table
+                (``EmbeddingConfig.table``, or else the feature's name). Tables without a rule keep their rows.
 
         Raises:
+            OtherRankError: If another rank failed; no table is changed.
             RuntimeError: If a table has pending gradients, or a table with a rule of its own is not trained; no table
                 is changed.
             TypeError: If a rule is not a rule, or does not return a bool tensor; no table is changed.
@@ -587,27 +591,44 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         Example:
             >>> from recis_hybrid.embedding import Unused
             >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2), "user": EmbeddingConfig(dim=2)})
-            >>> engine.evict({"item": Unused(steps=1000)})
+            >>> engine.evict({"item": Unused(steps=1000), "user": lambda rows: rows.frequency < 2})
             0
         """
         # Apply the rules to all tables before the first row is erased.
-        evicted = [(table, table.evicted_by(each)) for table, each in self._eviction_rules(rule)]
+        if self.group is None:
+            evicted = self._evicted_by(rule)
+        else:
+            evicted = []
+            failure: BaseException | None = None
+            try:
+                evicted = self._evicted_by(rule)
+            except BaseException as error:
+                failure = error
+            distributed.all_succeed_or_raise(failure, group=self.group)
         return sum(table.erase_evicted(rows) for table, rows in evicted)
 
+    def _evicted_by(self, rule: EvictionRule | Mapping[str, EvictionRule]) -> list[tuple[HashTable, Entries]]:
+        found = []
+        for number, each in self._eviction_rules(rule):
+            sharding = self.plans[number].sharding
+            shared = SharedRows(self.group, sharding in ("replicated", "column"), sharding == "column")
+            found.append((self.tables[number], self.tables[number].evicted_by(each, shared)))
+        return found
+
     def _eviction_rules(
-        self, rule: Eviction | Mapping[str, Eviction]
-    ) -> list[tuple[HashTable, Eviction | Mapping[int, Eviction]]]:
+        self, rule: EvictionRule | Mapping[str, EvictionRule]
+    ) -> list[tuple[int, EvictionRule | Mapping[int, EvictionRule]]]:
         """Return the logical tables from which rows are evicted, each with its rule, or rules by member table."""
         if not isinstance(rule, Mapping):
-            return [(table, rule) for table in self.tables if not table.read_only]
+            return [(number, rule) for number, table in enumerate(self.tables) if not table.read_only]
         unknown = sorted(rule.keys() - self._places.keys())
         if unknown:
             raise ValueError(f"evict: there are no tables {unknown}; the tables are {sorted(self._places)}")
-        by_table: dict[int, dict[int, Eviction]] = {}
+        by_table: dict[int, dict[int, EvictionRule]] = {}
         for name, each in rule.items():
             number, member = self._places[name]
             by_table.setdefault(number, {})[member] = each
-        return [(self.tables[number], rules) for number, rules in by_table.items()]
+        return sorted(by_table.items())
 
     def compact(self) -> None:
         """Close the gaps between the rows of every table, and free memory."""

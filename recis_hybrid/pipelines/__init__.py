@@ -9,6 +9,7 @@ from recis_hybrid.pipelines.callback import Callback as Callback, CallbackError 
 from recis_hybrid.pipelines.callbacks.checkpoint import PeriodicCheckpoint as PeriodicCheckpoint
 from recis_hybrid.pipelines.callbacks.early_stop import EarlyStop as EarlyStop, PlateauSchedule as PlateauSchedule
 from recis_hybrid.pipelines.callbacks.ema import EMA as EMA
+from recis_hybrid.pipelines.callbacks.eviction import PeriodicEviction as PeriodicEviction
 from recis_hybrid.pipelines.callbacks.json_log import JsonLog as JsonLog
 from recis_hybrid.pipelines.callbacks.profile import Profile as Profile
 from recis_hybrid.pipelines.callbacks.progress_bar import ProgressBar as ProgressBar

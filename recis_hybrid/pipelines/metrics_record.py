@@ -7,7 +7,6 @@ import resource
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -248,27 +247,17 @@ def frequencies(engines: Sequence[EmbeddingEngine]) -> dict[str, Any]:
     return result
 
 
-@dataclass(eq=False)
-class _ReadRows:
-    """An eviction rule that evicts nothing and keeps a reference to the rows."""
-
-    rows: Rows | None = None
-
-    def unwanted(self, rows: Rows) -> Tensor:
-        self.rows = rows
-        return torch.zeros_like(rows.ids, dtype=torch.bool)
-
-
 def _level_counts(table: HashTable) -> list[tuple[str, Tensor]]:
     """Return for each member table its name and how many rows were seen 2**k to 2**(k+1) - 1 times, int64 [64]."""
-    read = _ReadRows()
-    table.evict(read)
-    assert read.rows is not None
-    levels = read.rows.frequency.clamp(min=1).double().log2().floor().long()
-    return [
-        (member.name, torch.bincount(levels[read.rows.members == number], minlength=64).cpu())
-        for number, member in enumerate(table.members)
-    ]
+    counts: dict[str, Tensor] = {}
+
+    def count(rows: Rows) -> Tensor:
+        levels = rows.frequency.clamp(min=1).double().log2().floor().long()
+        counts[rows.table] = torch.bincount(levels, minlength=64).cpu()
+        return torch.zeros_like(rows.ids, dtype=torch.bool)
+
+    table.evicted_by(count)
+    return list(counts.items())
 
 
 def _name(table: HashTable) -> str:

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
 from recis_hybrid.columnio import Window
-from recis_hybrid.embedding import Anchor, EmbeddingEngine, Eviction
+from recis_hybrid.embedding import Anchor, EmbeddingEngine, EvictionRule
+from recis_hybrid.embedding.eviction import check_rule
 from recis_hybrid.metrics import Metric
 from recis_hybrid.pipelines.arguments import Trainable, check_batches, check_callable, check_parameters, parameters_in
 from recis_hybrid.pipelines.steps.metrics import check_metrics
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import Location
-from recis_hybrid.validation import check_integer, check_method, check_type, describe_value
+from recis_hybrid.validation import check_integer, check_type, describe_value
 
 Source: TypeAlias = "str | Iterable[Batch]"
 """Name of a source of the trainer, which each stage continues to read; or batches, read from the start."""
@@ -169,23 +170,23 @@ class Evaluate:
         trainer.evaluate(self)
 
 
-_RULE = "Unused(steps=1000)"
-
-
 @dataclass(frozen=True)
 class Evict:
     """Evicts the rows that a rule selects, in every trainable table, or in each table by a rule of its own.
 
+    :class:`PeriodicEviction` does it within training stages.
+
     Example:
-        >>> from recis_hybrid.embedding import Unused
+        >>> from recis_hybrid.embedding import Capacity, Unused
         >>> Evict(Unused(steps=1000)).name
         'evict'
-        >>> Evict({"item": Unused(steps=1000), "user": Unused(steps=100)}).name
+        >>> Evict({"item": Capacity(rows=1_000_000), "user": lambda rows: rows.frequency < 2}).name
         'evict'
     """
 
-    rule: Eviction | Mapping[str, Eviction]
-    """Selects the rows; or rules by name of the table, of whichever engine. Other tables then keep their rows."""
+    rule: EvictionRule | Mapping[str, EvictionRule]
+    """Selects the rows, as for :meth:`EmbeddingEngine.evict`; or rules by name of the table, of whichever engine. Other
+    tables then keep their rows."""
     compact: bool = False
     """Compact the tables afterwards, which frees memory."""
     name: str = "evict"
@@ -194,14 +195,23 @@ class Evict:
     def __post_init__(self) -> None:
         rules = self.rule.items() if isinstance(self.rule, Mapping) else [("", self.rule)]
         for table, rule in rules:
-            check_method("Evict", f"rule of the table {table!r}" if table else "rule", rule, "unwanted", _RULE)
+            check_rule(f"Evict: rule of the table {table!r}" if table else "Evict: rule", rule)
 
-    def rule_of(self, engine: EmbeddingEngine) -> Eviction | Mapping[str, Eviction]:
+    def rule_of(self, engine: EmbeddingEngine) -> EvictionRule | Mapping[str, EvictionRule]:
         """Return the rule for all tables of an engine, or the rules of those that have one."""
         if not isinstance(self.rule, Mapping):
             return self.rule
-        names = {member.name for plan in engine.plans for member in plan.members}
-        return {table: rule for table, rule in self.rule.items() if table in names}
+        return {table: rule for table, rule in self.rule.items() if table in self.tables_of(engine)}
+
+    def tables_of(self, engine: EmbeddingEngine) -> list[str]:
+        """Return the names of the tables of an engine to which a rule is applied."""
+        by_name = isinstance(self.rule, Mapping)
+        return [
+            member.name
+            for table in engine.tables
+            for member in table.members
+            if (member.name in self.rule if by_name else not table.read_only)  # type: ignore[operator]
+        ]
 
     def run(self, trainer: Run) -> None:
         """Evict; see :meth:`Trainer.evict`."""

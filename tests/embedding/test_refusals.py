@@ -113,9 +113,17 @@ class CustomRule:
     [
         (CustomRule(lambda rows: 1 * (rows.frequency < 2)), TypeError, "a bool tensor .* got torch.int64"),
         (CustomRule(lambda rows: rows.frequency.tolist()), TypeError, r"a bool tensor \[2\].* got a list"),
-        (CustomRule(lambda rows: rows.ids[:1] > 0), ValueError, r"each of the 2 rows, .*got bool \[1\]"),
+        (
+            CustomRule(lambda rows: rows.ids[:1] > 0),
+            ValueError,
+            r"each of the 2 rows of the table 'x', bool \[2\], got bool \[1\]",
+        ),
         (CustomRule(lambda rows: torch.ones(2, 1, dtype=torch.bool)), ValueError, r"got bool \[2, 1\]"),
-        (None, TypeError, r"a rule must have a method unwanted\(rows\), e.g. Unused\(steps=1000\), got None"),
+        (
+            None,
+            TypeError,
+            r"a rule must be a function of rows or have a method unwanted\(rows\), e.g. Unused\(steps=1000\), got None",
+        ),
     ],
 )
 def test_bad_eviction_rules_evict_nothing(rule: Any, error: type[Exception], message: str) -> None:
@@ -171,7 +179,9 @@ def test_each_table_is_evicted_by_its_own_rule() -> None:
     with pytest.raises(RuntimeError, match="table f: evict would change it, but it is read-only"):
         engine.evict({"x": Unused(1), "f": Unused(1)})
     wrong = CustomRule(lambda rows: torch.ones(1, dtype=torch.bool))
-    with pytest.raises(ValueError, match=r"must return one element for each of the 3 rows, bool \[3\], got bool \[1\]"):
+    with pytest.raises(
+        ValueError, match=r"must return one element for each of the 3 rows of the table 'w', bool \[3\], got bool \[1\]"
+    ):
         engine.evict({"x": Unused(1), "w": wrong})
     assert left() == before
 
@@ -469,8 +479,11 @@ CONFIGS = {"id": EmbeddingConfig(dim=2)}
         (lambda: EmbeddingEngine(CONFIGS, prefetch_depth="2"), "prefetch_depth must be an integer, got '2'"),
         (lambda: EmbeddingEngine(CONFIGS, coalesce="no"), "coalesce must be True or False, got 'no'"),
         (lambda: EmbeddingEngine(CONFIGS, deduplicate=None), "deduplicate must be True or False, got None"),
-        (lambda: EmbeddingEngine(CONFIGS).evict(Unused), "a rule must have a method unwanted"),
-        (lambda: EmbeddingEngine(CONFIGS).evict({"id": Unused}), "a rule must have a method unwanted"),
+        (lambda: EmbeddingEngine(CONFIGS).evict(Unused), "a rule must be a function of rows or have a method unwanted"),
+        (
+            lambda: EmbeddingEngine(CONFIGS).evict({"id": Unused}),
+            "a rule must be a function of rows or have a method unwanted",
+        ),
         (lambda: Constant("a"), "Constant: values must be a number, got 'a'"),
         (lambda: Normal(0, None), "Normal: values must be a number, got None"),
         (lambda: Uniform(None, 1), "Uniform: values must be a number, got None"),

@@ -176,9 +176,12 @@ OTHERS: list[tuple[Any, str]] = [
     (lambda: Evaluate(metrics=AUC()), "Evaluate: metrics must be a mapping of metrics by name, .* got an AUC; name it"),
     (lambda: Evaluate(step=STEP), "Evaluate: step must be the name of one of Trainer's steps, or None, got a Torch"),
     (lambda: Evaluate(data=Path("a")), "Evaluate: data must be a source of batches, .* got the path 'a'"),
-    (lambda: Evict(3), r"rule must be an object with a method unwanted, such as Unused\(steps=1000\), got 3"),
-    (lambda: Evict({"item": 3}), "Evict: rule of the table 'item' must be an object with a method unwanted, .* got 3"),
-    (lambda: Evict(Unused), "Evict: rule must be an object with a method unwanted, .* got <class"),
+    (
+        lambda: Evict(3),
+        r"rule must be a function of rows or have a method unwanted\(rows\), e.g. Unused\(steps=1000\), got 3",
+    ),
+    (lambda: Evict({"item": 3}), "Evict: rule of the table 'item' must be a function of rows .* got 3"),
+    (lambda: Evict(Unused), "Evict: rule must be a function of rows .* got <class"),
     (
         lambda: SaveCheckpoint(Saver),
         "SaveCheckpoint: name must be a name; Trainer.* decides what is saved and where, got the class",

@@ -66,7 +66,8 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
     "features": {"ops": set(), "program": set()},
     "embedding": {
         "table": set(),
-        "planner": {"table"},
+        "admission": {"table"},
+        "planner": {"admission", "table"},
         "distributed": {"planner", "table"},
         "checkpoint": {"distributed", "planner", "table"},
     },

@@ -16,6 +16,7 @@ from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, OwnedTable
 from recis_hybrid.embedding.checkpoint.state import tables_layout
 from recis_hybrid.embedding.checkpoint.vectors import VectorLoader, load_vectors
 from recis_hybrid.embedding.distributed.column_split import own_columns
+from recis_hybrid.embedding.gate import ADMISSION_COLUMNS
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.record_layout import META
@@ -171,7 +172,7 @@ class TablesLoader:
             _load_rows(*self._members[name], columns)
         elif (counted := self._members.get(name.removesuffix(COUNTS))) is not None:
             table, number = counted
-            if table.store.gate is not None:
+            if table.store.gate is not None and set(table.admission_columns()) <= columns.keys():
                 table.store.gate.load_state_dict(number, dict(columns))
 
     def end(self) -> None:
@@ -182,6 +183,8 @@ class TablesLoader:
                 table.store.reseed(seed)
             done = [steps.get(member.name, 0) for member in table.members] if isinstance(steps, dict) else []
             table.step = max((step for step in done if isinstance(step, int)), default=0)
+            for member, recorded in zip(table.members, table.step_times, strict=True):
+                recorded.samples = _times_of(self._saved, member.name)
 
     def abandon(self) -> None:
         """Remove all rows, because the rest cannot be loaded."""
@@ -198,6 +201,10 @@ class TablesLoader:
             else:
                 self.differences.append(f"table {name!r} is {where} ({text})")
         for name in sorted(saved.keys() & live.keys()):
+            kinds = saved[name].columns.keys(), live[name].columns.keys()
+            if name.endswith(COUNTS) and kinds[0] != kinds[1] and kinds[0] - {"ids"} <= ADMISSION_COLUMNS:
+                self.changes.append(f"table {name!r} has the state of another admission rule, which is not loaded")
+                continue
             member = self._members.get(name)
             read_only = member is not None and member[0].read_only
             self._compare_columns(f"table {name!r}, column", saved[name].columns, live[name].columns, read_only)
@@ -262,7 +269,7 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
         ValueError: If a member table is unknown, or counts are negative or too large; nothing is changed.
     """
     members = {member.name: (table, number) for table in tables for number, member in enumerate(table.members)}
-    counted = {name + COUNTS: place for name, place in members.items() if place[0].store.gate is not None}
+    counted = {name + COUNTS: place for name, place in members.items() if place[0].admission_columns()}
     unknown = sorted(set(states) - set(members) - set(counted))
     if unknown:
         raise ValueError(f"the state is of other tables: unknown {unknown}, there are {sorted(members)}")
@@ -285,7 +292,7 @@ def load_some_tables(tables: Sequence[HashTable], states: Mapping[str, TableStat
             table.discard(number)
             table.load(number, state.columns["ids"], own_columns(columns, table.layout))
     for name, (table, number) in counted.items():
-        if name in states:
+        if name in states and set(table.admission_columns()) <= states[name].columns.keys():
             assert table.store.gate is not None
             table.store.gate.clear(number)
             table.store.gate.load_state_dict(number, states[name].columns)
@@ -304,6 +311,21 @@ def _refuse_meta(saved: PartState, names: Collection[str]) -> None:
         raise ValueError(f"the state must have a seed that is an integer, it has {seed!r}")
     if not isinstance(steps, dict) or not all(_is_step(steps.get(name)) for name in names):
         raise ValueError(f"the state must have the steps of {sorted(names)}, each from 0 to 2**40 - 1")
+    times = saved.meta.get("times", {})
+    if not isinstance(times, dict) or not all(
+        isinstance(samples, list) and all(_is_sample(sample) for sample in samples) for samples in times.values()
+    ):
+        raise ValueError("the state's times must be lists of [step, seconds] by table")
+
+
+def _is_sample(value: object) -> bool:
+    return isinstance(value, list) and len(value) == 2 and _is_step(value[0]) and isinstance(value[1], int | float)
+
+
+def _times_of(saved: PartState, name: str) -> list[tuple[int, float]]:
+    """Return the samples of a member table's StepTimes; none if they were not saved."""
+    times: Any = saved.meta.get("times", {})
+    return [(int(step), float(seconds)) for step, seconds in times.get(name, [])]
 
 
 def _is_step(value: object) -> bool:
@@ -311,8 +333,7 @@ def _is_step(value: object) -> bool:
 
 
 def _counts(table: HashTable) -> int:
-    gate = table.store.gate
-    return 0 if gate is None else sum(gate.state_dict(number)["ids"].numel() for number in range(len(table.members)))
+    return sum(state["ids"].numel() for state in table.admission_states())
 
 
 def _load_rows(table: HashTable, number: int, columns: Mapping[str, Tensor]) -> None:

@@ -206,11 +206,7 @@ def _copy(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
 
 
 def _counts(table: HashTable) -> tuple[dict[str, Tensor], ...]:
-    return (
-        ()
-        if table.store.gate is None
-        else tuple(table.store.gate.state_dict(number) for number in range(len(table.members)))
-    )
+    return tuple(table.admission_states())
 
 
 def _state(sources: Sequence[_Source], split: dict[str, TableState], meta: dict[str, JSON]) -> PartState:

@@ -31,20 +31,27 @@ def tables_state(tables: Sequence[HashTable], shares: BucketShares | None = None
 def table_state(place: int, table: HashTable, shares: BucketShares | None) -> dict[str, TableState]:
     """Return the part of :func:`tables_state` for the logical table at a place."""
     states: dict[str, TableState] = {}
+    admission = table.admission_states()
     for number, (member, columns) in enumerate(zip(table.members, table.export_all(), strict=True)):
         buckets = ALL
         if shares is not None:
             buckets, columns = shares.saved(place, number), shares.whole(place, columns)
         states[member.name] = _state(columns, table_meta(table.layout), buckets)
-        if table.store.gate is not None:
-            states[member.name + COUNTS] = _state(table.store.gate.state_dict(number), {}, buckets)
+        if admission:
+            states[member.name + COUNTS] = _state(admission[number], {}, buckets)
     return states
 
 
 def tables_meta(tables: Sequence[HashTable]) -> dict[str, JSON]:
-    """Return the metadata of :func:`tables_state`: the seed of first values, and the steps of each member table."""
+    """Return the metadata of :func:`tables_state`: seed, and steps and times of the member tables."""
     steps: dict[str, JSON] = {member.name: table.step for table in tables for member in table.members}
-    return {"seed": tables[0].store.seed, "steps": steps}
+    times: dict[str, JSON] = {
+        member.name: [[step, seconds] for step, seconds in recorded.samples]
+        for table in tables
+        for member, recorded in zip(table.members, table.step_times, strict=True)
+        if recorded.samples
+    }
+    return {"seed": tables[0].store.seed, "steps": steps, **({"times": times} if times else {})}
 
 
 def watch_tables(tables: Sequence[HashTable]) -> list[ChangeLog]:
@@ -71,6 +78,7 @@ def tables_changes(
         return None
     states: dict[str, TableState] = {}
     for place, (table, changes) in enumerate(zip(tables, watched, strict=True)):
+        admission = table.admission_states()
         for number, member in enumerate(table.members):
             if member.name in whole:
                 changes.note_whole(number)
@@ -81,9 +89,8 @@ def tables_changes(
             if shares is not None:
                 buckets, columns = shares.saved(place, number), shares.whole(place, columns)
             states[member.name] = _state(columns, table_meta(table.layout), buckets, removed_ids)
-            if table.store.gate is not None:
-                known = table.store.gate.state_dict(number)
-                forgotten = None
+            if admission:
+                known, forgotten = admission[number], None
                 if number not in changes.whole:
                     known, forgotten = changed_admission(changes.admission[number], known)
                 states[member.name + COUNTS] = _state(known, {}, buckets, forgotten)
@@ -103,12 +110,12 @@ def tables_layout(tables: Sequence[HashTable]) -> PartState:
     """Return :func:`tables_state` without its rows: the tables and their columns."""
     states: dict[str, TableState] = {}
     for table in tables:
-        columns = table.store.export_none()
+        columns, admission = table.store.export_none(), table.admission_columns()
         none = columns["ids"]
         for member in table.members:
             states[member.name] = TableState(columns, none, table_meta(table.layout))
-            if table.store.gate is not None:
-                states[member.name + COUNTS] = TableState({"ids": none, "count": none}, none, {})
+            if admission:
+                states[member.name + COUNTS] = TableState(admission, none, {})
     return PartState(tables=states)
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from recis_hybrid.checkpointing import BUCKETS, owned_buckets
+from recis_hybrid.embedding.admission import MinFrequency
 from recis_hybrid.embedding.config import EmbeddingConfig, check_configs
 from recis_hybrid.embedding.optimizer import OptimizerSpec
 from recis_hybrid.embedding.placement import Placement, output_device
@@ -93,7 +95,7 @@ def plan(
         samples: Samples of a rank's batch.
         ids: Mean number of ids of a sample by feature; 1 where missing.
         distinct: Distinct ids of a member table as a share of its ids in a batch; never more than it has rows.
-        rejected: Number of ids that wait for admission, by member table with an ``admission``; 0 where missing.
+        rejected: Number of ids that wait for admission, by member table with exact counts; 0 where missing.
         ranks: Number of ranks, W.
         optimizer: As for EmbeddingEngine.
         coalesce: As for EmbeddingEngine.
@@ -218,6 +220,8 @@ def _table(
         width = columns_of(dim, ranks)[rank] if sharding == "column" else 0
         answered = sent * width
         given = distinct * (dim - width) if sharding == "column" else sent * dim
+    first, end = owned_buckets(rank, ranks) if sharding == "row" else (0, BUCKETS)
+    buckets = end - first
     trained = plan.config.trainable
     own = math.ceil(sum(rows.values()) * share)
     wire = {"ids": 8 * sent, "counts": sent * trained, "rows": answered * item, "gradients": given * item * trained}
@@ -225,7 +229,7 @@ def _table(
         members=tuple(member.name for member in plan.members),
         sharding=sharding,
         rows=own,
-        memory=_memory(plan, layout_on(plan, rank, ranks), own, received, waiting, share, device),
+        memory=_memory(plan, layout_on(plan, rank, ranks), own, received, waiting, share, buckets, device),
         wire={name: round(number) for name, number in wire.items()},
     )
 
@@ -237,6 +241,7 @@ def _memory(
     looked_up: int,
     waiting: Mapping[int, int],
     share: float,
+    buckets: int,
     device: torch.device,
 ) -> dict[str, int]:
     """Return the bytes of each part of a table with ``rows`` rows, in which ``looked_up`` ids are looked up at once."""
@@ -244,9 +249,12 @@ def _memory(
     more = looked_up if plan.config.trainable else 0
     embedding = rows * layout.width("embedding") * layout.part_dtype("embedding").itemsize
     state = rows * sum(layout.width(f.name) * layout.part_dtype(f.name).itemsize for f in layout.state)
-    admission = 0
-    if plan.config.admission is not None:
-        admission = bytes_for(math.ceil(sum(waiting.values()) * share), more)
+    admission, rule = 0, plan.config.admission
+    if isinstance(rule, MinFrequency):
+        if rule.sketch_bytes is None:
+            admission = bytes_for(math.ceil(sum(waiting.values()) * share), more)
+        else:
+            admission = len(plan.members) * buckets * (rule.sketch_bytes // BUCKETS)
     parts = {"id_map": bytes_for(rows, more), "blocks": 0, "cache": 0, "locations": 0, "disk": 0}
     if placement.blocks == "disk":
         parts |= bytes_on_disk(layout, rows, more, placement.cache_bytes)

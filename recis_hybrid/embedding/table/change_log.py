@@ -8,7 +8,7 @@ Letters: n rows, m ids.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -27,10 +27,10 @@ class ChangeLog:
 
     Args:
         step: Number of steps done on the table at that time.
-        admission: For each member table with admission, the state of its gate at that time.
+        admission: For each member table, the state of its gate at that time; empty if there is none to save.
     """
 
-    def __init__(self, step: int, admission: Mapping[int, dict[str, Tensor]]) -> None:
+    def __init__(self, step: int, admission: Sequence[dict[str, Tensor]]) -> None:
         self.step = step
         self.admission = admission
         self.whole: set[int] = set()
@@ -103,7 +103,8 @@ def changed_admission(before: dict[str, Tensor], now: dict[str, Tensor]) -> tupl
     at = torch.searchsorted(before["ids"], now["ids"]).clamp_(max=before["ids"].numel() - 1)
     same = before["ids"][at] == now["ids"]
     for name, values in now.items():
-        same &= before[name][at] == values
+        equal = before[name][at] == values
+        same &= equal if equal.dim() == 1 else equal.all(1)
     return {name: values[~same] for name, values in now.items()}, _without(before["ids"], now["ids"])
 
 

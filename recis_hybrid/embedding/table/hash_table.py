@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.admission import Admission
+from recis_hybrid.checkpointing import BUCKETS
 from recis_hybrid.embedding.compilation import outside_graphs, prepare, refuse_recording
-from recis_hybrid.embedding.eviction import Eviction
+from recis_hybrid.embedding.eviction import EvictionRule, SharedRows, StepTimes
+from recis_hybrid.embedding.gate import Admission
 from recis_hybrid.embedding.optimizer import BeforeRead, OptimizerSpec
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.change_log import ChangeLog, changed_rows
@@ -53,6 +54,7 @@ class HashTable:
         seed: Seed of the rows' first values and of stochastic rounding.
         placement: Devices of IDMap and blocks.
         admission: Rule for which ids get a row; None: all ids of training lookups.
+        buckets: The first bucket whose ids are looked up here, and the one after the last.
         read_only: Refuse all changes of rows except loading.
     """
 
@@ -65,10 +67,11 @@ class HashTable:
         *,
         placement: Placement | None = None,
         admission: Admission | None = None,
+        buckets: tuple[int, int] = (0, BUCKETS),
         read_only: bool = False,
     ) -> None:
         self._borrowed: Callable[[], None] | None = None
-        self._store = RowStore(members, layout, device, seed, placement=placement, admission=admission)
+        self._store = RowStore(members, layout, device, seed, placement=placement, admission=admission, buckets=buckets)
         self.members = self.store.members
         self.layout = layout
         self.device = self.store.device
@@ -86,6 +89,8 @@ class HashTable:
         """Optimizer hyperparameters for this table only."""
         self.built_alone = False
         """True if the engine was built without a process group, but not explicitly for one process."""
+        self.step_times = [StepTimes() for _ in members]
+        """For each member table, the times of its steps, for eviction by time."""
         self.tracker: LookupTracker | None = None
         """Counts the ids of training lookups; None: they are not counted."""
         self._unrecorded: Lookup | None = None
@@ -180,6 +185,8 @@ class HashTable:
             rows = store.find(request)
             return Lookup(request, rows, store.id_map.row_bound, self.generation, False, self.step)
         self.record_lookup()
+        if store.gate is not None:
+            store.gate.age(self.step)
         request = request.with_own_bags()
         # If before_read may change the rows, they are gathered after it.
         rows, groups, gathered = store.insert_grouped(request, None if self.before_read else out, starts)
@@ -386,14 +393,25 @@ class HashTable:
     def watch(self) -> ChangeLog:
         """Return a log of all changes from now on, for as long as it is referenced: 8 bytes per erased or inserted id.
 
-        It holds a copy of the admission state, 16 bytes per id.
+        It holds a copy of the admission state: 16 bytes per counted id, or the blocks of a sketch that are not empty.
         """
         self.record_lookup()
-        gate = self.store.gate
-        admission = {} if gate is None else {m: gate.state_dict(m) for m in range(len(self.members))}
-        log = ChangeLog(self.step, admission)
+        log = ChangeLog(self.step, self.admission_states())
         self.change_logs.add(log)
         return log
+
+    def admission_columns(self) -> dict[str, Tensor]:
+        """Return the columns of the admission state, without rows; empty if there is none to save."""
+        gate = self.store.gate
+        return {} if gate is None else gate.columns()
+
+    def admission_states(self) -> list[dict[str, Tensor]]:
+        """Return the admission state of each member table; an empty list if there is none to save."""
+        gate = self.store.gate
+        if gate is None or not gate.columns():
+            return []
+        gate.age(self.step)
+        return [gate.state_dict(member) for member in range(len(self.members))]
 
     def watches(self, log: ChangeLog) -> bool:
         """Return whether :meth:`watch` of this table created the log."""
@@ -486,15 +504,16 @@ class HashTable:
         self._log_changes(member, ids)
         return erased
 
-    def evict(self, rule: Eviction) -> int:
-        """Erase the rows that a rule selects, and return their number."""
+    def evict(self, rule: EvictionRule) -> int:
+        """Erase the rows that a rule selects in each member table, and return their number."""
         return self.erase_evicted(self.evicted_by(rule))
 
-    def evicted_by(self, rule: Eviction | Mapping[int, Eviction]) -> Entries:
-        """Return the rows that a rule selects, without erasing them.
+    def evicted_by(self, rule: EvictionRule | Mapping[int, EvictionRule], shared: SharedRows | None = None) -> Entries:
+        """Return the rows that a rule selects, without erasing them; collective if ranks share the table.
 
         Args:
-            rule: A rule for all rows, or rules by number of the member table.
+            rule: A rule for all member tables, or rules by number of the member table.
+            shared: Distribution of the rows over ranks; None: this process has them alone.
 
         Raises:
             RuntimeError: If the table is read-only, or has pending gradients.
@@ -504,7 +523,7 @@ class HashTable:
         self.refuse_read_only("evict")
         self.refuse_pending("evict")
         self.record_lookup()
-        return self.store.unwanted(rule, self.step)
+        return self.store.unwanted(rule, self.step, self.step_times, shared or SharedRows())
 
     def erase_evicted(self, evicted: Entries) -> int:
         """Erase the rows that :meth:`evicted_by` returned; the table must not have changed since."""

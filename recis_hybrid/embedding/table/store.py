@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.admission import Admission, Gate, admitted_by_count
-from recis_hybrid.embedding.eviction import Eviction, Rows, unwanted_rows
+from recis_hybrid.checkpointing import BUCKETS
+from recis_hybrid.embedding.eviction import EvictionRule, Rows, SharedRows, StepTimes, rules_by_member, unwanted_rows
+from recis_hybrid.embedding.gate import Admission, Gate, TableShare
 from recis_hybrid.embedding.initializers import initializer_words, refuse_unrepresentable
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.blocks import EmbeddingBlocks
@@ -41,6 +43,7 @@ class RowStore:
         seed: Seed of the rows' first values.
         placement: Devices of IDMap and blocks.
         admission: Rule for which ids get a row; None: all ids of training lookups.
+        buckets: The first bucket whose ids are looked up here, and the one after the last.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class RowStore:
         *,
         placement: Placement | None = None,
         admission: Admission | None = None,
+        buckets: tuple[int, int] = (0, BUCKETS),
     ) -> None:
         if not 0 < len(members) <= MAX_MEMBERS:
             raise ValueError(f"a hash table holds 1 to {MAX_MEMBERS} member tables, got {len(members)}")
@@ -63,7 +67,7 @@ class RowStore:
         self.map_device = self.placement.map_device(device.index)
         self.device = self.placement.blocks_device(device.index)
         """Device whose kernels access the records."""
-        self.admission = admission
+        self.admission, self.buckets = admission, buckets
         if self.placement.cache_bytes and not self.on_disk:
             refuse_small_cache(f"table {self.name}", self.placement.cache_bytes, layout.record_bytes)
         self.reseed(seed)
@@ -94,7 +98,8 @@ class RowStore:
         """Remove all rows, and free their memory and the admission state."""
         self.id_map = IdMap(self.map_device)
         self.blocks = self._new_blocks()
-        self.gate = None if self.admission is None else self.admission.gate(self.map_device)
+        share = TableShare(self.map_device, tuple(member.name for member in self.members), self.buckets)
+        self.gate = None if self.admission is None else self.admission.gate(share)
 
     def _new_blocks(self) -> EmbeddingBlocks | DiskBlocks:
         pinned, cache_bytes = self.placement.blocks == "pinned", self.placement.cache_bytes
@@ -200,10 +205,8 @@ class RowStore:
         admitted = None
         if gate is not None:
             found = self.id_map.find(map_ids, members, used)
-            if counts is None:
-                admitted = gate.admitted(map_ids, members, found, used)
-            else:
-                admitted = admitted_by_count(gate, map_ids, members, found, counts.to(self.map_device))
+            counts = None if counts is None else counts.to(self.map_device)
+            admitted = gate.admitted(map_ids, members, found, used, counts)
         map_rows, map_fresh = self.id_map.find_or_insert(map_ids, members, admitted, used)
         try:
             rows, fresh = self.on_blocks(map_rows), self.on_blocks(map_fresh)
@@ -349,12 +352,45 @@ class RowStore:
         ids, members = self.id_map.marked(marks.to(self.map_device))
         return self.on_blocks(ids), self.on_blocks(members)
 
-    def unwanted(self, rule: Eviction | Mapping[int, Eviction], step: int) -> Entries:
-        """Return the rows that :func:`unwanted_rows` selects."""
+    def unwanted(
+        self, rule: EvictionRule | Mapping[int, EvictionRule], step: int, times: Sequence[StepTimes], shared: SharedRows
+    ) -> Entries:
+        """Return the rows that a rule selects, or that a rule selects in each member table; collective likewise.
+
+        Args:
+            rule: A rule for all member tables, each of which it sees alone; or rules by number of the member table.
+                Rows of other member tables stay.
+            step: Number of steps done on the table.
+            times: For each member table, the times of its steps.
+            shared: Distribution of the rows over ranks.
+        """
         entries = self.id_map.entries()
         meta = self.blocks.read_meta(self.on_blocks(entries.rows)).to(self.map_device)
-        unwanted = unwanted_rows(rule, Rows(entries.ids, entries.members, meta[0], meta[1], meta[2], step))
+        unwanted = torch.zeros_like(entries.ids, dtype=torch.bool)
+        for member, own in rules_by_member(rule, len(self.members)):
+            at: slice | Tensor = slice(None)
+            if len(self.members) > 1:
+                at = (entries.members == member).nonzero().view(-1)
+            rows = Rows(
+                self.members[member].name,
+                entries.ids[at],
+                meta[0][at],
+                meta[1][at],
+                meta[2][at],
+                step=step,
+                row_bytes=self.layout.whole.record_bytes,
+                shared=shared,
+                times=times[member],
+                read_norms=partial(self.norms, entries.rows[at]),
+            )
+            unwanted[at] = unwanted_rows(own, rows)
         return Entries(*(values[unwanted] for values in entries))
+
+    def norms(self, rows: Tensor) -> Tensor:
+        """Return the L2 norms of the embeddings of rows (int64 ``[n]``), float32 ``[n]``, read a few MiB at a time."""
+        pieces = self.on_blocks(rows).split(max(_SLICE_BYTES // (4 * self.layout.dim), 1))
+        norms = [self.blocks.read(piece, "embedding").float().norm(dim=1) for piece in pieces]
+        return torch.cat(norms).to(rows.device)
 
     def erase_slots(self, slots: Tensor) -> int:
         """Erase the ids in slots of the IDMap (int64 ``[n]``, negative: none), and return their number."""
