@@ -13,7 +13,16 @@ import pytest
 
 from tests.support.programs import Program
 
-PROGRAMS = ["demo.py", "frappe.py", "jax_led.py", "jax_tower.py", "jit_lookup.py", "minilm.py", "posters.py"]
+PROGRAMS = [
+    "demo.py",
+    "frappe.py",
+    "jax_led.py",
+    "jax_tower.py",
+    "jit_lookup.py",
+    "minilm.py",
+    "online.py",
+    "posters.py",
+]
 
 
 def output_of(root: Path, folder: Path, program: str, *arguments: str) -> str:
