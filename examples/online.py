@@ -94,7 +94,7 @@ class Learner:
             "sparse": self.model.engine.make_optimizer(lr=0.1),
         }
         loss = nn.functional.binary_cross_entropy_with_logits
-        keep = Capacity(rows=args.capacity, by="lfu", half_life=2 * steps)
+        keep = Capacity(rows=args.capacity, by="lfu", half_life=steps / 4)
         self._callbacks = [PeriodicEviction({"item": keep}, steps=steps)] if bounded else []
         self._trainer = rh.Trainer(
             rh.TorchStep(self.model, loss, optimizers), callbacks=self._callbacks, metrics={"auc": rh.metrics.AUC()}
