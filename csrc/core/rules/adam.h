@@ -102,22 +102,16 @@ struct AdamL2Rule {
   RECIS_HD void apply(char* record, int64_t d, Count n, const float* RECIS_RESTRICT g, Rounding rounding) const {
     if constexpr (kMax) {
       EditTile<S, W> max_tile(field_at<S>(record, max_offset, d));
-      S* RECIS_RESTRICT max = max_tile.data();
-      step<E, S, W>(record, d, n, g, rounding, [&](int j, float second) {
-        const float before = load_element(max[j]);
-        const float greatest = before > second ? before : second;
-        rounding.part(3).store(max + j, greatest, d + j);
-        return greatest;
-      });
+      step<E, S, W>(record, d, n, g, max_tile.data(), rounding);
     } else {
-      step<E, S, W>(record, d, n, g, rounding, [](int, float second) { return second; });
+      step<E, S, W>(record, d, n, g, static_cast<S*>(nullptr), rounding);
     }
   }
 
  private:
-  template <class E, class S, int W, class Count, class F>
-  RECIS_HD void step(char* record, int64_t d, Count n, const float* RECIS_RESTRICT g, Rounding rounding,
-                     F&& greatest) const {
+  template <class E, class S, int W, class Count>
+  RECIS_HD void step(char* record, int64_t d, Count n, const float* RECIS_RESTRICT g, S* RECIS_RESTRICT max,
+                     Rounding rounding) const {
     EditTile<E, W> w_tile(field_at<E>(record, 0, d));
     EditTile<S, W> m_tile(field_at<S>(record, exp_avg_offset, d));
     EditTile<S, W> v_tile(field_at<S>(record, exp_avg_sq_offset, d));
@@ -131,7 +125,13 @@ struct AdamL2Rule {
       const float second = (1.0f - beta2_rest) * load_element(v[j]) + beta2_rest * (u * u);
       rounding.part(1).store(m + j, first, d + j);
       rounding.part(2).store(v + j, second, d + j);
-      rounding.store(w + j, w0 - step_size * (first / (sqrtf(greatest(j, second)) + eps)), d + j);
+      float greatest = second;
+      if constexpr (kMax) {
+        const float before = load_element(max[j]);
+        greatest = before > second ? before : second;
+        rounding.part(3).store(max + j, greatest, d + j);
+      }
+      rounding.store(w + j, w0 - step_size * (first / (sqrtf(greatest) + eps)), d + j);
     }
   }
 };
