@@ -54,6 +54,7 @@ from recis_hybrid.embedding.statistics import (
     MemberStatistics as MemberStatistics,
     TableStatistics as TableStatistics,
 )
+from recis_hybrid.embedding.sweeps import CompactionSweep as CompactionSweep, EvictionSweep as EvictionSweep
 from recis_hybrid.embedding.table.blocks import EmbeddingBlocks as EmbeddingBlocks
 from recis_hybrid.embedding.table.hash_table import Anchor as Anchor, HashTable as HashTable
 from recis_hybrid.embedding.table.id_map import IdMap as IdMap

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, overload
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from recis_hybrid.embedding.config import EmbeddingConfig, check_configs
 from recis_hybrid.embedding.distributed.exchange import Exchange, Traffic, group_of
 from recis_hybrid.embedding.distributed.prefetch import Prefetcher
 from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables, refuse_settings, shard
-from recis_hybrid.embedding.eviction import EvictionRule, SharedRows
+from recis_hybrid.embedding.eviction import EvictionRule, SharedRows, refuse_ranking
 from recis_hybrid.embedding.gradients import non_finite_features
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, distinct_columns, samples_of
 from recis_hybrid.embedding.optimizer import OptimizerSpec, RowOptimizer
@@ -38,6 +38,7 @@ from recis_hybrid.embedding.placement import output_device
 from recis_hybrid.embedding.planner.coalesce import TablePlan, describe_plans, layout_on, plan_tables, table_reads
 from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, gather, spread
 from recis_hybrid.embedding.statistics import TableStatistics, statistics_of
+from recis_hybrid.embedding.sweeps import CompactionSweep, EvictionSweep
 from recis_hybrid.embedding.table.hash_table import Anchor, HashTable
 from recis_hybrid.embedding.table.id_map import Entries
 from recis_hybrid.embedding.table.lookup import Lookup, Request
@@ -572,13 +573,30 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
         if self._prefetcher is not None:
             self._prefetcher.look_up()
 
-    def evict(self, rule: EvictionRule | Mapping[str, EvictionRule]) -> int:
+    @overload
+    def evict(self, rule: EvictionRule | Mapping[str, EvictionRule]) -> int: ...
+
+    @overload
+    def evict(self, rule: EvictionRule | Mapping[str, EvictionRule], *, rows_per_call: int) -> EvictionSweep: ...
+
+    def evict(
+        self, rule: EvictionRule | Mapping[str, EvictionRule], *, rows_per_call: int | None = None
+    ) -> int | EvictionSweep:
         """Erase the rows that a rule selects, and return their number on this process; collective if ranks share them.
+
+        With ``rows_per_call``, the eviction is spread over calls, between which the training continues::
+
+            eviction = engine.evict(Unused(steps=1000), rows_per_call=50_000)
+            for batch in batches:
+                train(batch)
+                next(eviction, None)
 
         Args:
             rule: Applied to each member table of each trained table: an object such as :class:`Unused`, or a function
                 that takes :class:`Rows` and returns bool ``[n]``. Or rules by name of the table
                 (``EmbeddingConfig.table``, or else the feature's name). Tables without a rule keep their rows.
+            rows_per_call: Number of rows, of all tables and ranks, to which the rules are applied in a call of the
+                returned iterator; rules must decide about each row by itself. None: erase all rows now.
 
         Raises:
             OtherRankError: If another rank failed; no table is changed.
@@ -594,26 +612,48 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             >>> engine.evict({"item": Unused(steps=1000), "user": lambda rows: rows.frequency < 2})
             0
         """
+        rules = self._eviction_rules(rule)
+        if rows_per_call is not None:
+            rows_per_call = check_integer("EmbeddingEngine.evict", "rows_per_call", rows_per_call, low=1)
+            for _, each in rules:
+                refuse_ranking("EmbeddingEngine.evict: rows_per_call", each)
+            rows = self._rows_of_all_ranks([number for number, _ in rules])
+            tables = [(self.tables[number], each, self._shared_rows(number)) for number, each in rules]
+            return EvictionSweep(tables, max(1, -(-rows // rows_per_call)))
         # Apply the rules to all tables before the first row is erased.
         if self.group is None:
-            evicted = self._evicted_by(rule)
+            evicted = self._evicted_by(rules)
         else:
             evicted = []
             failure: BaseException | None = None
             try:
-                evicted = self._evicted_by(rule)
+                evicted = self._evicted_by(rules)
             except BaseException as error:
                 failure = error
             distributed.all_succeed_or_raise(failure, group=self.group)
         return sum(table.erase_evicted(rows) for table, rows in evicted)
 
-    def _evicted_by(self, rule: EvictionRule | Mapping[str, EvictionRule]) -> list[tuple[HashTable, Entries]]:
-        found = []
-        for number, each in self._eviction_rules(rule):
-            sharding = self.plans[number].sharding
-            shared = SharedRows(self.group, sharding in ("replicated", "column"), sharding == "column")
-            found.append((self.tables[number], self.tables[number].evicted_by(each, shared)))
-        return found
+    def _evicted_by(
+        self, rules: Sequence[tuple[int, EvictionRule | Mapping[int, EvictionRule]]]
+    ) -> list[tuple[HashTable, Entries]]:
+        return [
+            (self.tables[number], self.tables[number].evicted_by(rule, self._shared_rows(number)))
+            for number, rule in rules
+        ]
+
+    def _shared_rows(self, number: int) -> SharedRows:
+        """Return how ranks share the rows of a logical table."""
+        sharding = self.plans[number].sharding
+        return SharedRows(self.group, sharding in ("replicated", "column"), sharding == "column")
+
+    def _rows_of_all_ranks(self, numbers: Sequence[int]) -> int:
+        """Return the number of rows of logical tables, summed over the ranks; collective if ranks share them."""
+        own = [len(self.tables[number]) for number in numbers]
+        by_rank = [own] if self.group is None else distributed.exchange(own, self.group)
+        return sum(
+            max(counts) if self._shared_rows(number).everywhere else sum(counts)
+            for number, counts in zip(numbers, zip(*by_rank, strict=True), strict=True)
+        )
 
     def _eviction_rules(
         self, rule: EvictionRule | Mapping[str, EvictionRule]
@@ -630,12 +670,30 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             by_table.setdefault(number, {})[member] = each
         return sorted(by_table.items())
 
-    def compact(self) -> None:
-        """Close the gaps between the rows of every table, and free memory."""
+    @overload
+    def compact(self) -> None: ...
+
+    @overload
+    def compact(self, *, rows_per_call: int) -> CompactionSweep: ...
+
+    def compact(self, *, rows_per_call: int | None = None) -> CompactionSweep | None:
+        """Close the gaps between the rows of every table, and free memory.
+
+        Args:
+            rows_per_call: Spread the compaction over calls of ``next`` for the returned iterator, each for about this
+                number of rows of this process; the training may continue in between. None: compact now.
+
+        Raises:
+            RuntimeError: If a table has pending gradients.
+        """
         for table in self.tables:
             table.refuse_pending("compact")
+        if rows_per_call is not None:
+            rows_per_call = check_integer("EmbeddingEngine.compact", "rows_per_call", rows_per_call, low=1)
+            return CompactionSweep(self.tables, rows_per_call)
         for table in self.tables:
             table.compact()
+        return None
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of each part, summed over all tables; see :meth:`HashTable.memory`."""

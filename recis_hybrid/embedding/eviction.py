@@ -327,6 +327,16 @@ def check_rule(where: str, rule: object) -> None:
         )
 
 
+def refuse_ranking(where: str, rule: EvictionRule | Mapping[int, EvictionRule]) -> None:
+    """Raise ValueError for a rule that ranks all rows of a table, because it would get only a share of them."""
+    for each in rule.values() if isinstance(rule, Mapping) else [rule]:
+        if isinstance(each, Capacity):
+            raise ValueError(
+                f"{where}: {each!r} ranks all rows of a table, so it cannot be applied to a part of them; evict all "
+                "at once, or by a rule that decides about each row by itself, such as Unused(steps=1000)"
+            )
+
+
 def unwanted_rows(rule: EvictionRule, rows: Rows) -> Tensor:
     """Return the rows of a member table that a rule selects.
 

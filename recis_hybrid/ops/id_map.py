@@ -121,6 +121,27 @@ def decode(entries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return entries >> 62 & 3, entries >> 46 & 0xFFFF, entries >> 6 & (1 << 40) - 1
 
 
+def place_of(ids: Tensor, members: Tensor) -> Tensor:
+    """Return the upper half of the hash by which each id of a member table is placed in every map.
+
+    Args:
+        ids: int64 ``[N]``.
+        members: int64 ``[N]``, the number of each id's member table.
+
+    Returns:
+        int64 ``[N]``, 0 to 2^32 - 1; identical on all devices and ranks. ``csrc/core/hash/mix.h`` computes the same.
+    """
+    x = ids + (members + 1) * -0x61C8864680B583EB
+    x = (x ^ _shifted(x, 30)) * -0x40A7B892E31B1A47
+    x = (x ^ _shifted(x, 27)) * -0x6B2FB644ECCEEE15
+    return _shifted(x ^ _shifted(x, 31), 32)
+
+
+def _shifted(x: Tensor, bits: int) -> Tensor:
+    """Return unsigned 64-bit numbers shifted to the right."""
+    return x >> bits & (1 << 64 - bits) - 1
+
+
 def move_lines(
     header: Tensor, counters: Tensor, lines: int, first: int, end: int, last_old: int, lifted: Tensor
 ) -> None:

@@ -48,6 +48,9 @@ class Run(Protocol):
     def evict(self, stage: Evict) -> None:
         """Evict rows by the stage's rule."""
 
+    def count_evicted(self, rows: int) -> None:
+        """Count rows that were evicted on this process, for the log."""
+
     def save(self, *, delta: bool = False) -> Location | None:
         """Write a checkpoint, unless the current step has one."""
 
@@ -212,6 +215,13 @@ class Evict:
             for member in table.members
             if (member.name in self.rule if by_name else not table.read_only)  # type: ignore[operator]
         ]
+
+    def refuse_unknown(self, engines: Sequence[EmbeddingEngine]) -> None:
+        """Raise ValueError if there is a rule for a table that none of the engines has."""
+        if isinstance(self.rule, Mapping):
+            tables = {member.name for engine in engines for plan in engine.plans for member in plan.members}
+            if unknown := sorted(self.rule.keys() - tables):
+                raise ValueError(f"Evict: there are no tables {unknown}; the tables are {sorted(tables)}")
 
     def run(self, trainer: Run) -> None:
         """Evict; see :meth:`Trainer.evict`."""

@@ -391,17 +391,18 @@ class Trainer:
         Raises:
             ValueError: The stage has a rule for a table that no engine has; no row is evicted.
         """
-        if isinstance(stage.rule, Mapping):
-            tables = {member.name for engine in self.engines for plan in engine.plans for member in plan.members}
-            if unknown := sorted(stage.rule.keys() - tables):
-                raise ValueError(f"Evict: there are no tables {unknown}; the tables are {sorted(tables)}")
+        stage.refuse_unknown(self.engines)
         evicted = 0
         for engine in self.engines:
             evicted += engine.evict(stage.rule_of(engine))
             if stage.compact:
                 engine.compact()
-        self._recorder.evicted += evicted
+        self.count_evicted(evicted)
         self._log("evict", {"evicted": evicted})
+
+    def count_evicted(self, rows: int) -> None:
+        """Count rows that were evicted on this process, for the next record of the log."""
+        self._recorder.evicted += rows
 
     def save(self, *, delta: bool = False) -> Location | None:
         """Write a checkpoint, unless the current step has one; ``SaveCheckpoint`` calls this.

@@ -29,15 +29,17 @@ from hypothesis.stateful import (
 from recis_hybrid import ops
 from recis_hybrid.checkpointing import rank_of_bucket
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, IdMap, Placement, Uniform
+from recis_hybrid.embedding.sweeps import CompactionSweep, EvictionSweep
 from recis_hybrid.embedding.table import blocks, store
 from recis_hybrid.saver import Saver
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from tests.support.caches import cached
-from tests.support.chunks import tiny_chunks
+from tests.support.chunks import hash_of, tiny_chunks
 from tests.support.devices import EDGE_IDS
 from tests.support.ranks import all_of
+from tests.support.rows import assert_every_row_is_used_or_free
 from tests.support.schedules import SOAK
-from tests.support.table_model import EVICTIONS, GATES, RULES, TableModel
+from tests.support.table_model import EVICTIONS, GATES, RULES, Row, TableModel
 
 DIM, SEED = 5, 11
 DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
@@ -107,11 +109,16 @@ class TableMachine(RuleBasedStateMachine):
         }
         self.step, self.asynchronous = 0, asynchronous
         self.engine, self.optimizer = self.build_engine(coalesce)
+        self.forget_sweeps()
         self.make_saver = functools.partial(Saver, self.root / "run", keep=keep, async_save=asynchronous)
         self.saver = self.make_saver()
         self.saved: dict[int, Saved] = {}
         self.incremental = False
         """True if the next incremental save can build on an earlier checkpoint."""
+
+    def forget_sweeps(self) -> None:
+        self.eviction: tuple[EvictionSweep, Any, int] | None = None
+        self.compaction: CompactionSweep | None = None
 
     def placement(self) -> Placement | None:
         """Return the placement of the tables."""
@@ -267,6 +274,44 @@ class TableMachine(RuleBasedStateMachine):
         evicted = sum(self.model[n].evict(unwanted, self.step) for n in NAMES if only in (None, n))
         assert self.engine.evict(eviction if only is None else {only: eviction}) == evicted
 
+    @rule(rule=st.sampled_from(sorted(EVICTIONS)), only=st.sampled_from([None, "a"]), rows=st.integers(1, 60))
+    def begin_eviction(self, rule: str, only: str | None, rows: int) -> None:
+        eviction, unwanted = EVICTIONS[rule]
+        sweep = self.engine.evict(eviction if only is None else {only: eviction}, rows_per_call=rows)
+        self.eviction = sweep, (only, unwanted), self.step
+
+    @precondition(lambda self: self.eviction is not None)
+    @rule()
+    def continue_eviction(self) -> None:
+        assert self.eviction is not None
+        sweep, (only, unwanted), since = self.eviction
+        number, count = sweep.done, sweep.calls
+        if number == count:
+            assert next(sweep, None) is None
+            self.eviction = None
+            return
+        evicted = 0
+        for name in NAMES if only is None else [only]:
+            member = self.place(name)[1]
+
+            def due(rows: dict[int, Row], _: int, member: int = member) -> set[int]:
+                share = {i: row for i, row in rows.items() if (hash_of(i, member) >> 32) * count >> 32 == number}
+                return {i for i in unwanted(share, since) if rows[i].seen <= since}
+
+            evicted += self.model[name].evict(due, self.step)
+        assert next(sweep) == evicted
+
+    @rule(rows=st.integers(1, 60))
+    def begin_compaction(self, rows: int) -> None:
+        self.compaction = self.engine.compact(rows_per_call=rows)
+
+    @precondition(lambda self: self.compaction is not None)
+    @rule()
+    def continue_compaction(self) -> None:
+        assert self.compaction is not None
+        if next(self.compaction, None) is None:
+            self.compaction = None
+
     @rule()
     def compact(self) -> None:
         self.engine.compact()
@@ -280,6 +325,7 @@ class TableMachine(RuleBasedStateMachine):
         """Load the state into another engine, and go on with that one."""
         states = self.engine.checkpoint_state(), self.optimizer.checkpoint_state()
         self.engine, self.optimizer = self.build_engine(coalesce, seed=9)
+        self.forget_sweeps()
         self.engine(self.batch(a=[12345], gated=[1, 1]))  # removed by loading the state
         self.engine.load_checkpoint_state(states[0])
         self.optimizer.load_checkpoint_state(states[1])
@@ -321,6 +367,7 @@ class TableMachine(RuleBasedStateMachine):
         if fresh:
             self.copy_state(coalesce)
         self.saver.load(self.parts(), number)
+        self.forget_sweeps()
         saved = self.saved[number]
         self.model, self.step = copy.deepcopy(saved.model), saved.step
         self.incremental |= saved.incremental
@@ -343,6 +390,7 @@ class TableMachine(RuleBasedStateMachine):
 
         all_of(size, read_and_write, seconds=300)
         Saver(self.root / "resharded").load(self.parts(), number)
+        self.forget_sweeps()
         shutil.rmtree(self.root / "resharded")
         self.model, self.step = copy.deepcopy(model), self.saved[number].step
         self.incremental = False
@@ -369,6 +417,8 @@ class TableMachine(RuleBasedStateMachine):
             self.compare(self.engine, name, self.model[name])
         assert sum(len(table) for table in self.engine.tables) == sum(len(m.rows) for m in self.model.values())
         assert all(table.step == self.step for table in self.engine.tables)
+        for table in self.engine.tables:
+            assert_every_row_is_used_or_free(table)
 
 
 def _owner(i: int, size: int) -> int:

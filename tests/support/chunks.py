@@ -20,6 +20,14 @@ def tiny_chunks(chunk: int = 4, piece: int = 3, slack: int = 1 << 12) -> Iterato
         yield
 
 
+def hash_of(i: int, member: int = 0) -> int:
+    """Return the hash by which slots are ordered of an id of a member table: SplitMix64."""
+    x = i + (member + 1) * _SALT & _MASK
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & _MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & _MASK
+    return x ^ x >> 31
+
+
 def id_with_hash(value: int, member: int = 0) -> int:
     """Return the id of a member table whose hash, by which slots are ordered, is ``value``: SplitMix64 backwards."""
     x = value ^ value >> 31 ^ value >> 62

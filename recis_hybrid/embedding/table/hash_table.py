@@ -23,6 +23,7 @@ from recis_hybrid.embedding.gate import Admission
 from recis_hybrid.embedding.optimizer import BeforeRead, OptimizerSpec
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.change_log import ChangeLog, changed_rows
+from recis_hybrid.embedding.table.compaction import Compaction
 from recis_hybrid.embedding.table.gradients import (
     PendingGradients,
     RemoteGradients,
@@ -508,12 +509,22 @@ class HashTable:
         """Erase the rows that a rule selects in each member table, and return their number."""
         return self.erase_evicted(self.evicted_by(rule))
 
-    def evicted_by(self, rule: EvictionRule | Mapping[int, EvictionRule], shared: SharedRows | None = None) -> Entries:
+    def evicted_by(
+        self,
+        rule: EvictionRule | Mapping[int, EvictionRule],
+        shared: SharedRows | None = None,
+        *,
+        share: tuple[int, int] | None = None,
+        since: int | None = None,
+    ) -> Entries:
         """Return the rows that a rule selects, without erasing them; collective if ranks share the table.
 
         Args:
             rule: A rule for all member tables, or rules by number of the member table.
             shared: Distribution of the rows over ranks; None: this process has them alone.
+            share: (number, count): Select from one of ``count`` shares of the rows, and keep rows that training
+                lookups have seen after the step ``since``; see ``IdMap.share``. None: select from all rows.
+            since: Number of steps done on the table, as the rule gets it; None: the present one.
 
         Raises:
             RuntimeError: If the table is read-only, or has pending gradients.
@@ -523,7 +534,8 @@ class HashTable:
         self.refuse_read_only("evict")
         self.refuse_pending("evict")
         self.record_lookup()
-        return self.store.unwanted(rule, self.step, self.step_times, shared or SharedRows())
+        step = self.step if since is None else since
+        return self.store.unwanted(rule, step, self.step_times, shared or SharedRows(), share)
 
     def erase_evicted(self, evicted: Entries) -> int:
         """Erase the rows that :meth:`evicted_by` returned; the table must not have changed since."""
@@ -566,10 +578,33 @@ class HashTable:
 
     def compact(self) -> None:
         """Close gaps between rows and free the blocks at the end; the only operation that moves rows."""
+        compaction = self.begin_compaction()
+        while self.continue_compaction(compaction, None) is not None:
+            pass
+
+    def begin_compaction(self) -> Compaction:
+        """Begin a compaction in parts; one that is not finished ends."""
+        return self.store.begin_compaction()
+
+    def continue_compaction(self, compaction: Compaction, rows: int | None) -> int | None:
+        """Do the next part of a compaction.
+
+        Args:
+            compaction: The one that has begun.
+            rows: About how many rows at once; None: all.
+
+        Returns:
+            How many rows have moved; None if the compaction is finished, or has ended because the table was cleared.
+
+        Raises:
+            RuntimeError: If there are pending gradients.
+        """
+        if self.store.compaction is not compaction:
+            return None
         self.refuse_pending("compact")
         self.record_lookup()
         self.generation = next_generation()
-        self.store.compact()
+        return self.store.compact(rows)
 
     def memory(self) -> dict[str, int]:
         """Return the bytes of each part.

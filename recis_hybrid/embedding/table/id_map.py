@@ -25,6 +25,8 @@ MAX_MEMBERS = 1 << 16
 ROW_BITS = 40
 MAX_ROWS = 1 << ROW_BITS
 _FIRST_SLOTS = 1024
+_PLACE_BITS = 32
+"""Bits of ``ops.id_map.place_of``."""
 
 
 class Entries(NamedTuple):
@@ -230,21 +232,34 @@ class IdMap:
         """Yield the ids of ``slots`` slots at a time; waits for the device."""
         step = -(-slots // LINE_SLOTS)
         for first in range(0, self.slots.lines, step):
-            yield self._entries_in(first, min(first + step, self.slots.lines))
+            end = min(first + step, self.slots.lines)
+            numbers = torch.arange(LINE_SLOTS * first, LINE_SLOTS * end, device=self.device)
+            yield _entries_of(self.slots.read(first, end).view(-1, 2), numbers)
 
-    def _entries_in(self, first: int, end: int) -> Entries:
-        """Return the ids in the lines from ``first`` up to ``end``; waits for the device."""
-        ids, entries = self.slots.read(first, end).view(-1, 2).unbind(1)
-        states, members, rows = ops.id_map.decode(entries)
-        at = (states == ops.id_map.FULL).nonzero().view(-1)
-        return Entries(ids[at], members[at], rows[at], at + LINE_SLOTS * first)
+    def share(self, number: int, count: int) -> Entries:
+        """Return one of ``count`` shares of the ids, about equal in size; waits for the device.
+
+        The share of an id depends only on the id, its member table and ``count``, so all shares together contain each
+        id once, however the map changes in between.
+        """
+        if count == 1:
+            return self.entries()
+        first, end = (-(-(k << _PLACE_BITS) // count) for k in (number, number + 1))
+        if first == end:
+            return Entries(*torch.empty(4, 0, dtype=torch.int64, device=self.device).unbind())
+        shift = 64 - _PLACE_BITS
+        found = _entries_of(*self.slots.find_range(first << shift, end << shift))
+        places = ops.id_map.place_of(found.ids, found.members)
+        at = ((places >= first) & (places < end)).nonzero().view(-1)
+        return Entries(*(values[at] for values in found))
 
     def erase_slots(self, slots: Tensor) -> None:
         """Erase the ids in slots (int64 ``[n]``, negative: none); their rows are reused."""
-        rows = self._bounds.exact()[ops.id_map.ROWS]
+        exact = self._bounds.exact()
+        rows, free = exact[ops.id_map.ROWS], exact[ops.id_map.FREE]
         if self.free_rows.numel() < rows:
             free_rows = torch.empty(_power_of_two(rows), dtype=torch.int64, device=self.device)
-            free_rows[: self.free_rows.numel()] = self.free_rows
+            free_rows[:free] = self.free_rows[:free]
             self.free_rows = free_rows
         ops.id_map.erase(self.slots.header, slots, self.counters, self.free_rows)
         self._bounds.exact()
@@ -260,13 +275,39 @@ class IdMap:
         _, _, rows = ops.id_map.decode(self.slots.entries_at(slots.clamp(min=0)))
         return torch.where(slots < 0, slots, rows)
 
-    def move(self, moved: Tensor, rows: int) -> None:
-        """Move each id from its row to ``moved[row]`` (int64), all below ``rows``; no row is free afterwards."""
-        ops.id_map.move(self.slots.header, len(self.slots), moved)
-        self.counters[ops.id_map.ROWS] = rows
-        self.counters[ops.id_map.FREE] = 0
-        self.free_rows = self.free_rows[:0].clone()
+    # The free rows; all methods wait for the device
+
+    def row_count(self) -> int:
+        """Return the number of rows, in use or not: those before ``row_bound`` that have been created."""
+        return self._bounds.exact()[ops.id_map.ROWS]
+
+    def free_count(self) -> int:
+        """Return the number of free rows, which inserts use from the last one on before they create rows."""
+        return self._bounds.exact()[ops.id_map.FREE]
+
+    def last_free(self, count: int) -> Tensor:
+        """Return the last ``count`` free rows, int64 ``[count]``."""
+        free = self.free_count()
+        return self.free_rows[free - count : free].clone()
+
+    def take_free(self, count: int) -> Tensor:
+        """Return the last ``count`` free rows, int64 ``[count]``, which are then no longer in the list."""
+        rows = self.last_free(count)
+        self.counters[ops.id_map.FREE] -= count
         self._bounds.exact()
+        return rows
+
+    def add_free(self, rows: Tensor) -> None:
+        """Append rows (int64 ``[n]``) to the free ones."""
+        free = self.free_count()
+        self.free_rows[free : free + rows.numel()] = rows
+        self.counters[ops.id_map.FREE] += rows.numel()
+        self._bounds.exact()
+
+    def truncate(self, rows: int) -> None:
+        """Forget the rows from ``rows`` on, none of which may be in use or in the list of free rows."""
+        self.counters[ops.id_map.ROWS] = rows
+        self.free_rows = self.free_rows[: self.free_count()].clone()
 
 
 class IdCounts(IdMap):
@@ -310,6 +351,14 @@ class IdCounts(IdMap):
     def erase_slots(self, slots: Tensor) -> None:
         """Erase the ids in slots (int64 ``[n]``, negative: none), without waiting for the device."""
         ops.id_map.erase(self.slots.header, slots, self.counters, None)
+
+
+def _entries_of(slots: Tensor, numbers: Tensor) -> Entries:
+    """Return the ids in slots (int64 ``[n, 2]``) with some numbers (int64 ``[n]``)."""
+    ids, entries = slots.unbind(1)
+    states, members, rows = ops.id_map.decode(entries)
+    at = (states == ops.id_map.FULL).nonzero().view(-1)
+    return Entries(ids[at], members[at], rows[at], numbers[at])
 
 
 def list_entries(header: Tensor, slots: int, live: int) -> Entries:

@@ -23,6 +23,7 @@ PIECE_LINES = {"cpu": 1 << 13, "other": 1 << 16}
 SLACK_LINES = 1 << 12
 """Full lines in a row that can be moved with a piece; ids that are not crafted fill far fewer."""
 
+_READ_LINES = 16
 _LINE_WORDS = 2 * LINE_SLOTS
 _FRESH_WORK = 3
 """Cost of a line that moves to memory not accessed before, which the system must clear, relative to other lines."""
@@ -94,6 +95,39 @@ class Slots:
             parts.append(part[max(first - begin, 0) : max(end - begin, 0)])
             begin += part.size(0)
         return torch.cat(parts)
+
+    def find_range(self, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Return the slots in which the ids lie whose hashes are in a range, and some others; waits for the device.
+
+        Args:
+            first: Lowest hash, unsigned.
+            end: Greater than every hash; greater than ``first``.
+
+        Returns:
+            Copies of the slots, int64 ``[n, 2]``, and their numbers, int64 ``[n]``.
+        """
+        words: list[int] = self.header[: ops.id_map.CHUNK_SHIFT].tolist()
+        lines, old_lines, last_old = (word & (1 << 64) - 1 for word in words)
+
+        def line_of(hash_: int) -> int:
+            return hash_ * (old_lines if hash_ <= last_old else lines) >> 64
+
+        def read(begin: int, stop: int) -> Tensor:
+            if stop <= lines:
+                return self.read(begin, stop)
+            return torch.cat([self.read(begin, lines), self.read(max(begin - lines, 0), stop - lines)])
+
+        begin, stop = line_of(first), line_of(end - 1) + 1
+        # An id that found its line full is in a later one, after line 0 again, and the lines between are full, too.
+        while stop - begin < lines:
+            part = read(stop - 1, min(stop - 1 + _READ_LINES, begin + lines))
+            not_full = (part[:, -1, 1] == 0).nonzero()
+            stop += int(not_full[0]) if not_full.numel() > 0 else part.size(0)
+            if not_full.numel() > 0:
+                break
+        stop = min(stop, begin + lines)
+        numbers = torch.arange(LINE_SLOTS * begin, LINE_SLOTS * stop, device=self.device) % (LINE_SLOTS * lines)
+        return read(begin, stop).view(-1, 2), numbers
 
     def entries_at(self, numbers: Tensor) -> Tensor:
         """Return the second words of slots (numbers, int64 ``[n]``), int64 ``[n]``."""

@@ -19,6 +19,7 @@ from recis_hybrid.embedding.gate import Admission, Gate, TableShare
 from recis_hybrid.embedding.initializers import initializer_words, refuse_unrepresentable
 from recis_hybrid.embedding.placement import Placement
 from recis_hybrid.embedding.table.blocks import EmbeddingBlocks
+from recis_hybrid.embedding.table.compaction import Compaction
 from recis_hybrid.embedding.table.disk_blocks import DiskBlocks
 from recis_hybrid.embedding.table.id_map import MAX_MEMBERS, Entries, IdMap
 from recis_hybrid.embedding.table.lookup import Request, gradient_bags
@@ -100,6 +101,8 @@ class RowStore:
         self.blocks = self._new_blocks()
         share = TableShare(self.map_device, tuple(member.name for member in self.members), self.buckets)
         self.gate = None if self.admission is None else self.admission.gate(share)
+        self.compaction: Compaction | None = None
+        """The compaction in progress, if there is one."""
 
     def _new_blocks(self) -> EmbeddingBlocks | DiskBlocks:
         pinned, cache_bytes = self.placement.blocks == "pinned", self.placement.cache_bytes
@@ -254,6 +257,8 @@ class RowStore:
 
     def _reserve(self, more: int) -> int:
         """Make room for more ids before anything is changed, so that running out of memory changes nothing."""
+        if self.compaction is not None:
+            self.compaction.provide(more)
         bound = self.id_map.row_bound + more
         if bound > self.blocks.capacity:
             # The bound counts ids, of which most have a row already; blocks that it alone asks for would stay empty.
@@ -353,18 +358,25 @@ class RowStore:
         return self.on_blocks(ids), self.on_blocks(members)
 
     def unwanted(
-        self, rule: EvictionRule | Mapping[int, EvictionRule], step: int, times: Sequence[StepTimes], shared: SharedRows
+        self,
+        rule: EvictionRule | Mapping[int, EvictionRule],
+        step: int,
+        times: Sequence[StepTimes],
+        shared: SharedRows,
+        share: tuple[int, int] | None = None,
     ) -> Entries:
         """Return the rows that a rule selects, or that a rule selects in each member table; collective likewise.
 
         Args:
             rule: A rule for all member tables, each of which it sees alone; or rules by number of the member table.
                 Rows of other member tables stay.
-            step: Number of steps done on the table.
+            step: Number of steps done on the table, for the rules.
             times: For each member table, the times of its steps.
             shared: Distribution of the rows over ranks.
+            share: Apply the rules only to this share of the rows, as ``IdMap.share`` takes it, and keep rows that a
+                training lookup after ``step`` has seen. None: apply them to all rows.
         """
-        entries = self.id_map.entries()
+        entries = self.id_map.share(*(share or (0, 1)))
         meta = self.blocks.read_meta(self.on_blocks(entries.rows)).to(self.map_device)
         unwanted = torch.zeros_like(entries.ids, dtype=torch.bool)
         for member, own in rules_by_member(rule, len(self.members)):
@@ -384,6 +396,8 @@ class RowStore:
                 read_norms=partial(self.norms, entries.rows[at]),
             )
             unwanted[at] = unwanted_rows(own, rows)
+        if share is not None:
+            unwanted &= meta[1] <= step
         return Entries(*(values[unwanted] for values in entries))
 
     def norms(self, rows: Tensor) -> Tensor:
@@ -397,22 +411,29 @@ class RowStore:
         before = len(self)
         self.blocks.forget(self.id_map.rows_in(slots))  # other ids may get the rows
         self.id_map.erase_slots(slots.contiguous())
-        return before - len(self)
+        erased = before - len(self)
+        if self.compaction is not None:
+            self.compaction.withhold(erased)
+        return erased
 
-    def compact(self) -> None:
-        """Close gaps between rows and free the blocks at the end; the only operation that moves rows."""
-        entries, bound, live = self.id_map.entries(), self.id_map.row_bound, len(self)
-        rows = self.on_blocks(entries.rows)
-        free = torch.ones(live, dtype=torch.bool, device=self.device)
-        free[rows[rows < live]] = False
-        source, target = rows[rows >= live].sort().values, free.nonzero().view(-1)
-        self.blocks.copy_records(source, target)
-        moved = torch.arange(bound, dtype=torch.int64, device=self.device)
-        moved[source] = target
-        # Allocate the new slots first: if memory runs out here, the map is still correct.
-        self.id_map.rehash(live)
-        self.id_map.move(moved.to(self.map_device), live)
-        self.blocks.truncate(live)
+    def begin_compaction(self) -> Compaction:
+        """Begin to close gaps between rows, the only operation that moves rows; ends an unfinished compaction."""
+        self.compaction = Compaction(self.id_map, self.blocks, self.compaction)
+        return self.compaction
+
+    def compact(self, rows: int | None) -> int:
+        """Do the next part of the compaction that has begun, and return how many rows have moved.
+
+        Args:
+            rows: About how many rows at once; None: all, and also free memory of the IDMap.
+        """
+        assert self.compaction is not None
+        moved = self.compaction.advance(rows or max(self.id_map.row_bound, 1))
+        if self.compaction.done:
+            self.compaction = None
+            if rows is None:
+                self.id_map.rehash(len(self))
+        return moved
 
     def row_counts(self) -> list[int]:
         """Return the number of rows of each member table; reads the IDMap if there are several."""
@@ -442,7 +463,7 @@ class RowStore:
         parts = {
             "id_map": self.id_map.nbytes,
             **{"blocks": 0, "cache": 0, "locations": 0, "disk": 0, **self.blocks.memory()},
-            "free_rows": self.id_map.free_rows.nbytes,
+            "free_rows": self.id_map.free_rows.nbytes + (0 if self.compaction is None else self.compaction.nbytes),
             "admission": 0 if self.gate is None else self.gate.nbytes,
         }
         return {**parts, "total": sum(parts.values()) - parts["disk"]}

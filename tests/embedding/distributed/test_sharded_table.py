@@ -418,6 +418,37 @@ def test_ranks_evict_the_same_rows_as_one_process(ranks: Ranks) -> None:
     assert_same(ranks.run(2, evicted), ranks.run(1, evicted))
 
 
+def evicted_in_parts(group: dist.ProcessGroup) -> dict[str, Any]:
+    """Return the rows after two evictions, whose shares come between the steps, and a compaction."""
+    rank, ranks = dist.get_rank(group), dist.get_world_size(group)
+    engine = EmbeddingEngine(sharded.configs(), optimizer=sharded.OPTIMIZERS["Adagrad"], group=group)
+    optimizer = optim.Adagrad(engine.parameters(), lr=0.1)
+    cuts = sharded.shares(24, ranks, False)
+    eviction, compaction = None, None
+    for step in range(9):
+        batch = sharded.part_of(sharded.global_batch(step, ids=200), cuts[rank], cuts[rank + 1])
+        loss = sum(value.square().sum() for value in engine(batch).values())
+        assert isinstance(loss, torch.Tensor)
+        (loss / (cuts[rank + 1] - cuts[rank])).backward()
+        if step == 3:
+            assert eviction is not None
+            with pytest.raises(RuntimeError, match="detach pending gradients"):
+                next(eviction)
+        optimizer.step()
+        if step in (2, 6):
+            eviction = engine.evict(Unused(2), rows_per_call=400)
+            compaction = engine.compact(rows_per_call=50)
+        if eviction is not None and compaction is not None:
+            next(eviction, None)
+            next(compaction, None)
+    assert eviction is not None
+    return {"losses": [], "tables": sharded.rows_of(engine), "predictions": torch.zeros(0)}
+
+
+def test_ranks_evict_the_same_rows_in_parts_as_one_process(ranks: Ranks) -> None:
+    assert_same(ranks.run(2, evicted_in_parts), ranks.run(1, evicted_in_parts))
+
+
 def freed(group: dist.ProcessGroup) -> list[bool]:
     """Return whether tables are freed with the engine, without the garbage collector."""
     gc.disable()

@@ -13,7 +13,7 @@ from recis_hybrid import ops
 from recis_hybrid.embedding import IdMap
 from recis_hybrid.embedding.table.id_map import GROW_LOAD, GROWTH
 from recis_hybrid.ops.id_map import LINE_SLOTS
-from tests.support.chunks import id_with_hash, tiny_chunks
+from tests.support.chunks import hash_of, id_with_hash, tiny_chunks
 from tests.support.devices import EDGE_IDS, on_devices
 from tests.support.schedules import Schedule, on_schedules
 
@@ -46,6 +46,15 @@ class Model:
         entries = self.map.entries()
         assert dict(zip(entries.ids.tolist(), entries.rows.tolist(), strict=True)) == self.rows
         assert len(set(self.rows.values())) == len(self.rows) == len(self.map)
+        self.check_shares(1 + len(self.rows) % 5)
+
+    def check_shares(self, count: int) -> None:
+        for number in range(count):
+            found = self.map.share(number, count)
+            ids = {i for i in self.rows if (hash_of(i) >> 32) * count >> 32 == number}
+            assert dict(zip(found.ids.tolist(), found.rows.tolist(), strict=True)) == {i: self.rows[i] for i in ids}
+            slots = self.map.slots_of([found.ids], [0])
+            assert torch.equal(found.slots, slots)
 
 
 TOP = 2**64 - 1
