@@ -544,20 +544,6 @@ struct SetRows {
   }
 };
 
-// Renumbers the rows of all ids: the record of `row` has moved to moved[row].
-struct MoveRows {
-  IdMapRef map;
-  const int64_t* moved;
-
-  template <class Lanes>
-  RECIS_HD void operator()(int64_t i, Lanes) const {
-    uint64_t* slot = map.slot(i);
-    const uint64_t entry = slot[1];
-    if (entry_state(entry) != SlotState::kFull) return;
-    slot[1] = make_entry(SlotState::kFull, entry & kKeyMask, moved[entry_row(entry)]);
-  }
-};
-
 // Counts the ids that have no row (rows[i] < 0). The IDMap serves as an exact counter: the row bits of an entry hold
 // the sum of the counts of its id.
 struct CountIds : LookUpIds {

@@ -42,7 +42,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
       "-> ()");
   m.def("id_map_erase(Tensor(a!) header, Tensor numbers, Tensor(b!) counters, Tensor(c!)? free_rows) -> ()");
   m.def("id_map_set(Tensor(a!) header, Tensor numbers, Tensor rows) -> ()");
-  m.def("id_map_move(Tensor(a!) header, int slots, Tensor moved) -> ()");
   m.def("id_map_count(Tensor(a!) header, Tensor(b!) counters, " RECIS_IDS ", Tensor rows, Tensor? counts) -> ()");
   m.def("id_map_admit(Tensor header, " RECIS_IDS ", Tensor rows, int least, Tensor(a!) admitted) -> ()");
   m.def("bucket_ids(Tensor ids, Tensor(a!) buckets) -> ()");

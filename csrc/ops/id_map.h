@@ -144,12 +144,6 @@ void id_map_set(const Tensor& header, const Tensor& numbers, const Tensor& rows)
 }
 
 template <class Device>
-void id_map_move(const Tensor& header, int64_t slots, const Tensor& moved) {
-  Device device(header);
-  device.for_each(slots, 1, MoveRows{id_map_ref(header), data<int64_t>(moved, "moved")});
-}
-
-template <class Device>
 void id_map_count(const Tensor& header, const Tensor& counters, Tensors ids, Ints members, Tensors used,
                   const Tensor& rows, const std::optional<Tensor>& counts) {
   Device device(header);
@@ -190,7 +184,6 @@ void register_id_map(Library& m) {
   m.impl("id_map_list_marked", TORCH_BOX(&id_map_list_marked<Device>));
   m.impl("id_map_erase", TORCH_BOX(&id_map_erase<Device>));
   m.impl("id_map_set", TORCH_BOX(&id_map_set<Device>));
-  m.impl("id_map_move", TORCH_BOX(&id_map_move<Device>));
   m.impl("id_map_count", TORCH_BOX(&id_map_count<Device>));
   m.impl("id_map_admit", TORCH_BOX(&id_map_admit<Device>));
   m.impl("bucket_ids", TORCH_BOX(&bucket_ids<Device>));

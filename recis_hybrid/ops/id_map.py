@@ -25,7 +25,6 @@ nothing_returned(
     "id_map_list_marked",
     "id_map_erase",
     "id_map_set",
-    "id_map_move",
     "id_map_count",
     "id_map_admit",
     "bucket_ids",
@@ -209,11 +208,6 @@ def erase(header: Tensor, numbers: Tensor, counters: Tensor, free_rows: Tensor |
 def set_rows(header: Tensor, numbers: Tensor, rows: Tensor) -> None:
     """Set the rows (int64 ``[n]``) of the ids in distinct slots (``numbers``, int64 ``[n]``)."""
     torch.ops.recis.id_map_set(header, numbers, rows)
-
-
-def move(header: Tensor, slots: int, moved: Tensor) -> None:
-    """Set the row of each id of the S ``slots`` to ``moved[row]`` (int64 ``[R]``)."""
-    torch.ops.recis.id_map_move(header, slots, moved)
 
 
 def count(

@@ -228,7 +228,6 @@ def test_schemas_and_fakes_of_operators() -> None:
     check(torch.ops.recis.id_map_move_lines.default, (header, counters, 16, 0, 16, -1, lifted))
     check(torch.ops.recis.id_map_erase.default, (header, ids[:1], counters, words[0]))
     check(torch.ops.recis.id_map_set.default, (header, ids[:1], ids[:1]))
-    check(torch.ops.recis.id_map_move.default, (header, 64, torch.arange(64)))
     check(torch.ops.recis.id_map_count.default, (header, counters, [ids], [0], [], words[0] - 1, None))
     admitted = torch.empty(5, dtype=torch.uint8)
     check(torch.ops.recis.id_map_admit.default, (header, [ids], [0], [], words[0], 2, admitted))
