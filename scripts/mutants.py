@@ -154,8 +154,8 @@ MUTANTS = [
     Mutant(
         "scratch_of_scales_never_written",
         "csrc/cuda/group.cu",
-        "tiles, position_sources, position_scales);",
-        "tiles, position_sources, nullptr);",
+        "tiles, sources, scales);",
+        "tiles, sources, nullptr);",
         ["group"],
         [GROUPS, LOOKUPS],
     ),

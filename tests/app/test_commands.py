@@ -276,7 +276,7 @@ def test_help_of_train_lists_every_key(capsys: pytest.CaptureFixture[str], confi
     for line in (
         "  run: string\n        Folder or URL for checkpoints and log.jsonl.",
         "  train.epochs: integer, at least 1 (1)\n        Passes over the training rows,",
-        "  optimizer.sparse: adam | adagrad | rowwise_adagrad | sgd (adam)\n",
+        "  optimizer.sparse: adam | adagrad | rowwise_adagrad | sgd | ",
         "  features.NAME.dim: integer, at least 1 | null (null)\n        Dimension of the embedding; null: a number",
         "  model.hidden: list of integer, at least 1 ([128, 64])\n",
     ):
