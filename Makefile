@@ -60,8 +60,8 @@ demo: setup  ## Train a model with a torch and a JAX tower on a generated click 
 test test-quick: export OMP_WAIT_POLICY := passive
 # By default JAX reserves three quarters of a GPU's memory, which these processes share.
 test test-quick: export XLA_PYTHON_CLIENT_PREALLOCATE := false
-test: setup emulated  ## Run the tests: 6 to 12 minutes on two cores
-	@$(if $(PYTEST_ARGS),,echo 'all tests: 6 to 12 minutes on two cores; `make test-quick` runs a sample of them')
+test: setup emulated  ## Run the tests: 15 to 25 minutes on two cores
+	@$(if $(PYTEST_ARGS),,echo 'all tests: 15 to 25 minutes on two cores; `make test-quick` runs a sample of them')
 	$(PYTEST) $(PYTEST_ARGS)
 
 test-quick: setup emulated  ## Run a sample of the tests, in at most a fifth of the time
