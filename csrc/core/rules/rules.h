@@ -13,7 +13,7 @@
 
 namespace recis {
 
-// Calls f with the rule of step t, from 1; returns false if there is none of the name.
+// Calls f with the rule of a name in step t, counted from 1. Returns false if no rule has the name.
 template <class F>
 bool with_rule(const RuleCall& call, int64_t t, F&& f) {
   const auto with = [&]<class Rule>() {

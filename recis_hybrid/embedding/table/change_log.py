@@ -27,7 +27,7 @@ class ChangeLog:
 
     Args:
         step: Number of steps done on the table at that time.
-        admission: For each member table, the state of its gate at that time; empty if there is none to save.
+        admission: For each member table, the state of its gate at that time; empty if nothing need be saved.
     """
 
     def __init__(self, step: int, admission: Sequence[dict[str, Tensor]]) -> None:

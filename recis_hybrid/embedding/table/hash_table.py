@@ -402,12 +402,12 @@ class HashTable:
         return log
 
     def admission_columns(self) -> dict[str, Tensor]:
-        """Return the columns of the admission state, without rows; empty if there is none to save."""
+        """Return the columns of the admission state, without rows; empty if nothing need be saved."""
         gate = self.store.gate
         return {} if gate is None else gate.columns()
 
     def admission_states(self) -> list[dict[str, Tensor]]:
-        """Return the admission state of each member table; an empty list if there is none to save."""
+        """Return the admission state of each member table; an empty list if nothing need be saved."""
         gate = self.store.gate
         if gate is None or not gate.columns():
             return []
