@@ -146,6 +146,16 @@ struct Records {
   const int64_t* repeated = nullptr;  // as in UpdateRows
 };
 
+inline RuleCall rule_call(int64_t kind, Ints state_offsets, Floats values) {
+  RECIS_CHECK(state_offsets.size() <= RuleCall::kOffsets && values.size() <= RuleCall::kValues,
+              "a rule has too many offsets or values");
+  RuleCall call{};
+  call.kind = static_cast<RuleKind>(kind);
+  std::copy(state_offsets.begin(), state_offsets.end(), call.offsets);
+  std::copy(values.begin(), values.end(), call.values);
+  return call;
+}
+
 // Calls f with values of the types of embedding and state. The state is float32 or of the type of the embedding;
 // float32 for a rule without state.
 template <class Rule, class F>
@@ -196,12 +206,7 @@ void update_rows(const Tensor& blocks, int64_t block_shift, int64_t meta_offset,
                         step,
                         mark_seen,
                         static_cast<uint32_t>(seed)};
-  RECIS_CHECK(state_offsets.size() <= RuleCall::kOffsets && values.size() <= RuleCall::kValues,
-              "a rule has too many offsets or values");
-  RuleCall call{};
-  call.kind = static_cast<RuleKind>(kind);
-  std::copy(state_offsets.begin(), state_offsets.end(), call.offsets);
-  std::copy(values.begin(), values.end(), call.values);
+  const RuleCall call = rule_call(kind, state_offsets, values);
   std::vector<GradientSpan> spans;
   const auto grouped = Grouped{gradients, count, unique, offsets, sources, scales, factor}.ref(device, spans, dim);
   update_records(device, records, grouped, sources.numel(), unique.numel(), aligned16(spans, dim), call, t);

@@ -13,8 +13,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from recis_hybrid.embedding.table.record_layout import StateField, check_state_fields
-from recis_hybrid.embedding.table.store import RowStore
-from recis_hybrid.ops.gather import RowGroups
+from recis_hybrid.ops.blocks import Blocks
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.validation import describe_value
 
@@ -78,17 +77,19 @@ class RowOptimizer(Protocol):
 
 
 class BeforeRead(Protocol):
-    """Updates rows just before a training lookup reads them, to catch up on steps without a gradient.
+    """Updates rows just before they are read or updated, to catch up on steps without a gradient.
 
-    With it, exact weight decay or moments need no pass over the whole table: a row catches up at its next lookup. At
-    that time, its metadata are still those from before this lookup. Evaluation reads rows unchanged.
+    With it, exact weight decay or moments need no pass over the whole table in each step. A training lookup and a save
+    change the rows of the table, evaluation and exports change copies of them. It may be called several times for a row
+    within a step, which its ``updated_step`` must tell.
     """
 
-    def __call__(self, store: RowStore, groups: RowGroups, step: int) -> None:
-        """Change the records of rows.
+    def __call__(self, blocks: Blocks, count: Tensor, rows: Tensor, step: int) -> None:
+        """Change records, and set their ``updated_step``.
 
         Args:
-            store: Store of the records.
-            groups: The rows ``groups.unique``, of which the first ``groups.count`` (int64 ``[1]``) are valid.
+            blocks: The records.
+            count: int64 ``[1]``: number of valid rows.
+            rows: int64 ``[n]``: the rows, distinct as far as they are valid.
             step: Number of steps done on the table.
         """

@@ -111,6 +111,7 @@ def _figures(table: HashTable, norms: bool) -> dict[str, Any]:
     hottest = [[] for _ in rows] if tracker is None else tracker.top()
     sums, highest = ([None] * len(rows),) * 2
     if norms:
+        table.catch_up()
         sums, highest = (values.tolist() for values in store.row_norms())
     cache = table.cache_statistics()
     return {

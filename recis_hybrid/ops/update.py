@@ -1,4 +1,4 @@
-"""Operators on row gradients: ordered reduction, clipping, and optimizer updates.
+"""Operators on row gradients: ordered reduction, clipping, optimizer updates, and catching up on missed ones.
 
 Shapes: F features, V vectors of a feature, N positions, U distinct rows, D dim.
 """
@@ -15,7 +15,7 @@ from recis_hybrid.ops._fake import nothing_returned
 from recis_hybrid.ops.blocks import Blocks
 from recis_hybrid.ops.gather import RowGroups
 
-nothing_returned("reduce_rows", "clip_rows", "update_rows")
+nothing_returned("reduce_rows", "clip_rows", "update_rows", "catch_up_rows", "record_steps")
 
 
 @torch.library.register_fake("recis::sum_squares")  # type: ignore[untyped-decorator]
@@ -74,6 +74,28 @@ RULES = {
 """Numbers of the rules, as in ``csrc/core/rules/rule.h``."""
 
 
+STEP_BYTES = 80
+"""Bytes of a recorded step, ``kStepBytes`` in ``csrc/core/catch_up.h``."""
+
+FACTORS = 3
+"""Factors of a step at rest: of the embedding and of the first two state fields."""
+
+
+class Replay(NamedTuple):
+    """The way in which rows catch up on recorded steps."""
+
+    kind: int
+    """A value of ``RULES``."""
+    first: int
+    """The table's step that was recorded first."""
+    replays: int
+    """Greatest number of steps that a row needs to replay before it is at rest."""
+    rests: bool
+    """True if rows are at rest after these steps, or where their first state field is 0."""
+    scaled: list[int]
+    """Byte offsets of the state fields, at most 2, that are multiplied in steps at rest."""
+
+
 class Gradients(NamedTuple):
     """The gradients of the vectors of a lookup, grouped by row."""
 
@@ -129,6 +151,50 @@ def update_rows(table: Table, gradients: Gradients, rule: Rule, t: int) -> None:
     torch.ops.recis.update_rows(*_records(table), *_parts(gradients), *rule, t)
 
 
+def record_steps(
+    rule: Rule, t: int, seed: int, increment: int, logs: list[float], rates: list[float], out: Tensor
+) -> None:
+    """Write the records of steps of one rule.
+
+    Args:
+        rule: The rule.
+        t: Number of the first of the steps, from 1.
+        seed: 64 bits, as a signed integer, of which the high 32 are the seed of the first step's rounding.
+        increment: Added to ``seed`` for each further step, modulo 2^64.
+        logs: Sums, over all earlier steps, of the logarithms of the ``FACTORS`` of a step at rest.
+        rates: These logarithms for each of the steps.
+        out: uint8, ``STEP_BYTES`` for each step that is to be written; on the CPU.
+    """
+    torch.ops.recis.record_steps(*rule, t, seed, increment, logs, rates, out)
+
+
+def catch_up_rows(
+    blocks: Blocks,
+    element: int,
+    state_element: int,
+    dim: int,
+    step: int,
+    count: Tensor,
+    rows: Tensor,
+    steps: Tensor,
+    replay: Replay,
+) -> None:
+    """Let rows catch up on the steps, up to ``step``, that they have missed since their ``updated_step``.
+
+    Args:
+        blocks: Written; also the ``updated_step`` of the rows.
+        element: Element type of the embedding, a value of ``blocks.ELEMENTS``.
+        state_element: Element type of the optimizer state.
+        dim: D.
+        step: Number of steps done on the table.
+        count: int64 ``[1]``: number of valid rows.
+        rows: int64 ``[n]``; the valid ones are distinct.
+        steps: uint8: the steps ``replay.first`` to ``step``, or more, as :func:`record_steps` writes them.
+        replay: How to catch up.
+    """
+    torch.ops.recis.catch_up_rows(*blocks, element, state_element, dim, step, count, rows, steps, *_order(replay))
+
+
 def _records(table: Table) -> tuple[object, ...]:
     return (*table.blocks, *table[1:])
 
@@ -144,3 +210,7 @@ def _parts(gradients: Gradients) -> tuple[object, ...]:
         groups.scales,
         gradients.factor,
     )
+
+
+def _order(replay: Replay) -> tuple[object, ...]:
+    return replay.first, replay.kind, replay.replays, replay.rests, replay.scaled

@@ -16,6 +16,7 @@ from recis_hybrid.embedding import Anchor, HashTable, OptimizerSpec, StateField
 from recis_hybrid.embedding.compilation import outside_graphs
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
+from recis_hybrid.optim.exact import Run, history_of, idle, keep_history
 from recis_hybrid.validation import describe_value
 
 
@@ -82,7 +83,10 @@ class SparseOptimizer(torch.optim.Optimizer):
             kind._check(merged)
             for anchor in merged["params"]:
                 kind._check_layout(anchor, merged)
+                kind._check_exact(anchor, merged)
             super().add_param_group(group)
+            for anchor in merged["params"]:
+                keep_history(anchor.table, bool(merged.get("exact")))
             if "optimizer" in group:  # torch has added this class's hyperparameters
                 for name in self.defaults.keys() - kind._defaults().keys():
                     del group[name]
@@ -104,6 +108,31 @@ class SparseOptimizer(torch.optim.Optimizer):
                     f"{saved or 'none of its own'}; build the engine with the optimizers that were saved"
                 )
         super().load_state_dict(state_dict)
+        for group in self.param_groups:
+            for anchor in group["params"]:
+                runs = self.state[anchor].pop("history", [])
+                self.load_history(anchor, group, [Run.of(kind, rest) for kind, *rest in runs])
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return hyperparameters, steps, and the history of each table with ``exact=True``."""
+        found = super().state_dict()
+        anchors = [anchor for group in self.param_groups for anchor in group["params"]]
+        for number, anchor in enumerate(anchors):
+            history = history_of(anchor.table)
+            if history is not None and number in found["state"]:
+                runs = [[run.kind, *run.numbers()] for run in history.runs]
+                found["state"][number] = {**found["state"][number], "history": runs}
+        return found
+
+    def load_history(self, anchor: Anchor, group: dict[str, Any], runs: Sequence[Run]) -> None:
+        """Keep or end the history of a table, as its group says, and replace it by saved steps if there are any."""
+        table = anchor.table
+        keep_history(table, bool(group.get("exact")))
+        history = history_of(table)
+        if runs and history is not None:
+            rule = _kind_of(type(self), anchor)._rule(table, group)
+            assert rule is not None, "_check_exact has refused optimizers without a rule"
+            history.load(table, rule, runs)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -137,6 +166,17 @@ class SparseOptimizer(torch.optim.Optimizer):
                 f"built with {available}: build it with {owner}(..., optimizer=optim.{cls.__name__}"
                 f"{cls._spec_call(group)})"
             )
+
+    @classmethod
+    def _check_exact(cls, anchor: Anchor, group: dict[str, Any]) -> None:
+        """Raise ValueError if rows must catch up on steps, but cannot with this optimizer."""
+        if group.get("exact") and not anchor.table.read_only:
+            rule = cls._rule(anchor.table, group)
+            if rule is None or idle(rule.kind, rule.values) is None:
+                raise ValueError(
+                    f"{cls.__name__}: exact=True is not available, because rows cannot catch up on steps of this "
+                    f"optimizer; use exact=False, or another one, e.g. AdamW"
+                )
 
     @classmethod
     @abstractmethod
@@ -246,7 +286,13 @@ class SparseOptimizer(torch.optim.Optimizer):
         """
         self.check_tables([anchor])
         kind, table = _kind_of(type(self), anchor), anchor.table  # type: ignore[attr-defined]
-        rule = kind._rule(table, self._group_of(anchor))
+        group = self._group_of(anchor)
+        if group.get("exact"):
+            raise TypeError(
+                f"{kind.__name__} with exact=True cannot update tables inside jax.jit; use exact=False, or "
+                "bridge.jax_led.JaxTables outside jit"
+            )
+        rule = kind._rule(table, group)
         if rule is None:
             raise TypeError(
                 f"{kind.__name__} cannot update tables inside jax.jit; use an optimizer of recis_hybrid.optim, "
@@ -301,6 +347,10 @@ class SparseOptimizer(torch.optim.Optimizer):
         if gradients is not None:
             records, gradients = table.records(gradients)
             _kind_of(type(self), anchor)._update(table, records, gradients, group, step)
+        if (history := history_of(table)) is not None:
+            rule = _kind_of(type(self), anchor)._rule(table, group)
+            assert rule is not None, "_check_exact has refused optimizers without a rule"
+            history.record(table, rule, step)
         state["step"] = step
         table.step += 1
 

@@ -9,18 +9,31 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.checkpointing import JSON, PartState
+from recis_hybrid.ops.update import RULES
+from recis_hybrid.optim.exact import RULE_NAMES, Run, history_of
+
+_HISTORY = "history."
+"""Prefix of the names of tensors with the steps recorded for a table."""
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> PartState:
     """Return the hyperparameters of all groups, and the group and step count of each member table."""
     groups: list[JSON] = []
     tables: dict[str, JSON] = {}
+    histories: dict[str, Tensor] = {}
     for number, group in enumerate(optimizer.param_groups):
         groups.append(_settings(group))
         for anchor in group["params"]:
             step = optimizer.state.get(anchor, {}).get("step", anchor.table.step)
-            tables |= {member.name: {"group": number, "step": step} for member in anchor.table.members}
-    return PartState(meta={"class": type(optimizer).__name__, "groups": groups, "tables": tables})
+            entry: dict[str, JSON] = {"group": number, "step": step}
+            history = history_of(anchor.table)
+            if history is not None and history.runs:
+                entry["rule"] = RULE_NAMES[history.runs[0].kind]
+                runs = torch.tensor([run.numbers() for run in history.runs], dtype=torch.float64)
+                histories |= {_HISTORY + member.name: runs for member in anchor.table.members}
+            tables |= {member.name: entry for member in anchor.table.members}
+    meta: dict[str, JSON] = {"class": type(optimizer).__name__, "groups": groups, "tables": tables}
+    return PartState(tensors=histories, meta=meta)
 
 
 class OptimizerLoader:
@@ -37,8 +50,9 @@ class OptimizerLoader:
     holds_rows = False
 
     def __init__(self, optimizer: torch.optim.Optimizer, saved: PartState) -> None:
-        self._optimizer = optimizer
+        self._optimizer: Any = optimizer
         self._groups, self._tables = _checked(saved.meta)
+        self._histories = _histories(saved)
         self.differences: list[str] = []
         """Reasons why the state cannot be loaded."""
         self.changes: list[str] = []
@@ -50,6 +64,8 @@ class OptimizerLoader:
             self.differences.append(f"table {table!r} is in the {where} only")
         for group in optimizer.param_groups:
             self._compare(sorted(_members(group) & self._tables.keys()))
+            for anchor in group["params"]:
+                self._compare_histories([member.name for member in anchor.table.members])
 
     def _compare_classes(self, default: JSON) -> None:
         """Check that each table was saved with the optimizer that it has."""
@@ -77,6 +93,15 @@ class OptimizerLoader:
                     f"in {differ} in the checkpoint"
                 )
 
+    def _compare_histories(self, members: list[str]) -> None:
+        """Check that tables that share their steps in the optimizer were saved with the same steps."""
+        for member in members[1:]:
+            if self._histories.get(member) != self._histories.get(members[0]):
+                self.differences.append(
+                    f"the tables {members[0]!r} and {member!r} have one history of steps in the live object, and "
+                    f"different ones in the checkpoint"
+                )
+
     def begin(self, rows: Mapping[str, int]) -> None:
         """Do nothing, because an optimizer has no rows."""
 
@@ -97,9 +122,31 @@ class OptimizerLoader:
             for anchor in group["params"]:
                 steps = max(self._tables[member.name][1] for member in anchor.table.members)
                 self._optimizer.state[anchor]["step"] = steps
+                runs = self._histories.get(anchor.table.members[0].name, [])
+                self._optimizer.load_history(anchor, group, runs)
 
     def abandon(self) -> None:
         """Do nothing, because nothing has been changed yet."""
+
+
+def _histories(saved: PartState) -> dict[str, list[Run]]:
+    """Return the steps recorded for each table, if its optimizer was exact."""
+    found: dict[str, list[Run]] = {}
+    tables = saved.meta["tables"]
+    assert isinstance(tables, dict)
+    for name, entry in tables.items():
+        rule = entry.get("rule") if isinstance(entry, dict) else None
+        if rule is None:
+            continue
+        numbers = saved.tensors.get(_HISTORY + name)
+        if rule not in RULES or numbers is None or numbers.dim() != 2 or numbers.size(1) < 4:
+            raise ValueError(f"table {name!r} must have the steps of a known rule, got {rule!r}")
+        runs = [Run.of(RULES[rule], row) for row in numbers.tolist()]
+        ends = [run.step + run.steps for run in runs]
+        if any(run.step < 1 or run.steps < 1 for run in runs) or ends[:-1] != [run.step for run in runs[1:]]:
+            raise ValueError(f"table {name!r}: its recorded steps must be consecutive")
+        found[name] = runs
+    return found
 
 
 def _members(group: Mapping[str, Any]) -> set[str]:

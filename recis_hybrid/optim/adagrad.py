@@ -26,6 +26,7 @@ class Adagrad(SparseOptimizer):
         eps: Added to the square root.
         lr_decay: Decay η' of the learning rate.
         weight_decay: λ.
+        exact: True for the results of an optimizer that changes every row in every step; see the guide to training.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
@@ -42,8 +43,10 @@ class Adagrad(SparseOptimizer):
         eps: float = 1e-10,
         lr_decay: float = 0.0,
         weight_decay: float = 0.0,
+        exact: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "eps": eps, "lr_decay": lr_decay, "weight_decay": weight_decay})
+        defaults = {"lr": lr, "eps": eps, "lr_decay": lr_decay, "weight_decay": weight_decay, "exact": exact}
+        super().__init__(params, defaults)
 
     @staticmethod
     def row_state(initial_accumulator_value: float = 0.0) -> tuple[StateField, ...]:

@@ -25,6 +25,7 @@ class Lion(SparseOptimizer):
         lr: Learning rate η, typically 3 to 10 times smaller than Adam's.
         betas: β₁ and β₂, in [0, 1).
         weight_decay: λ, decoupled.
+        exact: True for the results of an optimizer that changes every row in every step; see the guide to training.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
@@ -40,8 +41,9 @@ class Lion(SparseOptimizer):
         lr: float = 1e-4,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.0,
+        exact: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay, "exact": exact})
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:

@@ -26,6 +26,7 @@ class RMSprop(SparseOptimizer):
         alpha: α, in [0, 1).
         eps: Added to the square root.
         weight_decay: λ.
+        exact: True for the results of an optimizer that changes every row in every step; see the guide to training.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
@@ -42,8 +43,9 @@ class RMSprop(SparseOptimizer):
         alpha: float = 0.99,
         eps: float = 1e-8,
         weight_decay: float = 0.0,
+        exact: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"lr": lr, "alpha": alpha, "eps": eps, "weight_decay": weight_decay, "exact": exact})
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:

@@ -30,6 +30,7 @@ class SGD(SparseOptimizer):
         momentum: μ, in [0, 1).
         weight_decay: λ.
         nesterov: True for Nesterov momentum.
+        exact: True for the results of an optimizer that changes every row in every step; see the guide to training.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
@@ -47,8 +48,10 @@ class SGD(SparseOptimizer):
         momentum: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
+        exact: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov})
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov, "exact": exact}
+        super().__init__(params, defaults)
 
     @staticmethod
     def row_state(momentum: float = 0.0) -> tuple[StateField, ...]:
@@ -75,7 +78,9 @@ class SGD(SparseOptimizer):
     @classmethod
     def _rule(cls, table: HashTable, group: dict[str, Any]) -> ops.update.Rule:
         lr, momentum, decay = group["lr"], group["momentum"], group["weight_decay"]
-        if momentum > 0 and _has_buffer(table, momentum):
+        # With exact=True, the rule stays the same where a schedule sets the momentum to 0.
+        keeps = group.get("exact") and any(field.name == "momentum_buffer" for field in table.layout.state)
+        if keeps or (momentum > 0 and _has_buffer(table, momentum)):
             return rule_of(table, "momentum", ["momentum_buffer"], lr, momentum, decay, float(group["nesterov"]))
         return rule_of(table, "sgd", [], lr, decay)
 

@@ -6,8 +6,9 @@ import hypothesis.strategies as st
 import pytest
 import torch
 from hypothesis import given, settings
+from torch import Tensor
 
-from recis_hybrid import optim
+from recis_hybrid import ops, optim
 from recis_hybrid.checkpointing import PartState
 from recis_hybrid.embedding import (
     Constant,
@@ -15,10 +16,9 @@ from recis_hybrid.embedding import (
     EmbeddingEngine,
     MinFrequency,
     Normal,
-    RowStore,
     Uniform,
 )
-from recis_hybrid.ops.gather import RowGroups
+from recis_hybrid.ops.blocks import Blocks
 from recis_hybrid.ragged import Batch, RaggedTensor
 from tests.support.devices import on_devices
 from tests.support.near import assert_near
@@ -422,16 +422,17 @@ def test_rows_catch_up_before_they_are_read() -> None:
     """Apply exact decoupled weight decay to a row at its next lookup."""
     decay, lr, dim = 0.9, 0.5, 3
     engine = EmbeddingEngine({"id": EmbeddingConfig(dim=dim, initializer=Normal(0, 1))})
-    table, optimizer = engine.tables[0], optim.SGD(engine.parameters(), lr=lr)
+    table, optimizer = engine.tables[0], optim.SGD(engine.parameters(), lr=lr, weight_decay=(1 - decay) / lr)
     table.insert(0, torch.arange(10))
     dense = table.export(0)["embedding"]
-    decayed_until: dict[int, int] = {}
 
-    def catch_up(store: RowStore, groups: RowGroups, step: int) -> None:
-        rows = groups.unique[: int(groups.count)]
-        due = torch.tensor([step - decayed_until.get(row, 0) for row in rows.tolist()])
-        store.blocks.write(rows, "embedding", store.blocks.read(rows, "embedding") * (decay**due)[:, None])
-        decayed_until.update(dict.fromkeys(rows.tolist(), step))
+    def catch_up(blocks: Blocks, count: Tensor, rows: Tensor, step: int) -> None:
+        rows = rows[: int(count)]
+        meta, values = ops.blocks.read_meta(blocks, rows), torch.empty(len(rows), dim)
+        ops.blocks.read(blocks, rows, 0, values)
+        ops.blocks.write(blocks, rows, 0, values * (decay ** (step - meta[0]))[:, None])
+        meta[0] = step
+        ops.blocks.write_meta(blocks, rows, meta)
 
     table.before_read = catch_up
     generator = torch.Generator().manual_seed(0)
@@ -442,8 +443,8 @@ def test_rows_catch_up_before_they_are_read() -> None:
         gradient = torch.randn(3, dim, generator=generator)
         output.backward(gradient)
         optimizer.step()
-        dense.index_add_(0, ids, gradient, alpha=-lr)
         dense *= decay
+        dense.index_add_(0, ids, gradient, alpha=-lr)
 
 
 def test_the_layout_of_a_checkpoint_is_its_state_without_rows() -> None:

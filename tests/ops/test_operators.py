@@ -54,6 +54,7 @@ HOST_ONLY = {
     "kernels check the offsets that they follow.",
     "recis::huge_empty": "Allocates host memory; on a GPU torch's caching allocator does.",
     "recis::huge_zeros": "Maps host memory; on a GPU torch's caching allocator allocates it.",
+    "recis::record_steps": "Writes a few numbers for each step of an optimizer, which are copied to the device.",
     "recis::vocabulary_slots": "Builds a vocabulary once, when an engine is built; the result is copied to the device.",
 }
 

@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -467,6 +468,40 @@ def test_schemas_and_fakes_of_operators() -> None:
     check(torch.ops.recis.clip_rows.default, (torch.ones(3, 4), groups.count, torch.ones(1), 1.0))
     check(torch.ops.recis.update_rows.default, (*records, *grouped, 0, [], [0.1, 0.0], 1))
     check(torch.ops.recis.update_rows.default, (*records, *grouped, 4, [0, 0], [0.1, 0.9, 0.999, 1e-8, 0.0], 1))
+    steps = torch.zeros(2 * ops.update.STEP_BYTES, dtype=torch.uint8)
+    check(torch.ops.recis.record_steps.default, (0, [], [0.1, 0.5], 1, 7, 9, [0.0] * 3, [-0.1, 0.0, 0.0], steps))
+    late = (*table.store.blocks.whole(), 0, 0, 4, 2, groups.count, groups.unique, steps, 1, 0, 0, True, [])
+    check(torch.ops.recis.catch_up_rows.default, late)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"first": 0}, "steps count from 1"),
+        ({"kind": ops.update.RULES["lamb"]}, "cannot be caught up on: 12"),
+        ({"scaled": [0, 0, 0]}, "at most 2 fields"),
+        ({"replays": -1}, "steps count from 1"),
+        ({"step": 3}, "steps are missing"),
+    ],
+)
+def test_steps_that_cannot_be_caught_up_on_are_refused(change: dict[str, Any], message: str) -> None:
+    table = make_table(dim=4)
+    lookup = table.lookup([feature([1, 2, 1], combiner=0)], train=True)
+    step = change.get("step", 2)
+    replay = ops.update.Replay(0, 1, 0, True, [])._replace(**{k: v for k, v in change.items() if k != "step"})
+    steps = torch.zeros(2 * ops.update.STEP_BYTES, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match=message):
+        ops.update.catch_up_rows(
+            table.store.blocks.whole(), 0, 0, 4, step, lookup.groups.count, lookup.groups.unique, steps, replay
+        )
+
+
+def test_steps_of_an_unknown_rule_are_not_recorded() -> None:
+    steps = torch.zeros(ops.update.STEP_BYTES, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="cannot be recorded: 12"):
+        ops.update.record_steps(ops.update.Rule(12, [], []), 1, 0, 0, [0.0] * 3, [0.0] * 3, steps)
+    with pytest.raises(RuntimeError, match="whole steps"):
+        ops.update.record_steps(ops.update.Rule(0, [], [0.1, 0.0]), 1, 0, 0, [0.0] * 3, [0.0] * 3, steps[1:])
 
 
 @pytest.mark.parametrize(

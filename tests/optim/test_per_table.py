@@ -130,10 +130,11 @@ def test_hyperparameters_are_the_specs_and_overrides_take_precedence() -> None:
     engine = EmbeddingEngine(configs, optimizer=optim.Adam)
     found = groups_by_table(engine.make_optimizer(lr=0.5))
     settings = {name: {k: v for k, v in group.items() if k != "params"} for name, group in found.items()}
+    rest = {"lr_decay": 0.0, "weight_decay": 0.0, "exact": False}
     assert settings == {
-        "a": {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8},
-        "b": {"optimizer": "Adagrad", "lr": 0.3, "eps": 1e-3, "lr_decay": 0.0, "weight_decay": 0.0},
-        "c": {"optimizer": "Adagrad", "lr": 1e-2, "eps": 1e-10, "lr_decay": 0.0, "weight_decay": 0.0},
+        "a": {"lr": 0.5, "betas": (0.9, 0.999), "eps": 1e-8, "exact": False},
+        "b": {"optimizer": "Adagrad", "lr": 0.3, "eps": 1e-3, **rest},
+        "c": {"optimizer": "Adagrad", "lr": 1e-2, "eps": 1e-10, **rest},
     }
     anchors = {member.name: table.anchor for table in engine.tables for member in table.members}
     groups = [{"params": [anchors["a"]], "betas": (0.5, 0.9)}, {"params": [anchors["b"], anchors["c"]], "lr": 0.2}]

@@ -20,6 +20,7 @@ OPTIMIZERS: dict[str, Any] = {
     "SGD": optim.SGD,
     "Adagrad": optim.Adagrad.spec(initial_accumulator_value=0.1),
     "Adam": optim.Adam,
+    "AdamL2": optim.AdamL2,
     "RowwiseAdagrad": optim.RowwiseAdagrad.spec(initial_accumulator_value=0.1),
 }
 
@@ -124,6 +125,7 @@ class Job:
     samples: int = 24
     prefetch: int = 0
     placement: Placement | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
 
 
 def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
@@ -139,7 +141,7 @@ def train(group: dist.ProcessGroup, job: Job) -> dict[str, Any]:
     )
     width = sum(config.width for config in engine.configs.values()) + engine.configs["each"].dim
     model = Model(engine, width)
-    sparse = getattr(optim, job.rule)(engine.parameters(), lr=job.lr)
+    sparse = getattr(optim, job.rule)(engine.parameters(), lr=job.lr, **job.settings)
     dense = torch.optim.SGD(model.tower.parameters(), lr=job.lr)
     losses = []
     cuts = shares(job.samples, ranks, job.uneven)

@@ -28,7 +28,8 @@ from recis_hybrid.embedding.checkpoint.state import (
     watch_tables,
 )
 from recis_hybrid.embedding.planner.coalesce import COUNTS
-from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot, export_records, in_one_block
+from recis_hybrid.embedding.table.blocks import in_one_block
+from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot, export_records
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.id_map import list_entries
 from recis_hybrid.embedding.table.record_layout import META, RecordLayout
@@ -98,6 +99,7 @@ def _live_state(tables: Sequence[HashTable], shares: BucketShares | None) -> Par
     """
     for table in tables:
         table.record_lookup()
+        table.catch_up()
     sources = [
         _Source(
             table,
@@ -165,6 +167,7 @@ def _saved_buckets(table: HashTable, shares: BucketShares | None, place: int) ->
 
 def _copied(table: HashTable, memory: HostMemory, buckets: tuple[Buckets, ...]) -> _Source:
     table.record_lookup()
+    table.catch_up()
     layout, blocks, used = table.layout, table.store.blocks, table.store.id_map.row_bound
     slots = table.store.id_map.slots
     parts = [part.view(-1).view(torch.uint8) for part in slots.memory]

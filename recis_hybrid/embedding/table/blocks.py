@@ -209,6 +209,13 @@ class EmbeddingBlocks:
         """The blocks, followed by those of the cache, in the form kernels expect."""
 
 
+def in_one_block(layout: RecordLayout, records: Tensor) -> tuple[Blocks, Tensor]:
+    """Return records (uint8 ``[n, record_bytes]``), which must stay alive, as blocks, and their rows there."""
+    address = numbers_on(records.device, [records.data_ptr()])
+    blocks = Blocks(address, 40, layout.meta_offset, layout.record_bytes)
+    return blocks, torch.arange(records.size(0), device=records.device)
+
+
 def blocks_for(layout: RecordLayout, rows: int) -> int:
     """Return the bytes of the blocks of default size for a number of rows."""
     block_rows = _rows_of_a_block(layout)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.embedding.table.blocks import in_one_block
 from recis_hybrid.embedding.table.record_cache import CacheStatistics
 from recis_hybrid.embedding.table.record_layout import META, RecordLayout
 from recis_hybrid.ops.blocks import Blocks
@@ -274,12 +275,6 @@ def _locations_for(rows: int) -> int:
     """Return the number of locations for a number of rows: at most a quarter more."""
     step = max(1 << max(rows.bit_length() - 3, 0), 512)
     return -(-rows // step) * step
-
-
-def in_one_block(layout: RecordLayout, records: Tensor) -> tuple[Blocks, Tensor]:
-    """Return records (uint8 ``[n, record_bytes]``), which must stay alive, as blocks, and their rows there."""
-    address = torch.tensor([records.data_ptr()], dtype=torch.int64)
-    return Blocks(address, 40, layout.meta_offset, layout.record_bytes), torch.arange(records.size(0))
 
 
 def export_records(layout: RecordLayout, blocks: Blocks, rows: Tensor, out: Mapping[str, Tensor]) -> None:

@@ -17,6 +17,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from recis_hybrid import ops
 from recis_hybrid.checkpointing import BUCKETS
+from recis_hybrid.embedding.catch_up import caught_up, caught_up_columns, copied_records
 from recis_hybrid.embedding.compilation import outside_graphs, prepare, refuse_recording
 from recis_hybrid.embedding.eviction import EvictionRule, SharedRows, StepTimes
 from recis_hybrid.embedding.gate import Admission
@@ -38,7 +39,11 @@ from recis_hybrid.embedding.table.record_layout import META, MemberTable, Record
 from recis_hybrid.embedding.table.row_validation import checked_member
 from recis_hybrid.embedding.table.store import RowStore
 from recis_hybrid.embedding.table.tracking import LookupTracker
+from recis_hybrid.ops.program import as_int64
 from recis_hybrid.ops.update import Gradients
+
+_MANY_ROWS = 1 << 20
+"""Rows that catch up at a time."""
 
 
 @outside_graphs("gradient_norm", "clip_row_gradients", "announce_gradients", "fetch_gradients")
@@ -81,7 +86,7 @@ class HashTable:
         """Changes whenever row numbers of earlier lookups become invalid; unique over all tables of the process."""
         self._step = 0
         self.before_read: BeforeRead | None = None
-        """Called in each training lookup, before values are read."""
+        """Lets rows catch up on missed steps before they are read; None: they miss none."""
         self.pending = PendingGradients()
         """Gradients that wait for the next step."""
         self.optimizer: OptimizerSpec | None = None
@@ -150,8 +155,15 @@ class HashTable:
     @property
     def rounding_seed(self) -> int:
         """32 bits for the stochastic rounding of the next step."""
-        mixed = (self.store.seed * 0x9E3779B97F4A7C15 + (self.step + 1) * 0xD1B54A32D192ED03) & (1 << 64) - 1
-        return mixed >> 32
+        return self.rounding_sequence(self.step + 1)[0] % 2**64 >> 32
+
+    def rounding_sequence(self, step: int) -> tuple[int, int]:
+        """Return 64 bits, whose high 32 are the seed of the rounding of a step, and what each further step adds.
+
+        Both are signed integers of 64 bits; the sum is modulo 2^64.
+        """
+        mixed = (self.store.seed * 0x9E3779B97F4A7C15 + step * 0xD1B54A32D192ED03) % 2**64
+        return as_int64(mixed), as_int64(0xD1B54A32D192ED03)
 
     # Lookups
 
@@ -195,14 +207,27 @@ class HashTable:
         if self.tracker is not None:
             self.tracker.add(request, rows, complete=complete)
         lookup = Lookup(request, rows, bound, self.generation, complete, self.step + 1, groups, gathered)
-        if self.before_read is not None:
-            self.before_read(store, groups, self.step)
+        self._catch_up(groups.count, groups.unique)
         self._unrecorded = lookup
         return lookup
 
     def prefetch(self, request: Request) -> None:
         """Start to read the records of a later lookup, if they are on disk; results are the same as without it."""
         self.store.stage(request)
+
+    def catch_up(self, share: tuple[int, int] | None = None) -> None:
+        """Let all rows, or a share of them as in :meth:`evicted_by`, catch up on the steps that they have missed."""
+        if self.before_read is not None:
+            store = self.store
+            for entries in store.id_map.slices() if share is None else [store.id_map.share(*share)]:
+                for rows in store.on_blocks(entries.rows).split(min(store.blocks.piece_rows, _MANY_ROWS)):
+                    self._catch_up(rows.new_tensor([rows.numel()]), rows)
+
+    def _catch_up(self, count: Tensor, rows: Tensor) -> None:
+        """Let the first ``count`` (int64 ``[1]``) of distinct rows (int64 ``[n]``) catch up."""
+        if self.before_read is not None:
+            blocks, places = self.store.blocks.at(rows, count=count, writes=True)
+            self.before_read(blocks, count, places, self.step)
 
     def record_lookup(self) -> None:
         """Record the last training lookup in the metadata of its rows.
@@ -227,7 +252,12 @@ class HashTable:
         """
         self.check(lookup)
         ids, members, bags, unknown, *_ = lookup.request
-        blocks, places = self.store.blocks.at(lookup.rows)
+        if self.before_read is not None and not (lookup.train and lookup.complete):
+            # Evaluation must not change rows, and ids without a row have no record that could catch up.
+            records, places = copied_records(self.store, lookup)
+            blocks = caught_up(self.layout, records, self.before_read, self.step)
+        else:
+            blocks, places = self.store.blocks.at(lookup.rows)
         ops.gather.gather_bags(
             blocks,
             self.layout.element,
@@ -329,6 +359,8 @@ class HashTable:
         if marks_seen:
             self._unrecorded = None
         blocks, places = self.store.blocks.at(groups.unique, count=groups.count, writes=True)
+        if self.before_read is not None:  # another step may have been done since the lookup
+            self.before_read(blocks, groups.count, places, self.step)
         table = ops.update.Table(
             blocks,
             layout.element,
@@ -421,6 +453,7 @@ class HashTable:
     def changed_rows(self, log: ChangeLog) -> list[tuple[dict[str, Tensor], Tensor | None]]:
         """Return the rows that changed since :meth:`watch`; see :func:`change_log.changed_rows`."""
         self.record_lookup()
+        self.catch_up()
         return changed_rows(self.store, log)
 
     def _log_changes(self, member: int, ids: Tensor) -> None:
@@ -460,11 +493,24 @@ class HashTable:
         self.store.check_columns(member, ids, columns)
         self.record_lookup()
         self._log_changes(member, ids)
-        if self.tracker is None:
-            return self.store.write(member, ids, columns)
         before = len(self)
+        if self.before_read is None or not columns or META[0] in columns:
+            rows = self.store.write(member, ids, columns)
+        else:
+            rows = self._write_present(member, ids, columns)
+        if self.tracker is not None:
+            self.tracker.add_loaded(member, len(self) - before)
+        return rows
+
+    def _write_present(self, member: int, ids: Tensor, columns: dict[str, Tensor]) -> Tensor:
+        """Write values of now: the rows of ids (int64 ``[n]``, distinct) have missed no step."""
+        before = self.store.rows(member, ids)
+        known = before[before >= 0]
+        self._catch_up(known.new_tensor([known.numel()]), known)
         rows = self.store.write(member, ids, columns)
-        self.tracker.add_loaded(member, len(self) - before)
+        meta = self.store.blocks.read_meta(rows)
+        meta[0, before < 0] = self.step
+        self.store.blocks.write_meta(rows, meta)
         return rows
 
     def ids(self, member: int) -> Tensor:
@@ -489,11 +535,15 @@ class HashTable:
             KeyError: If an id has no row.
         """
         self.record_lookup()
-        return self.store.export(member, ids)
+        columns = self.store.export(member, ids)
+        if self.before_read is not None:
+            columns = caught_up_columns(self.layout, columns, self.before_read, self.step)
+        return columns
 
     def export_all(self) -> list[dict[str, Tensor]]:
         """Return :meth:`export` of each member table, rows ordered by (bucket, id) as in checkpoints."""
         self.record_lookup()
+        self.catch_up()
         return self.store.export_all()
 
     def erase(self, member: int, ids: Tensor) -> int:
@@ -534,6 +584,7 @@ class HashTable:
         self.refuse_read_only("evict")
         self.refuse_pending("evict")
         self.record_lookup()
+        self.catch_up(share)
         step = self.step if since is None else since
         return self.store.unwanted(rule, step, self.step_times, shared or SharedRows(), share)
 

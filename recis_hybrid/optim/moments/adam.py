@@ -27,6 +27,7 @@ class Adam(SparseOptimizer):
         lr: Learning rate η.
         betas: β₁ and β₂, in [0, 1).
         eps: Added to the square root.
+        exact: True for the results of an optimizer that changes every row in every step; see the guide to training.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
@@ -37,9 +38,14 @@ class Adam(SparseOptimizer):
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        exact: bool = False,
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "exact": exact})
 
     @staticmethod
     def row_state() -> tuple[StateField, ...]:

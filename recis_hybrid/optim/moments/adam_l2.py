@@ -21,6 +21,7 @@ class AdamL2(AdamLike):
         betas: β₁ and β₂, in [0, 1).
         eps: Added to the square root.
         weight_decay: λ.
+        exact: True for the results of an optimizer that changes every row in every step; see the guide to training.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.

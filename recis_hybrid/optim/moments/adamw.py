@@ -24,6 +24,7 @@ class AdamW(AdamLike):
         betas: β₁ and β₂, in [0, 1).
         eps: Added to the square root.
         weight_decay: λ.
+        exact: True for the results of an optimizer that changes every row in every step; see the guide to training.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.
@@ -42,5 +43,6 @@ class AdamW(AdamLike):
         betas: tuple[float, float] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float = 1e-2,
+        exact: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay)
+        super().__init__(params, lr, betas, eps, weight_decay, exact)

@@ -22,6 +22,7 @@ class AMSGrad(AdamLike):
         betas: β₁ and β₂, in [0, 1).
         eps: Added to the square root.
         weight_decay: λ, coupled: the gradient is g + λ w.
+        exact: True for the results of an optimizer that changes every row in every step; see the guide to training.
 
     Raises:
         TypeError: If a parameter is not a table's anchor.

@@ -101,6 +101,16 @@ def test_each_way_of_training_agrees_with_one_process(ranks: Ranks, more: dict[s
         assert_same(ranks.run(world, train, job), one, sharding=job.sharding)
 
 
+@pytest.mark.parametrize(
+    "more", [{}, {"uneven": True, "prefetch": 2, "engine": {"prefetch_depth": 2}}, {"sharding": "column", "dim": 16}]
+)
+def test_rows_on_ranks_catch_up_as_in_one_process(ranks: Ranks, more: dict[str, Any]) -> None:
+    job = Job(rule="AdamL2", steps=8, lr=0.01, samples=8, settings={"weight_decay": 0.1, "exact": True}, **more)
+    one = ranks.run(1, train, job)
+    for world in (2, 4):
+        assert_same(ranks.run(world, train, job), one, OF_ADAM, sharding=job.sharding)
+
+
 @pytest.mark.parametrize("sharding", ["row", "table", "column", "replicated"])
 def test_training_on_ranks_is_bitwise_repeatable(ranks: Ranks, sharding: str) -> None:
     job = Job(rule="Adam", steps=5, uneven=True, clip=0.5, sharding=sharding, dim=8)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from recis_hybrid import optim
+from recis_hybrid import ops, optim
 from recis_hybrid.embedding import (
     Admission,
     EmbeddingConfig,
@@ -20,7 +20,6 @@ from recis_hybrid.embedding import (
     Placement,
     RecordLayout,
     Rows,
-    RowStore,
 )
 from recis_hybrid.embedding.table.record_cache import RecordCache
 from recis_hybrid.embedding.table.record_layout import META
@@ -82,9 +81,11 @@ def test_rows_catch_up_in_the_cache_before_they_are_read(device: str) -> None:
     for where, sets in ((device, 1), ("cpu", 0)):
         engine, table, optimizer = engine_of(where, sets)
 
-        def halve(store: RowStore, groups: RowGroups, step: int) -> None:
-            rows = groups.unique[: int(groups.count)]
-            store.blocks.write(rows, "embedding", store.blocks.read(rows, "embedding") / 2)
+        def halve(blocks: Blocks, count: Tensor, rows: Tensor, step: int) -> None:
+            rows = rows[: int(count)]
+            values = torch.empty(len(rows), 4, device=rows.device)
+            ops.blocks.read(blocks, rows, 0, values)
+            ops.blocks.write(blocks, rows, 0, values / 2)
 
         table.before_read = halve
         vectors = []
