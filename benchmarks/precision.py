@@ -71,8 +71,8 @@ def main() -> None:
 def accuracy(data: str, seed: int, epochs: int) -> Iterator[Result]:
     """Yield the AUC of each dtype for one seed, beside that of float32."""
     frappe = example()
-    settings = argparse.Namespace(data=data, tower="torch", epochs=epochs, batch_size=4096, seed=seed, quiet=True)
-    settings.run, settings.resume = "", False
+    settings = argparse.Namespace(data=data, model="deepfm", tower="torch", epochs=epochs, batch_size=4096, seed=seed)
+    settings.run, settings.resume, settings.quiet = "", False, True
     peer = 0.0
     for dtype in ("float32", "bfloat16", "float16"):
         settings.dtype = dtype
@@ -90,14 +90,14 @@ def accuracy(data: str, seed: int, epochs: int) -> Iterator[Result]:
 
 def quantized_aucs(trained: Any, test: Any) -> dict[str, float]:
     """Return the AUC with the embeddings of each export; the model ends with those of the last."""
-    engine, found = trained.lookup.engine, {}
+    engine, found = trained.lookup, {}
     names = [member.name for table in engine.tables for member in table.members]
     with tempfile.TemporaryDirectory() as folder:
         Saver(f"{folder}/run").save(1, {"engine": engine})
         for dtype in EXPORTS:
             reader = Reader(export(StoredCheckpoint(Path(folder, "run"), 1), f"{folder}/{dtype}", dtype))
             for name in names:
-                ids = trained.lookup.vocabularies[name]
+                ids = engine.tables[0].ids(names.index(name))
                 engine.load_rows(name, ids, torch.from_numpy(reader.lookup(name, ids.numpy())))
             found[dtype] = auc_of(trained, test)
     return found

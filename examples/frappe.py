@@ -1,6 +1,7 @@
 """Train DeepFM on Frappe (a public CTR benchmark) with hash tables, and with a torch tower, a JAX tower, or both.
 
     python examples/frappe.py --data FOLDER --tower both [--baseline] [--run RUN]
+    python examples/frappe.py --data FOLDER --model lr
 
 FOLDER contains train/, valid/ and test/ with Parquet files: ten categorical columns of int64 ids or of strings (which
 are hashed while reading), and ``label``. ``--baseline`` then trains the same model with nn.Embedding, times alternating
@@ -19,7 +20,7 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from itertools import pairwise
 
 import torch
@@ -39,13 +40,14 @@ from recis_hybrid.pipelines import (
     Stage,
 )
 
-# The published recipe (BARS, DeepFM on Frappe x1). Its L2 penalty covers whole tables in every step.
+# The published recipe (BARS, DeepFM on Frappe x1). Its L2 penalty covers whole tables in every step, as weight decay
+# with exact=True does.
 FIELDS = ["user", "item", "daytime", "weekday", "isweekend", "homework", "cost", "weather", "country", "city"]
 FACTORS = 10
 HIDDEN = (400, 400, 400)
 DROPOUT = 0.2
 LR = 1e-3
-L2 = 0.05
+L2 = {"deepfm": 0.05, "lr": 1e-5}
 STD = 1e-4
 CLIP = 10.0
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -98,7 +100,7 @@ class DeepFM(nn.Module):
     The first element of an embedding is its first-order weight, the others are its factors.
 
     Args:
-        lookup: Maps a batch to ``[B, 1 + FACTORS]`` by field, and in training also to the rows of whole tables.
+        lookup: Maps a batch to ``[B, 1 + FACTORS]`` by field.
         towers: Modules from ``[B, W]`` to ``[B, 1]``.
     """
 
@@ -107,7 +109,6 @@ class DeepFM(nn.Module):
         self.lookup = lookup
         self.towers = towers
         self.bias = nn.Parameter(torch.zeros(1))
-        self.penalty = torch.zeros(())
 
     def forward(self, batch: rh.Batch) -> Tensor:
         """Return the logits ``[B]``."""
@@ -116,16 +117,27 @@ class DeepFM(nn.Module):
         both = torch.stack(parts, dim=1)
         first_order, factors = both[:, :, 0].sum(1), both[:, :, 1:]
         pairs = 0.5 * (factors.sum(1).square() - factors.square().sum(1)).sum(1)
-        self.penalty = both.new_zeros(())
-        if self.training:
-            self.penalty = L2 / 2 * torch.stack([embeddings[whole(field)].square().sum() for field in FIELDS]).sum()
         x = torch.cat(parts, dim=1)
         deep = torch.stack([tower(x)[:, 0] for tower in self.towers]).mean(0)
         return self.bias + first_order + pairs + deep
 
-    def loss(self, logits: Tensor, labels: Tensor) -> Tensor:
-        """Return the cross entropy plus the L2 penalty of the last forward pass."""
-        return nn.functional.binary_cross_entropy_with_logits(logits, labels) + self.penalty
+
+class LogisticRegression(nn.Module):
+    """Logit = bias + first-order weights.
+
+    Args:
+        lookup: Maps a batch to ``[B, 1]`` by field.
+    """
+
+    def __init__(self, lookup: nn.Module) -> None:
+        super().__init__()
+        self.lookup = lookup
+        self.bias = nn.Parameter(torch.zeros(1))
+
+    def forward(self, batch: rh.Batch) -> Tensor:
+        """Return the logits ``[B]``."""
+        embeddings = self.lookup(batch)
+        return self.bias + torch.cat([embeddings[field] for field in FIELDS], dim=1).sum(1)
 
 
 @dataclass(frozen=True)
@@ -167,31 +179,8 @@ class Stopwatch(Callback):
             self.seconds += time.perf_counter() - self.begin
 
 
-def whole(field: str) -> str:
-    """Return the name of the output with all rows of a field's table."""
-    return f"{field}, whole"
-
-
-class GrowingTables(nn.Module):
-    """An engine that in training also looks up all known ids, for the L2 penalty on whole tables."""
-
-    def __init__(self, vocabularies: dict[str, Tensor], dim: int, seed: int, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.vocabularies = vocabularies
-        config = rh.EmbeddingConfig(dim=dim, initializer=rh.embedding.Normal(0.0, STD), dtype=dtype)
-        configs = dict.fromkeys(vocabularies, config)
-        configs |= {whole(field): replace(config, table=field, combiner=None) for field in vocabularies}
-        self.engine = rh.EmbeddingEngine(configs, optimizer=rh.optim.Adam, seed=seed)
-
-    def forward(self, batch: rh.Batch) -> dict[str, Tensor]:
-        """Return ``[B, dim]`` by field and, in training, ``[n, dim]`` of the known ids by ``whole(field)``."""
-        no_ids = torch.empty(0, dtype=torch.int64)
-        lists = {whole(field): ids if self.training else no_ids for field, ids in self.vocabularies.items()}
-        return self.engine({**batch, **lists})  # type: ignore[no-any-return]
-
-
 class StaticTables(nn.Module):
-    """The same with nn.Embedding: ids are mapped to row indices by binary search in the sorted training ids."""
+    """Tables of nn.Embedding: ids are mapped to row indices by binary search in the sorted training ids."""
 
     def __init__(self, vocabularies: dict[str, Tensor], dim: int) -> None:
         super().__init__()
@@ -201,14 +190,13 @@ class StaticTables(nn.Module):
             nn.init.normal_(table.weight, std=STD)  # type: ignore[arg-type]
 
     def forward(self, batch: rh.Batch) -> dict[str, Tensor]:
-        """Return ``[B, dim]`` by field, unknown ids sharing the last row, and all rows by ``whole(field)``."""
+        """Return ``[B, dim]`` by field; unknown ids share the last row."""
         outputs = {}
         for field, known in self.vocabularies.items():
             ids = batch[field]
             assert isinstance(ids, Tensor)
             at = torch.searchsorted(known, ids).clamp_(max=len(known) - 1)
             outputs[field] = self.tables[field](torch.where(known[at] == ids, at, len(known)))
-            outputs[whole(field)] = self.tables[field].weight  # type: ignore[assignment]
         return outputs
 
 
@@ -248,22 +236,26 @@ def stages(trainer: rh.Trainer, args: argparse.Namespace) -> Iterator[Stage]:
 def run(args: argparse.Namespace, data: dict[str, rh.ColumnDataset], *, baseline: bool) -> Trained:
     """Train a model, with nn.Embedding instead of the engine if ``baseline``."""
     begin = time.perf_counter()
-    dim = 1 + FACTORS
+    dim = 1 if args.model == "lr" else 1 + FACTORS
     torch.manual_seed(args.seed)
-    # Reading a shuffled dataset advances its order, so read the ids from a separate dataset.
-    batches: list[rh.Batch] = list(datasets(args)["train"])
-    known = {field: torch.cat([batch[field] for batch in batches]).unique() for field in FIELDS}  # type: ignore[misc]
     if baseline:
+        # Reading a shuffled dataset advances its order, so read the ids from a separate dataset.
+        batches: list[rh.Batch] = list(datasets(args)["train"])
+        known = {field: torch.cat([b[field] for b in batches]).unique() for field in FIELDS}  # type: ignore[misc]
         lookup: nn.Module = StaticTables(known, dim)
-        sparse: torch.optim.Optimizer = torch.optim.Adam(lookup.parameters(), lr=LR)
+        sparse: torch.optim.Optimizer = torch.optim.Adam(lookup.parameters(), lr=LR, weight_decay=L2[args.model])
     else:
-        lookup = GrowingTables(known, dim, args.seed, DTYPES[args.dtype])
-        sparse = rh.optim.Adam(lookup.parameters(), lr=LR)
+        config = rh.EmbeddingConfig(dim=dim, initializer=rh.embedding.Normal(0.0, STD), dtype=DTYPES[args.dtype])
+        engine = rh.EmbeddingEngine(dict.fromkeys(FIELDS, config), optimizer=rh.optim.AdamL2, seed=args.seed)
+        lookup, sparse = engine, engine.make_optimizer(lr=LR, weight_decay=L2[args.model], exact=True)
     torch.manual_seed(args.seed)
-    model = DeepFM(lookup, make_towers(args.tower, len(FIELDS) * dim, args.seed))
+    model: nn.Module = LogisticRegression(lookup)
+    if args.model == "deepfm":
+        model = DeepFM(lookup, make_towers(args.tower, len(FIELDS) * dim, args.seed))
     in_lookup = {id(parameter) for parameter in lookup.parameters()}
     dense = torch.optim.Adam([p for p in rh.dense_parameters(model) if id(p) not in in_lookup], lr=LR)
-    step = rh.TorchStep(model, model.loss, {"dense": dense, "sparse": sparse}, clip_grad_norm=CLIP)
+    loss = nn.functional.binary_cross_entropy_with_logits
+    step = rh.TorchStep(model, loss, {"dense": dense, "sparse": sparse}, clip_grad_norm=CLIP)
 
     # Divide the learning rate by ten after each epoch without an improvement, and stop after two.
     plateaus = [ReduceLROnPlateau(o, "max", factor=0.1, patience=0, threshold=0.0, eps=0.0) for o in (dense, sparse)]
@@ -295,15 +287,13 @@ def run(args: argparse.Namespace, data: dict[str, rh.ColumnDataset], *, baseline
 
 
 def compare(ours: Trained, theirs: Trained, batches: list[rh.Batch]) -> dict[str, float]:
-    """Time alternating steps: whole steps, and the sparse half alone (lookup, backward with L2, update)."""
+    """Time alternating steps: whole steps, and the sparse half alone (lookup, backward, update with weight decay)."""
     gradients = [torch.randn(len(batches[0]["label"]), 1 + FACTORS) for _ in FIELDS]
 
     def sparse(trained: Trained, batch: rh.Batch) -> None:
         trained.sparse.zero_grad()
         outputs = trained.lookup(batch)
-        tables = [outputs[whole(field)] for field in FIELDS]
-        of_tables = [L2 * table.detach() for table in tables]
-        torch.autograd.backward([*(outputs[field] for field in FIELDS), *tables], [*gradients, *of_tables])
+        torch.autograd.backward([outputs[field] for field in FIELDS], gradients)
         trained.sparse.step()
 
     pair = {"ours": ours, "theirs": theirs}
@@ -327,6 +317,7 @@ def compare(ours: Trained, theirs: Trained, batches: list[rh.Batch]) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="folder with train/, valid/ and test/")
+    parser.add_argument("--model", choices=L2, default="deepfm", help="DeepFM or logistic regression (deepfm)")
     parser.add_argument("--tower", choices=("torch", "jax", "both"), default="torch", help="the towers (torch)")
     parser.add_argument("--baseline", action="store_true", help="also train the same model with nn.Embedding")
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the embeddings (float32)")
@@ -337,6 +328,8 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="continue from the latest checkpoint in --run")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
+    if args.baseline and args.model == "lr":
+        parser.error("--baseline compares DeepFM with nn.Embedding; omit --model lr")
 
     data = datasets(args)
     trained = {"hash tables": run(args, data, baseline=False)}
@@ -346,7 +339,7 @@ def main() -> None:
         batches = [batch for batch in data["train"] if len(batch["label"]) == args.batch_size][:31]
         ratios = compare(trained["hash tables"], trained["nn.Embedding"], batches)
         last |= {**ratios, "baseline": asdict(trained["nn.Embedding"].figures)}
-    head = f"DeepFM, tower: {args.tower}"
+    head = "LR" if args.model == "lr" else f"DeepFM, tower: {args.tower}"
     print(f"\n{head:<22}{'AUC':>9}{'logloss':>9}{'samples/s':>11}{'epochs':>8}{'seconds':>9}")
     for name, result in trained.items():
         r = result.figures
