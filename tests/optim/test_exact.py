@@ -17,7 +17,7 @@ from recis_hybrid.embedding import Constant, EmbeddingConfig, EmbeddingEngine, N
 from recis_hybrid.saver import Saver
 from tests.optim import plain_rules
 from tests.support.devices import on_devices
-from tests.support.near import OF_ADAM, ROUNDINGS, assert_near
+from tests.support.near import ROUNDINGS, assert_near
 
 IDS, STEPS, BATCH = 40, 200, 6
 
@@ -48,6 +48,8 @@ def plain_step(rule: plain_rules.Rule, weight: Tensor, **settings: Any) -> Calla
 
 ADAM = {"betas": (0.9, 0.98), "eps": 1e-4}
 DECAY = {**ADAM, "weight_decay": 0.1}
+# With a smaller eps, coupled decay takes weights to 0 at a constant rate, and rounding decides on which side they end.
+COUPLED = {"eps": 0.2, "weight_decay": 0.1}
 CASES: dict[str, tuple[Any, dict[str, Any], Callable[..., Callable[..., None]]]] = {
     "sgd": (optim.SGD, {"weight_decay": 0.2}, partial(torch_step, torch.optim.SGD)),
     "momentum": (optim.SGD, {"momentum": 0.9}, partial(torch_step, torch.optim.SGD)),
@@ -61,14 +63,14 @@ CASES: dict[str, tuple[Any, dict[str, Any], Callable[..., Callable[..., None]]]]
     "rmsprop": (optim.RMSprop, {"alpha": 0.95, "eps": 1e-4}, partial(torch_step, torch.optim.RMSprop)),
     "rmsprop_decay": (
         optim.RMSprop,
-        {"alpha": 0.95, "eps": 1e-4, "weight_decay": 0.1},
+        {"alpha": 0.95, **COUPLED},
         partial(torch_step, torch.optim.RMSprop),
     ),
     "adam": (optim.AdamL2, ADAM, partial(torch_step, torch.optim.Adam)),
-    "adam_l2": (optim.AdamL2, DECAY, partial(torch_step, torch.optim.Adam)),
+    "adam_l2": (optim.AdamL2, {**ADAM, **COUPLED}, partial(torch_step, torch.optim.Adam)),
     "adamw": (optim.AdamW, DECAY, partial(torch_step, torch.optim.AdamW)),
     "amsgrad": (optim.AMSGrad, ADAM, partial(torch_step, torch.optim.Adam, amsgrad=True)),
-    "amsgrad_decay": (optim.AMSGrad, DECAY, partial(torch_step, torch.optim.Adam, amsgrad=True)),
+    "amsgrad_decay": (optim.AMSGrad, {**ADAM, **COUPLED}, partial(torch_step, torch.optim.Adam, amsgrad=True)),
     "adamw_tf": (optim.AdamWTF, {**ADAM, "weight_decay": 0.01}, partial(plain_step, plain_rules.adamw_tf)),
     "sparse_adam": (optim.Adam, ADAM, partial(plain_step, plain_rules.adamw_tf, weight_decay=0.0)),
     "lion": (optim.Lion, {"betas": (0.8, 0.9), "weight_decay": 0.1}, partial(plain_step, plain_rules.lion)),
@@ -112,7 +114,7 @@ def do_step(case: str, engine: EmbeddingEngine, optimizer: Any, step: int, dense
     optimizer.param_groups[0]["lr"] = lr_of(case, step)
     vectors = engine({"id": ids.to(device)})["id"]
     if dense is not None:
-        assert_near(vectors.cpu(), dense.weight[ids], OF_ADAM, where=f"step {step}")
+        assert_near(vectors.cpu(), dense.weight[ids], where=f"step {step}")
         dense.step(ids, gradient, lr_of(case, step))
     vectors.backward(gradient.to(device))
     optimizer.step()
@@ -129,7 +131,9 @@ def test_rows_are_those_of_a_dense_optimizer(case: str, dim: int, device: str) -
         do_step(case, engine, optimizer, step, dense)
     met = engine.tables[0].ids(0)
     evaluated = engine.eval()({"id": met})["id"]
-    assert_near(evaluated.cpu(), dense.weight[met.cpu()], OF_ADAM)
+    assert_near(evaluated.cpu(), dense.weight[met.cpu()])
+    unmet = torch.tensor([IDS - 1])
+    assert_near(engine({"id": unmet.to(device)})["id"].cpu(), dense.weight[unmet])
     assert torch.equal(engine.tables[0].export(0, met)["embedding"], evaluated)
 
 
@@ -145,9 +149,9 @@ def test_a_row_that_misses_thousands_of_steps_is_that_of_a_dense_optimizer(case:
         optimizer.step()
         optimizer.zero_grad()
         dense.step(ids, gradient, lr_of(case, step))
-    # The dense optimizer rounds 3,000 times.
-    assert_near(engine.eval()({"id": torch.tensor([0, 1, 2])})["id"], dense.weight[:3], 3000)
-    assert_near(engine.train()({"id": torch.tensor([0, 1, 2, 5])})["id"], dense.weight[[0, 1, 2, 5]], 3000)
+    # The dense optimizer rounds 3,000 times, and the errors mostly cancel.
+    assert_near(engine.eval()({"id": torch.tensor([0, 1, 2])})["id"], dense.weight[:3], 4 * ROUNDINGS)
+    assert_near(engine.train()({"id": torch.tensor([0, 1, 2, 5])})["id"], dense.weight[[0, 1, 2, 5]], 4 * ROUNDINGS)
 
 
 @on_devices
@@ -195,7 +199,7 @@ def test_a_saved_row_is_that_of_a_dense_optimizer(tmp_path: Path) -> None:
     reader = EmbeddingEngine({"id": EmbeddingConfig(dim=8, initializer=Normal(0, 1))}, optimizer=optim.AdamW)
     Saver(tmp_path).load({"engine": reader})
     met = engine.tables[0].ids(0)
-    assert_near(reader.eval()({"id": met})["id"], dense.weight[met], OF_ADAM)
+    assert_near(reader.eval()({"id": met})["id"], dense.weight[met])
 
 
 def test_a_state_dict_has_the_steps() -> None:
@@ -226,7 +230,7 @@ def test_a_lookup_before_a_step_of_other_rows_is_updated_after_it() -> None:
     engine.apply_gradients(early, {"id": torch.ones(4, 8)}, optimizer)
     for ids in (torch.arange(4), torch.arange(2, 6)):
         dense.step(ids, torch.ones(4, 8), 1e-3)
-    assert_near(engine.eval()({"id": torch.arange(6)})["id"], dense.weight[:6], OF_ADAM)
+    assert_near(engine.eval()({"id": torch.arange(6)})["id"], dense.weight[:6])
 
 
 def test_rows_of_bfloat16_follow_within_their_rounding() -> None:
@@ -273,7 +277,7 @@ def test_an_evicted_id_comes_back_as_if_it_had_never_been_met() -> None:
         do_step("adamw", engine, optimizer, step)
         dense.step(torch.tensor([IDS - 1]), torch.zeros(1, 8), lr_of("adamw", step))
     engine.tables[0].erase(0, torch.tensor([0]))
-    assert_near(engine({"id": torch.tensor([0])})["id"], dense.weight[:1], ROUNDINGS)
+    assert_near(engine({"id": torch.tensor([0])})["id"], dense.weight[:1])
 
 
 def test_eviction_by_norm_sees_present_values() -> None:
