@@ -40,6 +40,7 @@ from recis_hybrid.app.template import write_starter
 from recis_hybrid.pipelines.callback import CallbackError
 from recis_hybrid.pipelines.interruption import Terminated
 from recis_hybrid.pipelines.predict import check_output, write_predictions
+from recis_hybrid.pipelines.scores import ROWS_PER_FILE
 from recis_hybrid.pipelines.steps.gradient_guard import NonFiniteGradientError
 from recis_hybrid.pipelines.steps.loss_guard import NonFiniteLossError
 from recis_hybrid.pipelines.trainer import Trainer
@@ -227,11 +228,7 @@ def _evaluate_parser() -> Parser:
 
 
 def _evaluate(args: argparse.Namespace) -> int:
-    device = args.device
-    if device is None:
-        place, _ = run_and_step(args.run)
-        device = recorded_config(place).train.device if (storage_of(place).root / NAME).is_file() else "cpu"
-    with joined(device) as here:
+    with joined(_device_of(args)) as here:
         run = load_run(args.run, step="latest" if args.step is None else args.step, device=here)
         figures = run.evaluate(args.data or None)
         if distributed.rank() == 0:
@@ -240,9 +237,18 @@ def _evaluate(args: argparse.Namespace) -> int:
 
 
 def _predict_parser() -> Parser:
-    parser = _scoring_parser("predict", "write the scores of a trained model to a file, in the order of the rows")
+    parser = _scoring_parser("predict", "write the scores of a trained model to a file or a folder")
     parser.add_argument("data", nargs="+", metavar="DATA", help="files, folders or patterns; no label needed")
-    parser.add_argument("--out", required=True, help="output file: .parquet or .csv")
+    parser.add_argument(
+        "--out",
+        required=True,
+        help="output: a .parquet or .csv file, in the order of the rows; or a folder for Parquet files, which torchrun "
+        "may write and which is continued after an interruption",
+    )
+    parser.add_argument(
+        "--rows-per-file", type=int, default=ROWS_PER_FILE, metavar="N", help=f"rows of a range ({ROWS_PER_FILE:,})"
+    )
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     parser.add_argument(
         "--columns", default="", metavar="NAME,NAME", help="columns of the data to write with the scores (none)"
     )
@@ -252,15 +258,39 @@ def _predict_parser() -> Parser:
 def _predict(args: argparse.Namespace) -> int:
     from recis_hybrid.columnio.files.schema import column_types
 
-    if distributed.world_size() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("predict writes one file in row order and needs a single process: start it without torchrun")
-    check_output(args.out)
     columns = [name for name in args.columns.split(",") if name]
+    if not Path(args.out).suffix or os.path.isdir(args.out):
+        return _predict_into_folder(args, columns)
+    if distributed.world_size() > 1 or int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError(
+            "predict writes one file in row order and needs a single process: start it without torchrun, or name a "
+            "folder, as in --out scores"
+        )
+    check_output(args.out)
     run = load_run(args.run, step="latest" if args.step is None else args.step, device=args.device)
     types = column_types(args.data, read_options(run.config))
     rows = write_predictions(args.out, run.predict(args.data, columns=columns), types)
     print(f"{args.out}: {rows:,} rows, scored by step {run.step} of {run.path}")
     return 0
+
+
+def _predict_into_folder(args: argparse.Namespace, columns: Sequence[str]) -> int:
+    with joined(_device_of(args)) as here:
+        run = load_run(args.run, step="latest" if args.step is None else args.step, device=here)
+        rows = run.write_scores(
+            args.out, args.data, columns=columns, rows_per_file=args.rows_per_file, quiet=args.quiet
+        )
+        if distributed.rank() == 0:
+            print(f"{args.out}: {rows:,} rows, scored by step {run.step} of {run.path}")
+    return 0
+
+
+def _device_of(args: argparse.Namespace) -> str:
+    """Return the device to compute on: that of the training, unless another is given."""
+    if args.device is not None:
+        return str(args.device)
+    place, _ = run_and_step(args.run)
+    return recorded_config(place).train.device if (storage_of(place).root / NAME).is_file() else "cpu"
 
 
 def _report_parser() -> Parser:

@@ -12,17 +12,27 @@ from typing import Any, Literal, TypeAlias
 
 from torch import Tensor, nn
 
-from recis_hybrid.app.build import dataset_of, features_of, metrics_of, refuse_device, scoring_step_of
+from recis_hybrid.app.build import (
+    dataset_of,
+    features_of,
+    metrics_of,
+    read_options,
+    refuse_device,
+    scoring_step_of,
+)
 from recis_hybrid.app.config import Config, ConfigError, load_config
 from recis_hybrid.app.resume import NAME, recorded_config
 from recis_hybrid.columnio import ColumnDataset
+from recis_hybrid.columnio.files.schema import column_types
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.pipelines.evaluate import evaluate
 from recis_hybrid.pipelines.predict import predict
+from recis_hybrid.pipelines.scores import ROWS_PER_FILE, write_scores
 from recis_hybrid.pipelines.steps.metrics import Metrics
 from recis_hybrid.pipelines.steps.torch_step import TorchStep
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver import CheckpointError, Location, Saver
+from recis_hybrid.saver.checkpoint.chain import link_to
 from recis_hybrid.saver.storage.resolve import storage_of
 from recis_hybrid.saver.storage.step_directory import STEP
 
@@ -118,6 +128,45 @@ class LoadedRun:
         """
         return predict(
             self.scorer, self.data(paths, columns=columns, **options), columns=columns, transforms=[self.features]
+        )
+
+    def write_scores(
+        self,
+        folder: str | os.PathLike[str],
+        paths: Paths,
+        *,
+        columns: Sequence[str] = (),
+        rows_per_file: int = ROWS_PER_FILE,
+        quiet: bool = True,
+        **options: Any,
+    ) -> int:
+        """Write scores as Parquet files into a folder, and continue there after an interruption.
+
+        On several ranks, each scores a share of the rows and writes its own files. See
+        :func:`recis_hybrid.pipelines.write_scores` for the names of the files, and for what is raised.
+
+        Args:
+            folder: Folder that all ranks share.
+            paths: Data, with or without the label column.
+            columns: Columns of the files to include in the output, such as row ids.
+            rows_per_file: Number of rows after which new files begin.
+            quiet: False to show the progress on stderr.
+            options: Further arguments of ColumnDataset.
+
+        Returns:
+            The number of rows.
+        """
+        data = self.data(paths, columns=columns, **options)
+        types = column_types(_as_paths(paths), read_options(self.config))
+        digest = link_to(storage_of(self.path).root, self.step).sha256
+        return write_scores(
+            folder,
+            data,
+            lambda batches: predict(self.scorer, batches, columns=columns, transforms=[self.features]),
+            source={"checkpoint": digest, "step": self.step, "columns": list(columns)},
+            types={name: kind for name, kind in types.items() if name in columns},
+            rows_per_file=rows_per_file,
+            quiet=quiet,
         )
 
 

@@ -19,6 +19,7 @@ from recis_hybrid.pipelines.data.window_stages import WindowStages as WindowStag
 from recis_hybrid.pipelines.evaluate import evaluate as evaluate
 from recis_hybrid.pipelines.predict import predict as predict, write_predictions as write_predictions
 from recis_hybrid.pipelines.rng import seed_everything as seed_everything
+from recis_hybrid.pipelines.scores import write_scores as write_scores
 from recis_hybrid.pipelines.stages import (
     Evaluate as Evaluate,
     Evict as Evict,

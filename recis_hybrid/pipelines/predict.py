@@ -107,7 +107,7 @@ def write_predictions(
     rows = 0
     try:
         for batch in batches:
-            table = pa.RecordBatch.from_pydict({name: _arrow(batch[name], (types or {}).get(name)) for name in batch})
+            table = arrow_batch(batch, types or {})
             lists = [field.name for field in table.schema if pa.types.is_nested(field.type)]
             if lists and out.suffix == ".csv":
                 raise ValueError(f"{out}: CSV cannot hold lists, but the columns {lists} are lists; write .parquet")
@@ -132,11 +132,18 @@ def check_output(path: str | os.PathLike[str]) -> None:
     """Raise the errors of :func:`write_predictions` for a path that it cannot write."""
     out = Path(path)
     if out.suffix not in SUFFIXES:
-        raise ValueError(f"{out}: the suffix must be one of {', '.join(SUFFIXES)}, got {out.suffix!r}")
+        raise ValueError(f"{out}: the suffix of a file must be one of {', '.join(SUFFIXES)}, got {out.suffix!r}")
     if out.exists():
         raise FileExistsError(f"{out} already exists; remove it, or choose another name")
     if not out.parent.is_dir():
         raise FileNotFoundError(f"{out}: there is no folder {out.parent}; create it first")
+
+
+def arrow_batch(batch: Batch, types: Mapping[str, Any]) -> Any:
+    """Return a batch as an Arrow record batch, with the types that columns have in the input files."""
+    import pyarrow as pa
+
+    return pa.RecordBatch.from_pydict({name: _arrow(column, types.get(name)) for name, column in batch.items()})
 
 
 def _arrow(column: Tensor | RaggedTensor, kind: Any) -> Any:

@@ -189,7 +189,7 @@ def test_invalid_predictions_are_named_and_leave_no_file(
     (tmp_path / "there.csv").write_text("mine")
     lists = str(tmp_path / "lists.parquet")
     for arguments, status, message in (
-        ([data, "--out", "a.txt"], 1, "the suffix must be one of .parquet, .csv, got '.txt'"),
+        ([data, "--out", "a.txt"], 1, "the suffix of a file must be one of .parquet, .csv, got '.txt'"),
         ([data, "--out", str(tmp_path / "there.csv")], 1, "already exists; remove it, or choose another name"),
         ([data, "--out", str(tmp_path / "no" / "a.csv")], 1, "there is no folder"),
         ([data, "--out", str(tmp_path / "a.csv"), "--columns", "usr"], 1, "has no column 'usr'"),
