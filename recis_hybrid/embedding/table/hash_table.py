@@ -294,7 +294,7 @@ class HashTable:
         self.record_lookup()
         if not self.read_only:
             self.store.reserve(more)
-        memory = TableMemory.of(self._store, self.generation, self._step)
+        memory = TableMemory.of(self._store, 0 if self.read_only else more, self.generation, self._step)
         self._borrowed = take_back
         return memory
 

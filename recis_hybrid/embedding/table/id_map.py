@@ -124,6 +124,16 @@ class IdMap:
                 # alternating inserts and erases would rehash at every step.
                 self.rehash(min((live + more) * 5 // 4, MAX_ROWS))
 
+    def slots_within(self, more: int) -> int:
+        """Return how many slots may be in use before :meth:`reserve` is called again, after it was called for ``more``.
+
+        While lines are being moved, ``more`` ids may be inserted: others would fill the lines that wait faster than
+        they are moved. Waits for the device in this case.
+        """
+        if self.slots.work_to_do:
+            return self._bounds.exact()[ops.id_map.USED_SLOTS] + more
+        return int((GROW_LOAD if self.slots.can_grow else MAX_LOAD) * self.capacity)
+
     def _has_room(self, more: int) -> bool:
         used = ops.id_map.USED_SLOTS
         return self._room(self._bounds.bound(used), more) or self._room(self._bounds.bound_after_inserts(used), more)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from recis_hybrid.embedding.table.id_map import MAX_LOAD
 from recis_hybrid.embedding.table.store import RowStore
 
 
@@ -37,8 +36,8 @@ class TableMemory(NamedTuple):
     """Seed of the stochastic rounding, 64 bits."""
 
     @staticmethod
-    def of(store: RowStore, generation: int, step: int) -> TableMemory:
-        """Describe the memory of a table."""
+    def of(store: RowStore, more: int, generation: int, step: int) -> TableMemory:
+        """Describe the memory of a table in which there is room for ``more`` ids."""
         layout, id_map, state = store.layout, store.id_map, store.layout.state_args
         handle = store.blocks.whole()
         return TableMemory(
@@ -46,7 +45,7 @@ class TableMemory(NamedTuple):
             id_map.counters.data_ptr(),
             id_map.free_rows.data_ptr(),
             store.blocks.capacity,
-            int(MAX_LOAD * id_map.capacity),
+            id_map.slots_within(more),
             (handle.addresses.data_ptr(), handle.block_shift, handle.meta_offset, handle.record_bytes),
             (layout.element, layout.state_element, layout.dim),
             store.initializers.data_ptr(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ import torch
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Normal
 from recis_hybrid.embedding.eviction import Unused
+from tests.support.chunks import tiny_chunks
 from tests.support.devices import on_devices
 from tests.support.jit_tables import TorchTables, assert_equal_tables, engine_of, rows_of, words
 from tests.support.programs import run_code
@@ -329,6 +331,28 @@ def test_too_many_new_ids_raise_and_change_nothing(
     tables.end(step(words(many[None]), tables.begin(room=1)))
     assert len(table) == 6 + free
     assert table.step == 3
+
+
+def test_a_program_cannot_overfill_a_table_that_is_growing() -> None:
+    """Lines of its map are moved in proportion to the ids for which there is room, and others would overtake that."""
+    room = 30
+    batches = np.random.default_rng(0).integers(-(2**63), 2**63, (50, room + 1))
+    refused = 0
+    with tiny_chunks(16, 4):
+        tables = tables_of()
+        table, step = tables.engine.tables[0], jax.jit(functools.partial(train, tables))
+        for batch in batches:
+            token = tables.begin(room=room)
+            if table._store.id_map.slots.work_to_do:
+                tables.end(step(words(batch), token))
+                with pytest.raises(RuntimeError, match="had more new ids than there was room for"):
+                    tables.wait()
+                assert len(table) % room == 0
+                token = tables.begin(room=room)
+                refused += 1
+            tables.end(step(words(batch[:room]), token))
+    assert refused > 10
+    assert table.ids(0).tolist() == np.sort(batches[:, :room].ravel()).tolist()
 
 
 @on_devices
