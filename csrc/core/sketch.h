@@ -5,8 +5,8 @@
 // cache line for each id). L. Fan, P. Cao, J. Almeida, A. Broder: Summary cache. SIGCOMM 1998 (small saturating cells).
 //
 // An id has one block of 64 bytes, four rows of cells of 2, 4, 8 or 16 bits, and a cell in each row. Its count is at
-// most the least of the four. Blocks are in the order of the ids' bucket hashes, and no block belongs to two buckets,
-// so a sketch is split by bucket.
+// most the least of the four. Blocks are in the order of the ids' bucket hashes, so a sketch is split by bucket. From
+// 65,536 blocks on, none belongs to two buckets.
 #pragma once
 
 #include <cstdint>

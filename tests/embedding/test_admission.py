@@ -102,21 +102,30 @@ def test_no_id_waits_longer_for_a_sketch_than_for_exact_counts(device: str) -> N
         assert ours["b"] == theirs["b"]
 
 
-def test_the_rate_of_false_positives_is_the_stated_one() -> None:
-    rule, counted, asked = MinFrequency(2, sketch_bytes=LEAST_BYTES), 2_000_000, 40_000
-    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4, admission=rule)})
-    for ids in torch.arange(counted).split(1 << 17):
-        engine({"id": ids})
-    before = len(engine.tables[0])
-    engine({"id": torch.arange(counted, counted + asked)})
+@pytest.mark.parametrize("size", [LEAST_BYTES, 1 << 22])
+def test_the_rate_of_false_positives_is_the_stated_one(size: int) -> None:
+    # As many tables as it takes for 40,000 ids to be asked for, each table with ids of its own.
+    rule, tables = MinFrequency(2, sketch_bytes=size), (1 << 22) // size
+    counted, asked = 2_000_000 // tables, 40_000 // tables
+    names = [str(number) for number in range(tables)]
+    engine = EmbeddingEngine({name: EmbeddingConfig(dim=4, admission=rule) for name in names})
+    (table,) = engine.tables
+
+    def look_up(first: int, end: int) -> None:
+        for part in torch.arange(first, end).split((1 << 17) // tables):
+            engine({name: part + number * (1 << 40) for number, name in enumerate(names)})
+
+    look_up(0, counted)
+    before = len(table)
+    look_up(counted, counted + asked)
     # Of the last ids, each also counts those that come with it: half of them on average when it is counted.
     expected = rule.false_positives(counted + asked)
     assert 0.015 < expected < 0.03
-    deviation = (expected / asked) ** 0.5
-    assert abs((len(engine.tables[0]) - before) / asked - expected) < 5 * deviation
+    deviation = (expected / (asked * tables)) ** 0.5
+    assert abs((len(table) - before) / (asked * tables) - expected) < 5 * deviation
     # The rate over all ids is the integral over the number of ids before.
     mean = sum(rule.false_positives(n) for n in range(0, counted, counted // 20)) / 20
-    assert 0.7 * mean < before / counted < 1.3 * mean
+    assert 0.7 * mean < before / (counted * tables) < 1.3 * mean
 
 
 def test_rates_without_a_sketch_or_ids_are_zero() -> None:
@@ -152,7 +161,7 @@ def test_changes_of_a_sketch_are_saved_alone(tmp_path: Path) -> None:
     assert ours["ids"].numel() > 0
 
 
-@pytest.mark.parametrize(("before", "after"), [(1, 4), (4, 1), (2, 2)])
+@pytest.mark.parametrize(("before", "after"), [(1, 4), (64, 256), (256, 64), (1, 128), (128, 1), (2, 2)])
 def test_a_sketch_of_another_size_loses_no_count(tmp_path: Path, before: int, after: int) -> None:
     first, later = stream(4, 2, kinds=3000, n=3000), stream(5, 2)
     small = engine_of(MinFrequency(200, sketch_bytes=before * LEAST_BYTES))
@@ -275,6 +284,14 @@ def test_admission_depends_neither_on_ranks_nor_on_coalescing(ranks: Ranks, admi
         assert ranks.run(2, on_ranks, admission, sharding, coalesce) == expected * 2
 
 
+def test_no_id_waits_longer_if_ranks_share_blocks_of_a_sketch(ranks: Ranks) -> None:
+    """Three ranks own shares of the 1,024 blocks that are no whole numbers."""
+    exact = ranks.run(1, on_ranks, MinFrequency(SKETCH.count, half_life=SKETCH.half_life), "row", True)[0]
+    for sketched in ranks.run(3, on_ranks, SKETCH, "row", True):
+        for ours, theirs in zip(sketched, exact, strict=True):
+            assert all(set(ours[name]) >= set(theirs[name]) for name in theirs)
+
+
 @pytest.mark.parametrize("ranks", [1, 3])
 @pytest.mark.parametrize("admission", [SKETCH, MinFrequency(3), Probability(0.4)])
 def test_the_memory_of_admission_is_estimated(admission: Any, ranks: int) -> None:
@@ -292,7 +309,7 @@ def test_the_memory_of_admission_is_estimated(admission: Any, ranks: int) -> Non
     ("make", "error", "message"),
     [
         (lambda: MinFrequency(3, half_life=0), ValueError, "MinFrequency: half_life must be at least 1, got 0"),
-        (lambda: MinFrequency(3, sketch_bytes=1000), ValueError, "sketch_bytes must be at least 4194304, got 1000"),
+        (lambda: MinFrequency(3, sketch_bytes=1000), ValueError, "sketch_bytes must be at least 65536, got 1000"),
         (lambda: MinFrequency(3, sketch_bytes=5 << 20), ValueError, "sketch_bytes must be a power of two"),
         (
             lambda: MinFrequency(1 << 16, sketch_bytes=1 << 24),

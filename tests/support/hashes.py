@@ -148,3 +148,19 @@ def xxh64(data: bytes) -> int:
     import xxhash
 
     return signed(xxhash.xxh64_intdigest(data))
+
+
+def bucket_hash(i: int) -> int:
+    """Return the hash of an id by whose upper bits ranks own it, unsigned: the finalizer of SplitMix64 after a salt."""
+    x = (i & MASK) ^ 0x5851F42D4C957F2D
+    x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ x >> 27) * 0x94D049BB133111EB & MASK
+    return x ^ x >> 31
+
+
+def id_with_bucket_hash(value: int) -> int:
+    """Return the id whose :func:`bucket_hash` is ``value``."""
+    x = value ^ value >> 31 ^ value >> 62
+    x = x * pow(0x94D049BB133111EB, -1, 2**64) & MASK
+    x = (x ^ x >> 27 ^ x >> 54) * pow(0xBF58476D1CE4E5B9, -1, 2**64) & MASK
+    return signed((x ^ x >> 30 ^ x >> 60) ^ 0x5851F42D4C957F2D)

@@ -47,7 +47,9 @@ class MinFrequency:
     """All counts are halved, rounding down, whenever the table's number of optimizer steps reaches a multiple of this
     number. Exact counts that become 0 free their memory. None: never."""
     sketch_bytes: int | None = None
-    """Bytes of the sketch of each member table, over all ranks: a power of two, at least 4 MiB. None: exact counts."""
+    """Bytes of the sketch of each member table, over all ranks: a power of two, at least 64 KiB. None: exact counts. A
+    sketch below 4 MiB takes up to 4.5 MiB in a checkpoint, and with numbers of ranks that are no powers of two, it
+    admits slightly fewer ids too early than on one rank."""
 
     def __post_init__(self) -> None:
         check_integer("MinFrequency", "count", self.count, low=1)

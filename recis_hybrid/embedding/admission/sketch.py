@@ -17,18 +17,23 @@ from recis_hybrid.embedding.gate import TableShare
 from recis_hybrid.ops.id_map import SKETCH_ROWS as ROWS, SKETCH_WORDS as WORDS
 
 _BLOCK_BYTES = 8 * WORDS
-LEAST_BYTES = BUCKETS * _BLOCK_BYTES
-"""A block for each bucket, so that no block belongs to two ranks."""
+LEAST_BYTES = 1 << 16
+"""1,024 blocks, each for 64 buckets."""
 _SALT = 0x5851F42D4C957F2D
 _LEVEL_BITS = 6
-_LEAST_LEVEL, _MOST_LEVEL = 16, 40
+_LEAST_LEVEL, _MOST_LEVEL = (BUCKETS - 1).bit_length(), 40
+"""Levels in checkpoints. In the lowest, each bucket has one block, so that ranks can load those of their buckets."""
 
 
 class Sketch:
     """A count-min sketch for each member table, in blocks of 64 bytes; see ``csrc/core/sketch.h``.
 
-    Each member table, and each bucket, has blocks of its own. So counts depend neither on coalescing nor on the number
-    of ranks, and a checkpoint of a sketch can be loaded by any number of ranks.
+    Each member table has blocks of its own, and so has each bucket in a sketch of 4 MiB or more. So counts depend
+    neither on coalescing nor on the number of ranks, and a checkpoint of a sketch can be loaded by any number of ranks.
+
+    In a smaller sketch, a block is shared by a range of buckets. If these belong to two ranks, both have the block, and
+    each counts its own ids there: counts are then lower than on one rank, but never too low. Ranks whose number is a
+    power of two, up to the number of blocks, share none.
 
     Args:
         size: Bytes of each member table over all ranks, a power of two.
@@ -40,10 +45,11 @@ class Sketch:
         self._cell_bits = cell_bits
         self._level = (size // _BLOCK_BYTES).bit_length() - 1
         """log2 of the number of blocks of all buckets."""
-        each = size // LEAST_BYTES
+        self._buckets = share.buckets
         first, end = share.buckets
-        self._first = first * each
-        shape = len(share.members), (end - first) * each, WORDS
+        self._first = (first << self._level) // BUCKETS
+        blocks = -(-(end << self._level) // BUCKETS) - self._first if first < end else 0
+        shape = len(share.members), blocks, WORDS
         # Memory that is never written takes no space on the CPU.
         zeros = ops.memory.zero_bytes(math.prod(shape) * 8, share.device)
         self._words = zeros.view(torch.int64).view(shape)
@@ -103,11 +109,18 @@ class Sketch:
         Returns:
             ``ids``, int64 ``[n]``, ascending: for each block, the id whose bucket hash begins with the bits of the
             block's number and ends with their number, so that blocks lie in the buckets of the ids that they count. And
-            ``cells2``, ``cells4``, ``cells8`` or ``cells16`` by the bits of a cell, int64 ``[n, 8]``: the blocks.
+            ``cells2``, ``cells4``, ``cells8`` or ``cells16`` by the bits of a cell, int64 ``[n, 8]``: the blocks. A
+            block of several buckets is repeated for each of them.
         """
         words = self._words[member]
         at = (words != 0).any(1).nonzero().view(-1)
-        ids, order = _with_hash((at + self._first) << (64 - self._level) | self._level).sort()
+        numbers, level = at + self._first, self._level
+        if level < _LEAST_LEVEL:
+            each = 1 << (_LEAST_LEVEL - level)
+            numbers = (numbers[:, None] * each + torch.arange(each, device=at.device)).view(-1)
+            mine = (numbers >= self._buckets[0]) & (numbers < self._buckets[1])
+            numbers, at, level = numbers[mine], at.repeat_interleave(each)[mine], _LEAST_LEVEL
+        ids, order = _with_hash(numbers << (64 - level) | level).sort()
         return {"ids": ids, self._column: words[at[order]]}
 
     def load_state_dict(self, member: int, state: dict[str, Tensor]) -> None:

@@ -254,7 +254,7 @@ def _memory(
         if rule.sketch_bytes is None:
             admission = bytes_for(math.ceil(sum(waiting.values()) * share), more)
         else:
-            admission = len(plan.members) * buckets * (rule.sketch_bytes // BUCKETS)
+            admission = len(plan.members) * -(-buckets * rule.sketch_bytes // BUCKETS)
     parts = {"id_map": bytes_for(rows, more), "blocks": 0, "cache": 0, "locations": 0, "disk": 0}
     if placement.blocks == "disk":
         parts |= bytes_on_disk(layout, rows, more, placement.cache_bytes)
