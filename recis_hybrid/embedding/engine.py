@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar, overload
 
 import torch
 import torch.distributed as dist
@@ -30,7 +30,7 @@ from recis_hybrid.embedding.config import EmbeddingConfig, check_configs
 from recis_hybrid.embedding.distributed.exchange import Exchange, Traffic, group_of
 from recis_hybrid.embedding.distributed.prefetch import Prefetcher
 from recis_hybrid.embedding.distributed.sharded_table import ShardedLookup, ShardedTables, refuse_settings, shard
-from recis_hybrid.embedding.eviction import EvictionRule, SharedRows, refuse_ranking
+from recis_hybrid.embedding.eviction import EvictionRule, SharedRows
 from recis_hybrid.embedding.gradients import non_finite_features
 from recis_hybrid.embedding.inputs import FeatureReader, TableReader, distinct_columns, samples_of
 from recis_hybrid.embedding.optimizer import OptimizerSpec, RowOptimizer
@@ -40,11 +40,12 @@ from recis_hybrid.embedding.pooling import AnyTable, Outputs, differentiable, ga
 from recis_hybrid.embedding.statistics import TableStatistics, statistics_of
 from recis_hybrid.embedding.sweeps import CompactionSweep, EvictionSweep
 from recis_hybrid.embedding.table.hash_table import Anchor, HashTable
-from recis_hybrid.embedding.table.id_map import Entries
 from recis_hybrid.embedding.table.lookup import Lookup, Request
 from recis_hybrid.embedding.table.tracking import LookupTracker
 from recis_hybrid.ragged import Batch, RaggedTensor
 from recis_hybrid.validation import check_choice, check_flag, check_integer, check_type, describe_value
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -596,7 +597,7 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
                 that takes :class:`Rows` and returns bool ``[n]``. Or rules by name of the table
                 (``EmbeddingConfig.table``, or else the feature's name). Tables without a rule keep their rows.
             rows_per_call: Number of rows, of all tables and ranks, to which the rules are applied in a call of the
-                returned iterator; rules must decide about each row by itself. None: erase all rows now.
+                returned iterator; functions must decide about each row by itself. None: erase all rows now.
 
         Raises:
             OtherRankError: If another rank failed; no table is changed.
@@ -613,33 +614,29 @@ class EmbeddingEngine(SavedTables, LoadedTables, nn.Module):
             0
         """
         rules = self._eviction_rules(rule)
+        tables = [(self.tables[number], each, self._shared_rows(number)) for number, each in rules]
         if rows_per_call is not None:
             rows_per_call = check_integer("EmbeddingEngine.evict", "rows_per_call", rows_per_call, low=1)
-            for _, each in rules:
-                refuse_ranking("EmbeddingEngine.evict: rows_per_call", each)
             rows = self._rows_of_all_ranks([number for number, _ in rules])
-            tables = [(self.tables[number], each, self._shared_rows(number)) for number, each in rules]
-            return EvictionSweep(tables, max(1, -(-rows // rows_per_call)))
+            return EvictionSweep(
+                self._on_all_ranks(lambda: [(t, t.ranked(each, shared), shared) for t, each, shared in tables]),
+                max(1, -(-rows // rows_per_call)),
+            )
         # Apply the rules to all tables before the first row is erased.
-        if self.group is None:
-            evicted = self._evicted_by(rules)
-        else:
-            evicted = []
-            failure: BaseException | None = None
-            try:
-                evicted = self._evicted_by(rules)
-            except BaseException as error:
-                failure = error
-            distributed.all_succeed_or_raise(failure, group=self.group)
+        evicted = self._on_all_ranks(lambda: [(t, t.evicted_by(each, shared)) for t, each, shared in tables])
         return sum(table.erase_evicted(rows) for table, rows in evicted)
 
-    def _evicted_by(
-        self, rules: Sequence[tuple[int, EvictionRule | Mapping[int, EvictionRule]]]
-    ) -> list[tuple[HashTable, Entries]]:
-        return [
-            (self.tables[number], self.tables[number].evicted_by(rule, self._shared_rows(number)))
-            for number, rule in rules
-        ]
+    def _on_all_ranks(self, function: Callable[[], _T]) -> _T:
+        """Call a function, and raise on every rank if it raises on one; collective if ranks share tables."""
+        if self.group is None:
+            return function()
+        try:
+            result = function()
+        except BaseException as error:
+            distributed.all_succeed_or_raise(error, group=self.group)
+            raise
+        distributed.all_succeed_or_raise(None, group=self.group)
+        return result
 
     def _shared_rows(self, number: int) -> SharedRows:
         """Return how ranks share the rows of a logical table."""

@@ -50,23 +50,35 @@ class SharedRows:
 
 
 class StepTimes:
-    """Times at which a table had done its steps: one sample per eviction by time, the older half thinned at 4,096."""
+    """Times at which a table had done its steps: one sample per eviction by time, the older half thinned at 4,096.
+
+    Samples that are older than any age asked for so far are dropped when one is added, so that rules may ask for
+    several ages.
+    """
 
     def __init__(self) -> None:
         self.samples: list[tuple[int, float]] = []
         """Steps done, and seconds since 1970, both ascending."""
+        self._longest = 0.0
+        """The greatest age that was asked for so far."""
 
     def step_before(self, step: int, now: float, seconds: float) -> int:
         """Record that the table has done ``step`` steps, and return the last one known to be ``seconds`` old, or -1."""
         if not self.samples or self.samples[-1][0] < step:
             last = self.samples[-1][1] if self.samples else now
             self.samples.append((step, max(now, last)))
-        old = bisect_right(self.samples, now - seconds, key=lambda sample: sample[1])
-        self.samples = self.samples[max(old - 1, 0) :]
-        if len(self.samples) > _MOST_TIMES:
-            half = len(self.samples) // 2
-            self.samples = [*self.samples[:half:2], *self.samples[half:]]
-        return self.samples[0][0] if old else -1
+            if self._longest:
+                self.samples = self.samples[max(self._before(now - self._longest) - 1, 0) :]
+            if len(self.samples) > _MOST_TIMES:
+                half = len(self.samples) // 2
+                self.samples = [*self.samples[:half:2], *self.samples[half:]]
+        self._longest = max(self._longest, seconds)
+        old = self._before(now - seconds)
+        return self.samples[old - 1][0] if old else -1
+
+    def _before(self, time: float) -> int:
+        """Return the number of samples up to a time."""
+        return bisect_right(self.samples, time, key=lambda sample: sample[1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -218,6 +230,10 @@ class Capacity:
     ``half_life``, by frequency. Of rows that tie, those with the lowest ids go first. The number is that of the whole
     table: the selection over all ranks is exact, and the same for any number of ranks.
 
+    If an eviction is spread over calls, all rows are ranked once, when it begins. That fixes which rows are erased,
+    except that those are kept which a training lookup has seen since. So the table ends with that number of rows, and
+    with the rows that are new or were seen again.
+
     Example:
         >>> engine = EmbeddingEngine({"item": EmbeddingConfig(dim=2)})
         >>> _ = engine({"item": torch.tensor([5, 6, 7, 7])})
@@ -327,14 +343,9 @@ def check_rule(where: str, rule: object) -> None:
         )
 
 
-def refuse_ranking(where: str, rule: EvictionRule | Mapping[int, EvictionRule]) -> None:
-    """Raise ValueError for a rule that ranks all rows of a table, because it would get only a share of them."""
-    for each in rule.values() if isinstance(rule, Mapping) else [rule]:
-        if isinstance(each, Capacity):
-            raise ValueError(
-                f"{where}: {each!r} ranks all rows of a table, so it cannot be applied to a part of them; evict all "
-                "at once, or by a rule that decides about each row by itself, such as Unused(steps=1000)"
-            )
+def ranks_rows(rule: EvictionRule | Mapping[int, EvictionRule]) -> bool:
+    """Return whether a rule, or one of several, ranks all rows of a table before it decides about one."""
+    return any(isinstance(each, Capacity) for each in (rule.values() if isinstance(rule, Mapping) else [rule]))
 
 
 def unwanted_rows(rule: EvictionRule, rows: Rows) -> Tensor:

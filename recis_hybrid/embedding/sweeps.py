@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from recis_hybrid.embedding.eviction import EvictionRule, SharedRows
+from recis_hybrid.embedding.eviction import Cutoff, EvictionRule, SharedRows
 from recis_hybrid.embedding.table.compaction import Compaction
 from recis_hybrid.embedding.table.hash_table import HashTable
 
@@ -15,16 +16,16 @@ class EvictionSweep(Iterator[int]):
 
     Each ``next`` applies the rules to one share of the rows, erases those that they select, and returns their number on
     this process. Rows that a training lookup has seen since the sweep began are kept; otherwise, rules get the steps of
-    the beginning, so that all shares together erase the same rows as one eviction then. Shares depend on ids alone,
-    and the outcome does not depend on the number of ranks. All ranks must make the same calls between the same steps,
-    which are collective if the rules are.
+    the beginning, so that all shares together erase the same rows as one eviction then. Rules by time get the time of
+    the call. Shares depend on ids alone, and the outcome does not depend on the number of ranks. All ranks must make
+    the same calls between the same steps, which are collective if the rules are.
 
     Between calls, tables may be looked up, trained, saved, evicted and compacted. A table that has been cleared or
     loaded since keeps its rows. Lookups from before a call are invalid after it. If a call raises, no row of its share
     is erased, and it may be repeated.
 
     Args:
-        rules: The tables, each with its rule, or rules by number of the member table, and its distribution over ranks.
+        rules: The tables, each with the result of ``HashTable.ranked`` and its distribution over ranks.
         calls: Number of shares.
     """
 
@@ -64,22 +65,47 @@ class EvictionSweep(Iterator[int]):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a checkpoint must hold to continue after a restart, with any number of ranks."""
-        tables = (table for table, _, _ in self._rules)
-        since = {m.name: step for table, step in zip(tables, self._since, strict=True) for m in table.members}
-        return {"calls": self.calls, "done": self.done, "since": since}
+        since = {
+            m.name: step
+            for (table, _, _), step, id_map in zip(self._rules, self._since, self._maps, strict=True)
+            if table.store.id_map is id_map
+            for m in table.members
+        }
+        cutoffs = {table.members[member].name: [rule.rank, rule.last_id] for table, member, rule in self._cutoffs()}
+        return {"calls": self.calls, "done": self.done, "since": since, "cutoffs": cutoffs}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from a :meth:`state_dict`, after the tables are loaded."""
         self.calls, self.done = int(state["calls"]), int(state["done"])
-        since = state["since"]
-        self._since = [max(int(since[m.name]) for m in table.members) for table, _, _ in self._rules]
+        since, cutoffs = state["since"], state.get("cutoffs", {})
+        for number, (table, rule, shared) in enumerate(self._rules):
+            steps = [int(since[m.name]) for m in table.members if m.name in since]
+            if not steps:  # it had been cleared
+                rule = {}
+            elif isinstance(rule, Mapping):
+                rule = {
+                    member: replace(each, rank=cutoffs[name][0], last_id=cutoffs[name][1])
+                    if isinstance(each, Cutoff)
+                    else each
+                    for member, each in rule.items()
+                    for name in [table.members[member].name]
+                }
+            self._rules[number], self._since[number] = (table, rule, shared), max(steps, default=0)
+
+    def _cutoffs(self) -> Iterator[tuple[HashTable, int, Cutoff]]:
+        """Yield the results of ranking rows, each with its table and the number of its member table."""
+        for table, rule, _ in self._rules:
+            for member, each in rule.items() if isinstance(rule, Mapping) else ():
+                if isinstance(each, Cutoff):
+                    yield table, member, each
 
 
 class CompactionSweep(Iterator[int]):
     """A compaction in progress, made by ``EmbeddingEngine.compact(rows_per_call=)``.
 
     Each ``next`` works on about ``rows`` rows and returns how many have moved, on this process. It also works off free
-    rows, so calls may move none. Memory is freed by the last call for a table.
+    rows, so calls may move none. Memory is freed by the last call for a table, that of the IDMap only if it has at most
+    16 slots for each row of a call.
 
     Between calls, tables may be looked up, trained, saved, evicted and cleared. Another compaction of a table ends this
     one. Lookups from before a call are invalid after it. If a call raises, it may be repeated.

@@ -158,6 +158,15 @@ def test_the_record_of_times_is_bounded() -> None:
     assert times.step_before(9000, 9000.0, 0.5) == 8999
 
 
+def test_a_rule_may_ask_for_several_ages() -> None:
+    times = StepTimes()
+    for step in range(300):
+        now = 10.0 * step
+        assert times.step_before(step, now, 20.0) == max(step - 2, -1)
+        assert times.step_before(step, now, 700.0) == max(step - 70, -1)
+    assert len(times.samples) <= 71  # older ones are not needed
+
+
 @on_devices
 def test_rows_with_small_norms_are_evicted(device: str) -> None:
     engine = EmbeddingEngine({"x": EmbeddingConfig(dim=3, initializer=Constant(0.0))}, device=device)
@@ -244,3 +253,30 @@ def test_ranks_select_the_same_rows_as_one_process(ranks: Ranks) -> None:
 def test_bad_rules_are_refused(make: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make()
+
+
+@on_devices
+@pytest.mark.parametrize("by", ["lru", "lfu"])
+def test_a_capacity_in_parts_erases_the_rows_ranked_lowest_at_its_beginning(device: str, by: Any) -> None:
+    """New rows, rows that were seen again, and a growing table in between do not change which ones."""
+    rule = Capacity(rows=12, by=by)
+    whole, engine = trained(6, device), trained(6, device)
+    before = metadata(whole)
+    assert before == metadata(engine)
+    whole.evict(rule)
+    gone = {name: rows.keys() - metadata(whole)[name].keys() for name, rows in before.items()}
+    assert all(len(ids) > 5 for ids in gone.values())
+    sweep, optimizer = engine.evict(rule, rows_per_call=16), engine.make_optimizer(lr=0.1)
+    evicted = next(sweep)
+    # Of the rows to erase, one that the first call has not erased.
+    seen_again = {name: next(i for i in metadata(engine)[name] if i in ids) for name, ids in gone.items()}
+    new = range(10**6, 10**6 + 700)
+    batch = {name: torch.tensor([i, *new], device=device) for name, i in seen_again.items()}
+    sum(value.sum() for value in engine(batch).values()).backward()  # type: ignore[union-attr]
+    optimizer.step()
+    evicted += sum(sweep)
+    assert sweep.done == sweep.calls > 3
+    after = metadata(engine)
+    for name, ids in gone.items():
+        assert after[name].keys() == (before[name].keys() - ids) | {seen_again[name]} | set(new)
+    assert evicted == sum(map(len, gone.values())) - 3

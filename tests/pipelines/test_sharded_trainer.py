@@ -14,15 +14,16 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from recis_hybrid import optim
+from recis_hybrid import ops, optim
 from recis_hybrid.app.report import write_report
-from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, Unused, dense_parameters
+from recis_hybrid.embedding import Capacity, EmbeddingConfig, EmbeddingEngine, Unused, dense_parameters
 from recis_hybrid.metrics import AUC
 from recis_hybrid.pipelines import (
     Callback,
     Evaluate,
     Evict,
     JsonLog,
+    PeriodicEviction,
     Profile,
     ProgressBar,
     TensorBoard,
@@ -168,3 +169,59 @@ def test_two_ranks_that_share_tables_train_like_one(tmp_path: Path) -> None:
     assert output == ""
     assert len(re.findall(r"train: 100%.*12/12", errors)) == 1
     assert errors.count("step 12, eval: auc") == 1
+
+
+class OwnIds(Callback):
+    """The ids that have a row on this rank after each step."""
+
+    def __init__(self) -> None:
+        self.steps: list[list[int]] = []
+
+    def after_step(self, trainer: Trainer) -> None:
+        self.steps.append(trainer.engines[0].tables[0].ids(0).tolist())
+
+
+EVICTIONS = [
+    Unused(steps=3),
+    Capacity(rows=90),
+    {"id": Capacity(rows=150, by="lfu", half_life=3.3)},
+]
+
+
+def evict_in_parts(rank: int, ranks: int) -> list[list[list[int]]]:
+    """Return the ids on this rank after each step, for each rule; the first rank of two owns 19 of 20 ids."""
+    ids = torch.arange(2000)
+    is_first = ops.id_map.bucket_of(ids) < 1 << 15
+    pool = torch.cat([ids[is_first][:570], ids[~is_first][:30]])[torch.randperm(600, generator=torch.Generator())]
+    parts = [*pool.split(60), *pool[:60].repeat(6).split(60)]
+    batches: list[Batch] = [{"id": part[rank::ranks], "label": (part[rank::ranks] % 2).float()} for part in parts]
+    found = []
+    for rule in EVICTIONS:
+        model = Model(0, unchanged)
+        if ranks > 1:
+            model.tower = DistributedDataParallel(model.tower)
+        optimizers = [torch.optim.SGD(dense_parameters(model), lr=0.5), optim.SGD(model.engine.parameters(), lr=0.5)]
+        # The ranks have compacted their tables after numbers of steps that differ.
+        eviction = PeriodicEviction(rule, steps=5, rows_per_step=70, compact=True)
+        own = OwnIds()
+        Trainer(TorchStep(model, bce, optimizers), batches, callbacks=[eviction, own]).fit([Train()])
+        found.append(own.steps)
+    return found
+
+
+def evict_on_rank(rank: int, port: int, folder: Path) -> None:
+    redirect(folder / f"{rank}.out", folder / f"{rank}.err")
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    (folder / f"{rank}.json").write_text(json.dumps(evict_in_parts(rank, 2)))
+    dist.destroy_process_group()
+
+
+def test_ranks_of_unlike_size_evict_in_parts_like_one_process(tmp_path: Path) -> None:
+    in_processes(evict_on_rank, (free_port(), tmp_path), 2)
+    first, second = (json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2))
+    for rule, (expected, *parts) in enumerate(zip(evict_in_parts(0, 1), first, second, strict=True)):
+        assert [sorted([*a, *b]) for a, b in zip(*parts, strict=True)] == expected
+        erased = [set(before) - set(now) for before, now in zip(expected, expected[1:], strict=False)]
+        assert sum(map(bool, erased)) > 3, rule
+        assert all(10 * len(b) < len(a) for a, b in zip(*parts, strict=True) if len(b) > 3)

@@ -19,7 +19,7 @@ from recis_hybrid import ops
 from recis_hybrid.checkpointing import BUCKETS
 from recis_hybrid.embedding.catch_up import caught_up, caught_up_columns, copied_records
 from recis_hybrid.embedding.compilation import outside_graphs, prepare, refuse_recording
-from recis_hybrid.embedding.eviction import EvictionRule, SharedRows, StepTimes
+from recis_hybrid.embedding.eviction import EvictionRule, SharedRows, StepTimes, ranks_rows
 from recis_hybrid.embedding.gate import Admission
 from recis_hybrid.embedding.optimizer import BeforeRead, OptimizerSpec
 from recis_hybrid.embedding.placement import Placement
@@ -587,6 +587,22 @@ class HashTable:
         self.catch_up(share)
         step = self.step if since is None else since
         return self.store.unwanted(rule, step, self.step_times, shared or SharedRows(), share)
+
+    def ranked(
+        self, rule: EvictionRule | Mapping[int, EvictionRule], shared: SharedRows
+    ) -> EvictionRule | Mapping[int, EvictionRule]:
+        """Return rules that decide about each row by itself; collective if a rule ranks rows that ranks share.
+
+        A rule that ranks all rows of the table, such as ``Capacity``, is replaced by the result of ranking them now.
+
+        Raises:
+            RuntimeError: If a rule ranks rows, but the table has pending gradients.
+        """
+        if not ranks_rows(rule):
+            return rule
+        self.refuse_pending("evict")
+        self.record_lookup()
+        return self.store.cutoffs(rule, self.step, self.step_times, shared)
 
     def erase_evicted(self, evicted: Entries) -> int:
         """Erase the rows that :meth:`evicted_by` returned; the table must not have changed since."""

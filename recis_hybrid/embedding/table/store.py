@@ -14,7 +14,15 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.checkpointing import BUCKETS
-from recis_hybrid.embedding.eviction import EvictionRule, Rows, SharedRows, StepTimes, rules_by_member, unwanted_rows
+from recis_hybrid.embedding.eviction import (
+    Capacity,
+    EvictionRule,
+    Rows,
+    SharedRows,
+    StepTimes,
+    rules_by_member,
+    unwanted_rows,
+)
 from recis_hybrid.embedding.gate import Admission, Gate, TableShare
 from recis_hybrid.embedding.initializers import initializer_words, refuse_unrepresentable
 from recis_hybrid.embedding.placement import Placement
@@ -29,6 +37,8 @@ from recis_hybrid.embedding.table.row_validation import checked_ids, checked_mem
 from recis_hybrid.ops.gather import RowGroups
 
 _SLICE_BYTES = 16 << 20
+_SLOTS_PER_ROW = 16
+"""Slots that can be copied in the time in which a compaction works on a row, 300 ns."""
 
 
 class RowStore:
@@ -380,25 +390,57 @@ class RowStore:
         meta = self.blocks.read_meta(self.on_blocks(entries.rows)).to(self.map_device)
         unwanted = torch.zeros_like(entries.ids, dtype=torch.bool)
         for member, own in rules_by_member(rule, len(self.members)):
-            at: slice | Tensor = slice(None)
-            if len(self.members) > 1:
-                at = (entries.members == member).nonzero().view(-1)
-            rows = Rows(
-                self.members[member].name,
-                entries.ids[at],
-                meta[0][at],
-                meta[1][at],
-                meta[2][at],
-                step=step,
-                row_bytes=self.layout.whole.record_bytes,
-                shared=shared,
-                times=times[member],
-                read_norms=partial(self.norms, entries.rows[at]),
-            )
+            at, rows = self._rows_of(member, entries, meta, step, times[member], shared)
             unwanted[at] = unwanted_rows(own, rows)
         if share is not None:
             unwanted &= meta[1] <= step
         return Entries(*(values[unwanted] for values in entries))
+
+    def cutoffs(
+        self,
+        rule: EvictionRule | Mapping[int, EvictionRule],
+        step: int,
+        times: Sequence[StepTimes],
+        shared: SharedRows,
+    ) -> dict[int, EvictionRule]:
+        """Return rules by member table, with the result of ranking all rows for each that ranks them; collective."""
+        entries = self.id_map.entries()
+        meta = self.blocks.read_meta(self.on_blocks(entries.rows)).to(self.map_device)
+        rules = dict(rules_by_member(rule, len(self.members)))
+        for member, own in rules.items():
+            if isinstance(own, Capacity):
+                _, rows = self._rows_of(member, entries, meta, step, times[member], shared)
+                rules[member] = own.cutoff(rows)
+        return rules
+
+    def _rows_of(
+        self, member: int, entries: Entries, meta: Tensor, step: int, times: StepTimes, shared: SharedRows
+    ) -> tuple[slice | Tensor, Rows]:
+        """Return the places of a member table's rows among entries with some metadata, and the rows as rules get them.
+
+        Args:
+            member: Number of the member table.
+            entries: ``[n]``.
+            meta: int64 ``[3, n]``.
+            step: Number of steps done on the table, for the rules.
+            times: Times of the member table's steps.
+            shared: Distribution of the rows over ranks.
+        """
+        at: slice | Tensor = slice(None)
+        if len(self.members) > 1:
+            at = (entries.members == member).nonzero().view(-1)
+        return at, Rows(
+            self.members[member].name,
+            entries.ids[at],
+            meta[0][at],
+            meta[1][at],
+            meta[2][at],
+            step=step,
+            row_bytes=self.layout.whole.record_bytes,
+            shared=shared,
+            times=times,
+            read_norms=partial(self.norms, entries.rows[at]),
+        )
 
     def norms(self, rows: Tensor) -> Tensor:
         """Return the L2 norms of the embeddings of rows (int64 ``[n]``), float32 ``[n]``, read a few MiB at a time."""
@@ -425,13 +467,14 @@ class RowStore:
         """Do the next part of the compaction that has begun, and return how many rows have moved.
 
         Args:
-            rows: About how many rows at once; None: all, and also free memory of the IDMap.
+            rows: About how many rows at once; None: all. The last part also copies the IDMap into a smaller one, if
+                that takes no longer than other parts.
         """
         assert self.compaction is not None
         moved = self.compaction.advance(rows or max(self.id_map.row_bound, 1))
         if self.compaction.done:
             self.compaction = None
-            if rows is None:
+            if rows is None or self.id_map.capacity <= _SLOTS_PER_ROW * rows:
                 self.id_map.rehash(len(self))
         return moved
 

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from recis_hybrid.embedding import EvictionRule, EvictionSweep
-from recis_hybrid.embedding.eviction import refuse_ranking
 from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.pipelines.stages import Evict, Run
 from recis_hybrid.ragged import Batch
@@ -32,13 +31,14 @@ class PeriodicEviction(Callback):
         bytes: Evict only if the records, optimizer state included, take at least so many bytes. The IDMap, and memory
             that is free for new rows, do not count: without ``compact``, eviction frees no memory but reuses it.
         rows_per_step: Rows, of all ranks, to which the rule is applied before each step, a few hundred nanoseconds
-            each; the rule must decide about each row by itself. None: evict all at once.
+            each; a function must decide about each row by itself. ``Capacity`` ranks all rows before the first of these
+            steps. None: evict all at once.
         compact: Compact the tables afterwards, which frees memory; with ``rows_per_step``, likewise about so many rows
             of each process before each step.
 
     Raises:
         TypeError: An argument has the wrong type.
-        ValueError: A number is below 1, or the rule ranks rows although there is ``rows_per_step``.
+        ValueError: A number is below 1.
 
     Example:
         >>> from recis_hybrid.embedding import Unused
@@ -61,9 +61,6 @@ class PeriodicEviction(Callback):
                 check_integer("PeriodicEviction", name, number, low=1)
         check_flag("PeriodicEviction", "compact", compact)
         self._stage = Evict(rule, compact=compact)
-        if rows_per_step is not None:
-            for each in rule.values() if isinstance(rule, Mapping) else [rule]:
-                refuse_ranking("PeriodicEviction: rows_per_step", each)
         self._steps, self._rows, self._bytes, self._rows_per_step = steps, rows, bytes, rows_per_step
         self._sweeps: list[EvictionSweep] = []
         """Evictions in progress, one for each engine."""

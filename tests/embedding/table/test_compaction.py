@@ -87,6 +87,24 @@ def test_each_part_moves_few_rows(device: str) -> None:
 
 
 @on_devices
+@pytest.mark.parametrize("shrinks", [True, False])
+def test_the_last_part_shrinks_a_map_that_is_small_for_it(device: str, shrinks: bool) -> None:
+    model = Model(device)
+    model.write(list(range(4000)))
+    model.erase(list(range(500, 4000)))
+    id_map = model.table.store.id_map
+    capacity = id_map.capacity
+    for _ in CompactionSweep([model.table], capacity // 16 - (not shrinks)):
+        model.check()
+    in_parts = id_map.capacity
+    model.check()
+    model.table.compact()
+    assert id_map.capacity < capacity
+    assert in_parts == (id_map.capacity if shrinks else capacity)
+    model.check()
+
+
+@on_devices
 def test_ids_inserted_meanwhile_get_the_lowest_rows(device: str) -> None:
     """Otherwise the last blocks could not be freed."""
     model = Model(device)
