@@ -17,7 +17,8 @@ from recis_hybrid.serving import Reader
 from tests.support.chunks import tiny_chunks
 from tests.support.devices import on_devices
 from tests.support.near import assert_near
-from tests.support.table_model import EVICTIONS, RULES, TableModel
+from tests.support.table_model import TableModel
+from tests.support.table_rules import EVICTIONS, RULES
 
 MOST = torch.iinfo(torch.int64).max
 
@@ -49,9 +50,9 @@ def test_no_row_is_zero_after_eviction(device: str, rule: str) -> None:
             columns = {name: values.cpu() for name, values in table.export(member).items()}
             model.update(dict.fromkeys(ids, twice), step, columns)
             if step % 2 == 0:
-                model.evict(EVICTIONS["unused for 1"][1], step)
+                model.evict(model.unwanted(EVICTIONS["unused for 1"], step))
         if step % 2 == 0:
-            assert engine.evict(EVICTIONS["unused for 1"][0]) > 0
+            assert engine.evict(EVICTIONS["unused for 1"].rule) > 0
 
 
 @on_devices

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import functools
+import json
 import shutil
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -39,7 +41,8 @@ from tests.support.devices import EDGE_IDS
 from tests.support.ranks import all_of
 from tests.support.rows import assert_every_row_is_used_or_free
 from tests.support.schedules import SOAK
-from tests.support.table_model import EVICTIONS, GATES, RULES, Row, TableModel
+from tests.support.table_model import TableModel
+from tests.support.table_rules import EVICTIONS, GATES, RULES, EvictionCase, Row, Unwanted
 
 DIM, SEED = 5, 11
 DTYPES = [torch.float32, torch.float32, torch.bfloat16, torch.float16]
@@ -47,7 +50,31 @@ NAMES = ("a", "b", "gated")
 ids_of_a_batch = st.lists(
     st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS), st.integers(-(2**63), 2**63 - 1)), max_size=12
 )
+evictions = st.one_of(
+    st.sampled_from(sorted(EVICTIONS)),
+    st.dictionaries(st.sampled_from(NAMES), st.sampled_from(sorted(EVICTIONS)), min_size=1),
+)
+"""A rule for all tables, or some tables with a rule each."""
 few_ids = st.sets(st.one_of(st.integers(-4, 12), st.sampled_from(EDGE_IDS)), max_size=8)
+
+
+@dataclass
+class Eviction:
+    """An eviction that is spread over calls."""
+
+    drawn: str | dict[str, str]
+    sweep: EvictionSweep
+    cases: dict[str, EvictionCase]
+    """Rules that decide about the rows of each share."""
+    ranked: dict[str, Unwanted]
+    """Results of the rules that ranked all rows at the beginning."""
+    since: int
+    """Steps done at the beginning."""
+
+    def skip(self, name: str) -> None:
+        """Drop a table that was cleared."""
+        self.cases.pop(name, None)
+        self.ranked.pop(name, None)
 
 
 @dataclass
@@ -57,6 +84,8 @@ class Saved:
     model: dict[str, TableModel]
     step: int
     incremental: bool
+    eviction: tuple[Eviction, str] | None
+    """An eviction in progress, with its state."""
     is_verified: bool = False
 
 
@@ -75,6 +104,9 @@ class TableMachine(RuleBasedStateMachine):
         self.patches.enter_context(tiny_chunks(2, 3))
         self.patches.enter_context(mock.patch.object(store, "IdMap", functools.partial(IdMap, capacity=64)))
         self.patches.enter_context(mock.patch.object(blocks, "_rows_of_a_block", return_value=8))
+        self.now = 1000.0
+        clock = SimpleNamespace(time=lambda: self.now)
+        self.patches.enter_context(mock.patch("recis_hybrid.embedding.eviction.time", clock))
 
     def teardown(self) -> None:
         self.patches.close()
@@ -104,7 +136,9 @@ class TableMachine(RuleBasedStateMachine):
         self.rule, self.dtype, self.zeros = RULES[rule], dtype, zeros
         self.admission, model = GATES[gate]
         self.model = {
-            name: TableModel(name, DIM, SEED, dtype, self.rule, model() if name == "gated" else None, zeros)
+            name: TableModel(
+                name, DIM, SEED, dtype, self.rule, model() if model is not None and name == "gated" else None, zeros
+            )
             for name in NAMES
         }
         self.step, self.asynchronous = 0, asynchronous
@@ -117,7 +151,7 @@ class TableMachine(RuleBasedStateMachine):
         """True if the next incremental save can build on an earlier checkpoint."""
 
     def forget_sweeps(self) -> None:
-        self.eviction: tuple[EvictionSweep, Any, int] | None = None
+        self.eviction: Eviction | None = None
         self.compaction: CompactionSweep | None = None
 
     def placement(self) -> Placement | None:
@@ -216,6 +250,7 @@ class TableMachine(RuleBasedStateMachine):
     def use_after_removal(self, how: str) -> None:
         """Apply the gradients of a lookup whose rows were removed or moved since."""
         _, lookup = self.engine.train().lookup(self.batch(a=[3, 3, -1]))
+        self.age()
         self.model["a"].look_up([3, 3, -1], self.step + 1)
         table, member = self.place("a")
         if how == "erase":
@@ -223,18 +258,19 @@ class TableMachine(RuleBasedStateMachine):
         elif how == "clear":
             self.clear("a")
         else:
-            self.evict("unused for 1", None) if how == "evict" else self.compact()
+            self.evict("unused for 1") if how == "evict" else self.compact()
         gradients = {name: torch.ones(3 if name == "a" else 0, DIM, device=self.device) for name in NAMES}
         with pytest.raises(RuntimeError, match="rows were cleared, erased or moved since"):
             self.engine.apply_gradients(lookup, gradients, self.optimizer)
 
-    @rule(rule=st.sampled_from(sorted(EVICTIONS)))
+    @rule(rule=st.sampled_from(sorted(name for name, case in EVICTIONS.items() if not case.timed)))
     def refuse_while_gradients_are_pending(self, rule: str) -> None:
         output = self.engine.train()(self.batch(a=[5]))["a"]
+        self.age()
         self.model["a"].look_up([5], self.step + 1)
         output.sum().backward()
         with pytest.raises(RuntimeError, match="call the optimizer's step or zero_grad first"):
-            self.engine.evict(EVICTIONS[rule][0])
+            self.engine.evict(EVICTIONS[rule].rule)
         self.optimizer.zero_grad()
 
     # Changes of rows
@@ -262,44 +298,60 @@ class TableMachine(RuleBasedStateMachine):
         table, member = self.place(name or "a")
         table.clear(None if name is None else member)
         for each in [m.name for m in table.members] if name is None else [name]:
-            model = self.model[each]
-            model.rows = {}
-            if model.gate is not None:
-                model.gate.forget(model.gate.columns()["ids"])
+            self.model[each].clear()
+            if name is None and self.eviction is not None:
+                self.eviction.skip(each)
 
-    @rule(rule=st.sampled_from(sorted(EVICTIONS)), only=st.sampled_from([None, "a", "gated"]))
-    def evict(self, rule: str, only: str | None) -> None:
-        """Evict from all tables, or from one."""
-        eviction, unwanted = EVICTIONS[rule]
-        evicted = sum(self.model[n].evict(unwanted, self.step) for n in NAMES if only in (None, n))
-        assert self.engine.evict(eviction if only is None else {only: eviction}) == evicted
+    @rule(seconds=st.sampled_from([1.0, 5.0, 30.0]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
 
-    @rule(rule=st.sampled_from(sorted(EVICTIONS)), only=st.sampled_from([None, "a"]), rows=st.integers(1, 60))
-    def begin_eviction(self, rule: str, only: str | None, rows: int) -> None:
-        eviction, unwanted = EVICTIONS[rule]
-        sweep = self.engine.evict(eviction if only is None else {only: eviction}, rows_per_call=rows)
-        self.eviction = sweep, (only, unwanted), self.step
+    def drawn_rules(self, drawn: str | dict[str, str]) -> tuple[Any, dict[str, EvictionCase]]:
+        """Return rules as the engine takes them, and by name of the member table."""
+        if isinstance(drawn, str):
+            return EVICTIONS[drawn].rule, dict.fromkeys(NAMES, EVICTIONS[drawn])
+        cases = {name: EVICTIONS[rule] for name, rule in drawn.items()}
+        return {name: case.rule for name, case in cases.items()}, cases
+
+    def unwanted(self, cases: dict[str, EvictionCase], step: int) -> dict[str, Unwanted]:
+        size = self.engine.tables[0].layout.record_bytes
+        return {name: self.model[name].unwanted(case, step, self.now, size) for name, case in cases.items()}
+
+    @rule(drawn=evictions)
+    def evict(self, drawn: str | dict[str, str]) -> None:
+        """Evict from all tables, or from some by different rules."""
+        rules, cases = self.drawn_rules(drawn)
+        unwanted = self.unwanted(cases, self.step)
+        assert self.engine.evict(rules) == sum(self.model[name].evict(each) for name, each in unwanted.items())
+
+    @rule(drawn=evictions, rows=st.integers(1, 60))
+    def begin_eviction(self, drawn: str | dict[str, str], rows: int) -> None:
+        rules, cases = self.drawn_rules(drawn)
+        ranked = {name: case for name, case in cases.items() if case.ranks}
+        others = {name: case for name, case in cases.items() if not case.ranks}
+        sweep = self.engine.evict(rules, rows_per_call=rows)
+        self.eviction = Eviction(drawn, sweep, others, self.unwanted(ranked, self.step), self.step)
 
     @precondition(lambda self: self.eviction is not None)
-    @rule()
-    def continue_eviction(self) -> None:
-        assert self.eviction is not None
-        sweep, (only, unwanted), since = self.eviction
-        number, count = sweep.done, sweep.calls
-        if number == count:
-            assert next(sweep, None) is None
-            self.eviction = None
-            return
-        evicted = 0
-        for name in NAMES if only is None else [only]:
-            member = self.place(name)[1]
+    @rule(calls=st.integers(1, 4))
+    def continue_eviction(self, calls: int) -> None:
+        for _ in range(calls):
+            if (eviction := self.eviction) is None:
+                return
+            number, count, since = eviction.sweep.done, eviction.sweep.calls, eviction.since
+            if number == count:
+                assert next(eviction.sweep, None) is None
+                self.eviction = None
+                return
+            evicted = 0
+            for name, unwanted in {**self.unwanted(eviction.cases, since), **eviction.ranked}.items():
+                member = self.place(name)[1]
 
-            def due(rows: dict[int, Row], _: int, member: int = member) -> set[int]:
-                share = {i: row for i, row in rows.items() if (hash_of(i, member) >> 32) * count >> 32 == number}
-                return {i for i in unwanted(share, since) if rows[i].seen <= since}
+                def due(i: int, row: Row, member: int = member, share: Any = (number, count, since)) -> bool:
+                    return (hash_of(i, member) >> 32) * share[1] >> 32 == share[0] and row.seen <= share[2]
 
-            evicted += self.model[name].evict(due, self.step)
-        assert next(sweep) == evicted
+                evicted += self.model[name].evict(unwanted, due)
+            assert next(eviction.sweep) == evicted
 
     @rule(rows=st.integers(1, 60))
     def begin_compaction(self, rows: int) -> None:
@@ -323,6 +375,7 @@ class TableMachine(RuleBasedStateMachine):
     @rule(coalesce=st.booleans())
     def copy_state(self, coalesce: bool) -> None:
         """Load the state into another engine, and go on with that one."""
+        self.age()
         states = self.engine.checkpoint_state(), self.optimizer.checkpoint_state()
         self.engine, self.optimizer = self.build_engine(coalesce, seed=9)
         self.forget_sweeps()
@@ -333,12 +386,27 @@ class TableMachine(RuleBasedStateMachine):
         del self.saver
         self.saver, self.incremental = self.make_saver(), False
 
+    def age(self) -> None:
+        """Age the state of admission, as lookups and saves do."""
+        for model in self.model.values():
+            if model.gate is not None:
+                model.gate.age(self.step)
+
     @rule(delta=st.sampled_from([True, True, True, False]))
     def save(self, delta: bool) -> None:
         """Save; other operations may run before a save in the background ends."""
         number = max(self.saved, default=0) + 1
+        self.age()
         self.saver.save(number, self.parts(), delta=delta)
-        self.saved[number] = Saved(copy.deepcopy(self.model), self.step, delta and self.incremental)
+        eviction = (
+            None
+            if self.eviction is None
+            else (
+                replace(self.eviction, cases=dict(self.eviction.cases), ranked=dict(self.eviction.ranked)),
+                json.dumps(self.eviction.sweep.state_dict()),
+            )
+        )
+        self.saved[number] = Saved(copy.deepcopy(self.model), self.step, delta and self.incremental, eviction)
         self.incremental |= delta
         if not self.asynchronous:
             self.finish_saves()
@@ -371,6 +439,16 @@ class TableMachine(RuleBasedStateMachine):
         saved = self.saved[number]
         self.model, self.step = copy.deepcopy(saved.model), saved.step
         self.incremental |= saved.incremental
+        self.resume_eviction(saved)
+
+    def resume_eviction(self, saved: Saved) -> None:
+        """Continue with the eviction in progress when a checkpoint was saved."""
+        if saved.eviction is None:
+            return
+        eviction, state = saved.eviction
+        sweep = self.engine.evict(self.drawn_rules(eviction.drawn)[0], rows_per_call=1)
+        sweep.load_state_dict(json.loads(state))
+        self.eviction = replace(eviction, sweep=sweep, cases=dict(eviction.cases), ranked=dict(eviction.ranked))
 
     @precondition(lambda self: self.saved)
     @rule(size=st.sampled_from([2, 3]), coalesce=st.booleans())
@@ -393,6 +471,7 @@ class TableMachine(RuleBasedStateMachine):
         self.forget_sweeps()
         shutil.rmtree(self.root / "resharded")
         self.model, self.step = copy.deepcopy(model), self.saved[number].step
+        self.resume_eviction(self.saved[number])
         self.incremental = False
         del self.saver
         self.saver = self.make_saver()

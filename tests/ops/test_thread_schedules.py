@@ -10,13 +10,15 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding import IdMap
+from recis_hybrid.embedding import IdMap, MinFrequency
 from recis_hybrid.embedding.table.id_map import IdCounts
 from recis_hybrid.ops.gather import Bags, RowGroups
 from recis_hybrid.ops.update import Gradients
 from tests.support.caches import FLOATS, Cached
 from tests.support.devices import EDGE_IDS
+from tests.support.hashes import id_with_bucket_hash
 from tests.support.schedules import Schedule, on_schedules
+from tests.support.table_rules import Sketched
 from tests.support.tables import feature, gathered, make_table
 
 DEVICE = "emulated"
@@ -109,6 +111,56 @@ def test_a_full_map_refuses_ids_and_ends(schedule: Schedule) -> None:
         by_id = dict(zip(ids.tolist(), rows, strict=True))
         assert [by_id[i] for i in ids.tolist()] == rows
         assert sorted(row for row in by_id.values() if row >= 0) == list(range(min(16, ids.unique().numel())))
+
+
+@on_schedules(20)
+def test_no_count_of_a_sketch_is_lost(schedule: Schedule) -> None:
+    """Many ids of few blocks, so that threads add to the same words; some cells reach their highest value."""
+    with schedule.running() as generator:
+        rule = MinFrequency(small(generator, 1, 40), sketch_bytes=1 << 16)
+        model = Sketched(rule, rule.cell_bits)
+        words = torch.zeros(2, 1024, 8, dtype=torch.int64, device=DEVICE)
+        for _ in range(3):
+            kinds, n = small(generator, 1, 60), small(generator, 0, 300)
+            low = torch.randint(0, 1 << 24, (kinds,), generator=generator).tolist()
+            pool = torch.tensor([id_with_bucket_hash(at % 2 << 54 | x) for at, x in enumerate(low)])
+            ids = pool[torch.randint(0, kinds, (n,), generator=generator)]
+            counts = torch.randint(1, 4, (n,), generator=generator) if small(generator, 0, 1) else None
+            rows = -(ids % 2)  # some have a row
+            admitted = torch.empty(n, dtype=torch.uint8, device=DEVICE)
+            ops.id_map.sketch_admit(
+                words,
+                0,
+                54,
+                rule.cell_bits,
+                [ids.to(DEVICE)],
+                [1],
+                rows.to(DEVICE),
+                rule.count,
+                admitted,
+                counts=None if counts is None else counts.to(DEVICE),
+            )
+            times = [1] * n if counts is None else counts.tolist()
+            waiting = [
+                i for i, row, k in zip(ids.tolist(), rows.tolist(), times, strict=True) if row < 0 for _ in range(k)
+            ]
+            found = model.admitted(waiting)
+            assert admitted.tolist() == [
+                row >= 0 or i in found for i, row in zip(ids.tolist(), rows.tolist(), strict=True)
+            ]
+        assert not words[0].any()
+        numbers = range(0, 64, rule.cell_bits)
+        cells = [
+            [word >> at & (1 << rule.cell_bits) - 1 for word in block for at in numbers] for block in words[1].tolist()
+        ]
+        row = len(cells[0]) // 4
+        expected = {at: count for at, count in model.cells.items() if count}
+        assert expected == {
+            (block, at // row, at % row): count
+            for block, part in enumerate(cells)
+            for at, count in enumerate(part)
+            if count
+        }
 
 
 @on_schedules(20)

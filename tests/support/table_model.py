@@ -1,174 +1,23 @@
 """Tables as a dict in plain Python and numpy: rows, admission counts and optimizers, to compare with an engine.
 
-To cover another optimizer, admission rule or eviction rule, add an entry to ``RULES``, ``GATES`` or ``EVICTIONS``.
+The rules are in ``table_rules``.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
-from recis_hybrid import optim
-from recis_hybrid.embedding import Admission, Eviction, MinFrequency, OptimizerSpec, Rows, Unused
 from recis_hybrid.embedding.initializers import table_key
 from tests.support import philox
-from tests.support.near import OF_ADAM, ROUNDINGS, roundings
+from tests.support.near import roundings
+from tests.support.table_rules import Array, EvictionCase, Gate, Moment, Parts, Row, Rule, Times, Unwanted
 
 META = ("updated_step", "seen_step", "frequency")
-Array = NDArray[np.float64]
-Parts = dict[str, Array]
-"""Embedding and optimizer state of a row, by name: the stored values, in float64."""
-
-
-# Optimizers
-
-
-@dataclass(frozen=True)
-class Rule:
-    """An optimizer and its formula."""
-
-    spec: OptimizerSpec
-    update: Callable[[Parts, Array, int], Parts]
-    """(row, summed gradient, step from 1) → the parts that change."""
-    allowed: float = ROUNDINGS
-    """Tolerance, in roundings of float32; 0 where a float32 result is exact."""
-
-
-def _adam(parts: Parts, g: Array, t: int) -> tuple[Array, Array]:
-    return parts["exp_avg"] + 0.1 * (g - parts["exp_avg"]), parts["exp_avg_sq"] + 0.01 * (g * g - parts["exp_avg_sq"])
-
-
-def _adam_update(parts: Parts, g: Array, t: int) -> Parts:
-    m, v = _adam(parts, g, t)
-    change = 0.05 * np.sqrt(1 - 0.99**t) / (1 - 0.9**t) * m / (np.sqrt(v) + 1e-6)
-    return {"embedding": parts["embedding"] - change, "exp_avg": m, "exp_avg_sq": v}
-
-
-def _adamw_update(parts: Parts, g: Array, t: int) -> Parts:
-    m, v = _adam(parts, g, t)
-    change = 0.05 / (1 - 0.9**t) * m / (np.sqrt(v / (1 - 0.99**t)) + 1e-6)
-    return {"embedding": (1 - 0.05 * 0.1) * parts["embedding"] - change, "exp_avg": m, "exp_avg_sq": v}
-
-
-def _momentum_update(parts: Parts, g: Array, t: int) -> Parts:
-    b = 0.9 * parts["momentum_buffer"] + g
-    return {"embedding": parts["embedding"] - 0.1 * b, "momentum_buffer": b}
-
-
-def _adagrad_update(parts: Parts, g: Array, t: int) -> Parts:
-    s = parts["sum"] + g * g
-    return {"embedding": parts["embedding"] - 0.1 * g / (np.sqrt(s) + 1e-10), "sum": s}
-
-
-def _rowwise_update(parts: Parts, g: Array, t: int) -> Parts:
-    s = parts["sum"] + np.mean(g * g)
-    return {"embedding": parts["embedding"] - 0.1 * g / (np.sqrt(s) + 1e-8), "sum": s}
-
-
-_ADAM = {"lr": 0.05, "betas": (0.9, 0.99), "eps": 1e-6}
-RULES: dict[str, Rule] = {
-    "SGD": Rule(optim.SGD.spec(lr=0.5), lambda parts, g, t: {"embedding": parts["embedding"] - 0.5 * g}, 0),
-    "momentum": Rule(optim.SGD.spec(lr=0.1, momentum=0.9), _momentum_update),
-    "Adagrad": Rule(optim.Adagrad.spec(lr=0.1, initial_accumulator_value=0.1), _adagrad_update),
-    "RowwiseAdagrad": Rule(optim.RowwiseAdagrad.spec(lr=0.1, initial_accumulator_value=0.1), _rowwise_update),
-    "Adam": Rule(optim.Adam.spec(**_ADAM), _adam_update, OF_ADAM),
-    "AdamW": Rule(optim.AdamW.spec(**_ADAM, weight_decay=0.1), _adamw_update, OF_ADAM),
-}
-
-
-# Admission
-
-
-class Gate(Protocol):
-    """The state of an admission rule in one member table."""
-
-    def admitted(self, ids: Sequence[int]) -> set[int]:
-        """Count the occurrences of ids without a row in a training lookup, and return those that get one."""
-
-    def forget(self, ids: Iterable[int]) -> None:
-        """Drop the state of ids that were inserted without admission."""
-
-    def columns(self) -> dict[str, list[int]]:
-        """Return the state as a checkpoint has it, by ascending id."""
-
-
-@dataclass
-class Counted:
-    """Counts of ``MinFrequency``."""
-
-    least: int
-    counts: Counter[int] = field(default_factory=Counter)
-
-    def admitted(self, ids: Sequence[int]) -> set[int]:
-        self.counts.update(ids)
-        found = {i for i in ids if self.counts[i] >= self.least}
-        self.forget(found)
-        return found
-
-    def forget(self, ids: Iterable[int]) -> None:
-        for i in ids:
-            self.counts.pop(i, None)
-
-    def columns(self) -> dict[str, list[int]]:
-        ids = sorted(self.counts)
-        return {"ids": ids, "count": [self.counts[i] for i in ids]}
-
-
-GATES: dict[str, tuple[Admission, Callable[[], Gate]]] = {
-    "twice": (MinFrequency(2), lambda: Counted(2)),
-    "four times": (MinFrequency(4), lambda: Counted(4)),
-}
-"""Admission rules, with their models."""
-
-
-# Eviction
-
-
-@dataclass(frozen=True)
-class OddIds:
-    """A rule as users write them: odd ids, unless they were updated in the last step."""
-
-    def unwanted(self, rows: Rows) -> Tensor:
-        return (rows.ids % 2 == 1) & (rows.updated_step < rows.step)
-
-
-def _unused(steps: int) -> Callable[[dict[int, Row], int], set[int]]:
-    return lambda rows, step: {i for i, row in rows.items() if row.seen <= step - steps}
-
-
-def _odd(rows: dict[int, Row], step: int) -> set[int]:
-    return {i for i, row in rows.items() if i % 2 == 1 and row.updated < step}
-
-
-EVICTIONS: dict[str, tuple[Eviction, Callable[[dict[int, Row], int], set[int]]]] = {
-    **{f"unused for {n}": (Unused(n), _unused(n)) for n in (1, 2, 4)},
-    "odd": (OddIds(), _odd),
-}
-"""Eviction rules, each with a function (rows of a member table, step) → ids to erase."""
-
-
-# Tables
-
-
-@dataclass
-class Row:
-    """A row as it should be."""
-
-    parts: Parts
-    updated: int = 0
-    seen: int = 0
-    frequency: int = 0
-
-    @property
-    def meta(self) -> tuple[int, int, int]:
-        return self.updated, self.seen, self.frequency
 
 
 class TableModel:
@@ -190,6 +39,7 @@ class TableModel:
         self.name, self.dim, self.dtype, self.rule, self.gate, self.zeros = name, dim, dtype, rule, gate, zeros
         self._key = table_key(seed, name)
         self.rows: dict[int, Row] = {}
+        self.times = Times()
 
     def new_row(self, i: int) -> Row:
         """Return a row with first values."""
@@ -212,6 +62,8 @@ class TableModel:
     def look_up(self, ids: Sequence[int], step: int) -> Array:
         """Do a training lookup of step ``step``, and return its output."""
         missing = [i for i in ids if i not in self.rows]
+        if self.gate is not None:
+            self.gate.age(step - 1)
         for i in set(missing) if self.gate is None else self.gate.admitted(missing):
             self.rows[i] = self.new_row(i)
         for i in ids:
@@ -231,7 +83,11 @@ class TableModel:
         if not ids:
             return
         at = np.searchsorted(found["ids"].numpy(), ids)
-        expected = [self.rule.update(self.rows[i].parts, gradients[i], step) for i in ids]
+        rows = [self.rows[i] for i in ids]
+        expected = [
+            self.rule.update(row.parts, gradients[i], step, step - row.updated)
+            for i, row in zip(ids, rows, strict=True)
+        ]
         for part in expected[0]:
             got = found[part][at]
             want = torch.from_numpy(np.stack([np.broadcast_to(each[part], got.shape[1:]) for each in expected]))
@@ -262,9 +118,19 @@ class TableModel:
         """Erase rows, and return how many there were."""
         return sum(self.rows.pop(i, None) is not None for i in set(ids))
 
-    def evict(self, unwanted: Callable[[dict[int, Row], int], set[int]], step: int) -> int:
-        """Erase the rows that a rule selects, and return how many there were."""
-        return self.erase(unwanted(self.rows, step))
+    def unwanted(self, case: EvictionCase, step: int, now: float = 0.0, record_bytes: int = 1) -> Unwanted:
+        """Return what a rule decides about each row."""
+        return case.select(self.rows, Moment(step, now, self.times, record_bytes))
+
+    def evict(self, unwanted: Unwanted, among: Callable[[int, Row], bool] = lambda *_: True) -> int:
+        """Erase the rows that :meth:`unwanted` selects among some, and return how many there were."""
+        return self.erase([i for i, row in self.rows.items() if among(i, row) and unwanted(i, row)])
+
+    def clear(self) -> None:
+        """Erase all rows, and drop the state of admission."""
+        self.rows = {}
+        if self.gate is not None:
+            self.gate.clear()
 
     def check(
         self, columns: Mapping[str, Tensor], counts: Mapping[str, Any] | None, owns: Callable[[int], bool]
@@ -286,8 +152,4 @@ class TableModel:
             assert torch.stack([columns[name] for name in META], 1).tolist() == [list(row.meta) for row in rows]
         assert (counts is None) == (self.gate is None)
         if self.gate is not None and counts is not None:
-            state = self.gate.columns()
-            chosen = [at for at, i in enumerate(state["ids"]) if owns(i)]
-            assert {name: list(values) for name, values in counts.items()} == {
-                name: [values[at] for at in chosen] for name, values in state.items()
-            }
+            self.gate.check(counts, owns)
