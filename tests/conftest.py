@@ -111,3 +111,14 @@ def compiled_once(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         compilation_cache.reset_cache()
         if values is options:
             yield
+
+
+@pytest.fixture(scope="module")
+def compiled_fast() -> Iterator[None]:
+    """Compile without most optimizations, in a module whose tests compare the results of programs of small arrays."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)

@@ -17,7 +17,7 @@ from recis_hybrid.towers import HfTower, add_lora, hf_tower, load_lora, save_lor
 from tests.support.near import assert_near
 from tests.support.pretrained import model_of
 
-pytestmark = pytest.mark.jax
+pytestmark = [pytest.mark.jax, pytest.mark.usefixtures("compiled_fast")]
 pytest.importorskip("jax")
 transformers = pytest.importorskip("transformers")
 peft = pytest.importorskip("peft")

@@ -15,7 +15,7 @@ from recis_hybrid.towers import HfTower, hf_tower, param_groups, select
 from tests.support.near import assert_near
 from tests.support.pretrained import Regression, model_of
 
-pytestmark = pytest.mark.jax
+pytestmark = [pytest.mark.jax, pytest.mark.usefixtures("compiled_fast")]
 pytest.importorskip("jax")
 transformers = pytest.importorskip("transformers")
 
