@@ -82,6 +82,7 @@ emulated: $(DEPENDENCIES)  ## Build the emulated device, on which tests run the 
 
 soak: setup emulated  ## Run SOAK times as many schedules of the emulated device, and SOAK * 4,000 operations on tables
 	SOAK=$(SOAK) $(PY) -m pytest --hypothesis-profile=default tests/embedding/test_table_properties.py \
+	  tests/optim/test_exact_properties.py \
 	  $(shell find tests -name test_thread_schedules.py) $(PYTEST_ARGS)
 
 mutants: setup  ## Check that the tests on the emulated device catch faults of the CUDA kernels
