@@ -20,7 +20,7 @@ from recis_hybrid.towers import HfTower, hf_tower
 from tests.support.near import assert_near
 from tests.support.pretrained import model_of
 
-pytestmark = [pytest.mark.jax, pytest.mark.usefixtures("compiled_once")]
+pytestmark = [pytest.mark.jax, pytest.mark.usefixtures("compiled_once", "compiled_fast")]
 jax = pytest.importorskip("jax")
 transformers = pytest.importorskip("transformers")
 
