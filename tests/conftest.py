@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,6 +19,9 @@ from tests.support.quick import cross_section
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = ("sample", "quick")
 """The property, in test reports, of the tests of the sample; processes of pytest-xdist report it, too."""
+
+MOST_BYTES = pytest.StashKey[int]()
+"""Bytes of memory beyond which the process frees some after a module."""
 
 # No deadline, because a shared machine may be slow; benchmarks measure speed.
 hypothesis.settings.register_profile("default", deadline=None)
@@ -76,6 +81,23 @@ def _same_random_numbers() -> None:
     Tests draw from generators of their own with numpy and ``random``.
     """
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_freed(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Free what JAX has compiled, and what the C library keeps, beyond 2 GiB, and whenever 1 GiB has been added.
+
+    Otherwise a process that runs half of the tests grows to 4 GB.
+    """
+    yield
+    if "jax" in sys.modules and _resident_bytes() > request.config.stash.setdefault(MOST_BYTES, 2 << 30):
+        sys.modules["jax"].clear_caches()
+        ctypes.CDLL(None).malloc_trim(0)
+        request.config.stash[MOST_BYTES] = max(2 << 30, _resident_bytes() + (1 << 30))
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.fixture(scope="session")
