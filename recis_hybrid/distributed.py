@@ -271,6 +271,8 @@ def check_gradients_averaged(where: str) -> None:
 def _destroy_group() -> None:
     # A process that exits with open Gloo groups aborts. After an error, NCCL would wait here for a collective that
     # other ranks are in.
+    global _messages
+    _messages = None  # a reference would keep the group open
     failed = getattr(sys, "last_value", None) is not None
     if is_initialized() and not (failed and "nccl" in dist.get_backend()):
         dist.destroy_process_group()
