@@ -17,7 +17,7 @@ from recis_hybrid.embedding.compilation import outside_graphs
 from recis_hybrid.ops.update import Gradients
 from recis_hybrid.optim._checkpoint import OptimizerLoader, optimizer_state
 from recis_hybrid.optim.exact import Run, history_of, idle, keep_history
-from recis_hybrid.validation import describe_value
+from recis_hybrid.validation import check_flag, describe_value
 
 
 @outside_graphs("step", "zero_grad", "check_tables", "update_table")
@@ -169,7 +169,8 @@ class SparseOptimizer(torch.optim.Optimizer):
 
     @classmethod
     def _check_exact(cls, anchor: Anchor, group: dict[str, Any]) -> None:
-        """Raise ValueError if rows must catch up on steps, but cannot with this optimizer."""
+        """Raise TypeError unless ``exact`` is a bool, and ValueError if rows cannot catch up with this optimizer."""
+        check_flag(cls.__name__, "exact", group.get("exact", False))
         if group.get("exact") and not anchor.table.read_only:
             rule = cls._rule(anchor.table, group)
             if rule is None or idle(rule.kind, rule.values) is None:

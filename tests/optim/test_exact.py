@@ -317,6 +317,12 @@ def test_optimizers_with_norms_refuse(kind: Any) -> None:
         engine.make_optimizer(exact=True)
 
 
+def test_exact_must_be_a_bool() -> None:
+    engine = EmbeddingEngine({"id": EmbeddingConfig(dim=4)}, optimizer=optim.AdamW)
+    with pytest.raises(TypeError, match="AdamW: exact must be"):
+        engine.make_optimizer(exact="yes")
+
+
 def test_a_rule_for_a_program_without_torch_is_refused() -> None:
     engine, optimizer = make("adamw")
     with pytest.raises(TypeError, match=r"AdamW with exact=True cannot update tables inside jax\.jit"):
