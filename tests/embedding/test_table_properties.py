@@ -324,13 +324,14 @@ class TableMachine(RuleBasedStateMachine):
         unwanted = self.unwanted(cases, self.step)
         assert self.engine.evict(rules) == sum(self.model[name].evict(each) for name, each in unwanted.items())
 
-    @rule(drawn=evictions, rows=st.integers(1, 60))
-    def begin_eviction(self, drawn: str | dict[str, str], rows: int) -> None:
+    @rule(drawn=evictions, rows=st.integers(1, 60), calls=st.integers(0, 3))
+    def begin_eviction(self, drawn: str | dict[str, str], rows: int, calls: int) -> None:
         rules, cases = self.drawn_rules(drawn)
         ranked = {name: case for name, case in cases.items() if case.ranks}
         others = {name: case for name, case in cases.items() if not case.ranks}
         sweep = self.engine.evict(rules, rows_per_call=rows)
         self.eviction = Eviction(drawn, sweep, others, self.unwanted(ranked, self.step), self.step)
+        self.continue_eviction(calls)
 
     @precondition(lambda self: self.eviction is not None)
     @rule(calls=st.integers(1, 4))
@@ -528,7 +529,7 @@ STEPS = 30
 """Operations of a sequence."""
 # Sequences of a run in CI, and of `make soak` for each unit of SOAK, which come to 100,000 operations.
 MACHINES = [
-    pytest.param(TableMachine, 18, 140, id="cpu"),
+    pytest.param(TableMachine, 18, 160, id="cpu"),
     pytest.param(EmulatedTableMachine, 3, 14, id="emulated", marks=pytest.mark.emulated),
     pytest.param(CachedTableMachine, 1, 5, id="cached", marks=pytest.mark.emulated),
     pytest.param(DiskTableMachine, 3, 5, id="disk"),
@@ -546,4 +547,4 @@ def test_tables_behave_like_a_dict(machine: type[TableMachine], in_ci: int, in_s
         ),
     )
     if SOAK > 1:
-        assert machine.steps >= 0.82 * examples * STEPS  # some sequences are shorter
+        assert machine.steps >= 0.75 * examples * STEPS  # some sequences are shorter

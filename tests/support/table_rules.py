@@ -553,8 +553,8 @@ EVICTIONS: dict[str, EvictionCase] = {
     "small and known": EvictionCase(
         small_and_known, lambda _, __: lambda _, row: row.frequency > 1 and _is_small(row, 0.9)
     ),
-    "12 rows by LRU": _capacity(Capacity(rows=12)),
-    "5,000 bytes by LRU": _capacity(Capacity(bytes=5000)),
-    "9 rows by LFU": _capacity(Capacity(rows=9, by="lfu")),
-    "10 rows by LFU with half-life": _capacity(Capacity(rows=10, by="lfu", half_life=2.7)),
+    "6 rows by LRU": _capacity(Capacity(rows=6)),
+    "1,000 bytes by LRU": _capacity(Capacity(bytes=1000)),
+    "4 rows by LFU": _capacity(Capacity(rows=4, by="lfu")),
+    "5 rows by LFU with half-life": _capacity(Capacity(rows=5, by="lfu", half_life=2.7)),
 }
