@@ -1,6 +1,7 @@
 // Gathering and pooling: from rows to one vector for each bag.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <type_traits>
@@ -88,6 +89,35 @@ struct GatherBags {
 
   RECIS_HD void prefetch_row(int64_t row) const {
     if (row >= 0) prefetch_record<false>(blocks, row, dim * static_cast<int64_t>(sizeof(E)));
+  }
+
+  // On the CPU. Vectors of one row each are copied without looking at bags, which would take as long as to copy a
+  // narrow one.
+  void run(int32_t part, int64_t begin, int64_t end) const {
+    const BagSpan& span = segments[part];
+    const int64_t lead = detail::distance(*this);
+    const bool copies = span.bags.offsets == nullptr && span.bags.weights == nullptr && span.winners == nullptr;
+    if (!copies) {
+      for (int64_t v = begin; v < std::min(end, begin + lead); ++v) prefetch(part, v);
+      for (int64_t v = begin; v < end; ++v) {
+        if (v + lead < end) prefetch(part, v + lead);
+        (*this)(part, v, OneLane{});
+      }
+      return;
+    }
+    const int64_t* row_of = rows + span.first_position - span.first;
+    float* out = span.out + (begin - span.first) * dim;
+    for (int64_t v = begin; v < std::min(end, begin + lead); ++v) prefetch_row(row_of[v]);
+    for (int64_t v = begin; v < end; ++v, out += dim) {
+      if (v + lead < end) prefetch_row(row_of[v + lead]);
+      if (row_of[v] < 0) {
+        (*this)(part, v, OneLane{});
+      } else if (dim == W) {
+        copy_vector<E, W>(out, reinterpret_cast<const E*>(blocks.record(row_of[v])), W, streams, OneLane{});
+      } else {
+        copy_vector<E, W>(out, reinterpret_cast<const E*>(blocks.record(row_of[v])), dim, streams, OneLane{});
+      }
+    }
   }
 
   template <class Lanes>

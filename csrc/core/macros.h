@@ -50,8 +50,11 @@ RECIS_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 template <bool kWrite>
 RECIS_HD void prefetch_bytes(const void* start, int64_t bytes) {
 #if !defined(__CUDA_ARCH__)
-  const char* line = static_cast<const char*>(start);
-  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(line + at, kWrite ? 1 : 0, 3);
+  // From the start of the first line: bytes that start within a line may end in one line more than their number fills.
+  const auto first = reinterpret_cast<uintptr_t>(start);
+  for (uintptr_t line = first & ~uintptr_t{63}; line < first + static_cast<uintptr_t>(bytes); line += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(line), kWrite ? 1 : 0, 3);
+  }
 #endif
 }
 

@@ -79,18 +79,19 @@ struct GroupedGradients {
   }
 
   // Sums n elements of a gradient from d on, on the CPU. Not inlined, so that it is compiled once for all rules.
-  [[gnu::noinline]] void sum_many(int64_t u, int64_t dim, int64_t d, int n, float* total) const {
-    const auto tiles = [&](auto width, int at) {
-      constexpr int W = decltype(width)::value;
-      for (; at + W <= n; at += W) sum<W>(u, dim, d + at, width, *reinterpret_cast<float (*)[W]>(total + at));
-      return at;
-    };
-    const int at = tiles(Const<8>{}, tiles(Const<16>{}, tiles(Const<64>{}, 0)));
-    if (at < n) {
-      float rest[8];
-      sum<8>(u, dim, d + at, n - at, rest);
-      for (int j = at; j < n; ++j) total[j] = rest[j - at];
-    }
+  template <class Count>
+  [[gnu::noinline]] void sum_many(int64_t u, int64_t dim, int64_t d, Count n, float* total) const {
+    for_blocks(
+        n,
+        [&](auto width, int at) {
+          constexpr int W = decltype(width)::value;
+          sum<W>(u, dim, d + at, width, *reinterpret_cast<float (*)[W]>(total + at));
+        },
+        [&](int rest, int at) {
+          float sums[8];
+          sum<8>(u, dim, d + at, rest, sums);
+          for (int j = 0; j < rest; ++j) total[at + j] = sums[j];
+        });
   }
 
   // The gradient of a row that has one source with a factor of 1; or null. On the CPU.
@@ -100,14 +101,32 @@ struct GroupedGradients {
   }
 
   // total = the sums of the squares of the gradients, in input order, for elements d .. d + n - 1.
-  template <class Count>
-  RECIS_HD void sum_squares(int64_t u, int64_t d, Count n, float* RECIS_RESTRICT total) const {
-    for (int j = 0; j < n; ++j) total[j] = 0.0f;
+  template <int W, class Count>
+  RECIS_HD void sum_squares(int64_t u, int64_t d, Count n, float (&total)[W]) const {
+    float sum[W];  // as in sum_chunk
+    for (int j = 0; j < n; ++j) sum[j] = 0.0f;
     for (int64_t k = offsets[u]; k < offsets[u + 1]; ++k) {
       const float* RECIS_RESTRICT gradient = source(k) + d;
       const float scale = (scales == nullptr ? 1.0f : scales[k]) * (factor == nullptr ? 1.0f : *factor);
-      for (int j = 0; j < n; ++j) total[j] += scale * gradient[j] * (scale * gradient[j]);
+      for (int j = 0; j < n; ++j) sum[j] += scale * gradient[j] * (scale * gradient[j]);
     }
+    for (int j = 0; j < n; ++j) total[j] = sum[j];
+  }
+
+  // Like sum_many.
+  template <class Count>
+  [[gnu::noinline]] void sum_many_squares(int64_t u, int64_t d, Count n, float* total) const {
+    for_blocks(
+        n,
+        [&](auto width, int at) {
+          constexpr int W = decltype(width)::value;
+          sum_squares<W>(u, d + at, width, *reinterpret_cast<float (*)[W]>(total + at));
+        },
+        [&](int rest, int at) {
+          float sums[8];
+          sum_squares<8>(u, d + at, rest, sums);
+          for (int j = 0; j < rest; ++j) total[at + j] = sums[j];
+        });
   }
 
   template <int W, class Count>
@@ -125,6 +144,21 @@ struct GroupedGradients {
       }
     }
     for (int j = 0; j < n; ++j) total[j] = sum[j];
+  }
+
+ private:
+  // Splits n elements into blocks whose sums fit into registers: block(Const<W>, first) for each, and tail(count,
+  // first) for the last, fewer than 8.
+  template <class Count, class Block, class Tail>
+  static void for_blocks(Count n, Block&& block, Tail&& tail) {
+    int at = 0;
+    const auto blocks = [&](auto width) {
+      for (; at + width <= n; at += width) block(width, at);
+    };
+    blocks(Const<64>{});
+    blocks(Const<16>{});
+    blocks(Const<8>{});
+    if (at < n) tail(n - at, at);
   }
 };
 

@@ -198,6 +198,11 @@ class CudaDevice {
     }
   }
 
+  template <bool, class F>
+  void with_update_width(int64_t dim, bool aligned, F&& f) const {
+    with_width(dim, aligned, f);
+  }
+
   template <class F>
   void with_narrow_width(bool aligned, F&& f) const {
     with_width(0, aligned, f);

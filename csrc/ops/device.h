@@ -116,6 +116,26 @@ class CpuDevice {
     }
   }
 
+  // Calls f(Const<W>) for an update (core/update.h): with a frequent dim, if kFixes, or else with 1, for any dim.
+  template <bool kFixes, class F>
+  void with_update_width(int64_t dim, bool, F&& f) const {
+    if constexpr (kFixes) {
+      switch (dim) {
+        case 8:
+          return f(Const<8>{});
+        case 16:
+          return f(Const<16>{});
+        case 32:
+          return f(Const<32>{});
+        case 64:
+          return f(Const<64>{});
+        case 128:
+          return f(Const<128>{});
+      }
+    }
+    f(Const<1>{});
+  }
+
   // Like with_width, but with one W for every dim, to keep the number of compiled kernels small.
   template <class F>
   void with_narrow_width(bool, F&& f) const {

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <type_traits>
 
 #include "core/clip.h"
 #include "core/rules/rules.h"
@@ -174,20 +175,23 @@ void with_types(const Records& records, F&& f) {
 template <class Device>
 void update_records(Device& device, const Records& records, const GroupedGradients& grouped, int64_t positions,
                     int64_t bound, bool aligned, const RuleCall& call, int64_t t) {
-  // On the CPU one width serves every dim; see UpdateRows.
-  device.with_narrow_width(aligned, [&](auto width) {
-    constexpr int W = decltype(width)::value;
-    const GroupedGradients summed = with_chunks<W>(device, grouped, positions, records.dim);
-    const bool known = with_rule(call, t, [&]<class Rule>(const Rule& rule) {
-      with_types<Rule>(records, [&](auto element, auto state) {
-        device.for_each_counted(grouped.count, bound, 4 * records.dim,
-                                UpdateRows<Rule, decltype(element), decltype(state), W>{
-                                    summed, records.blocks, records.dim, records.step, records.mark_seen,
-                                    Rounding{records.seed}, rule, records.repeated});
+  const bool known = with_rule(call, t, [&]<class Rule>(const Rule& rule) {
+    with_types<Rule>(records, [&](auto element, auto state) {
+      using E = decltype(element);
+      using S = decltype(state);
+      // On the CPU, only kernels of float32 are compiled for each of the frequent dims, which limits their number.
+      constexpr bool kFixes = std::is_same_v<E, float> && std::is_same_v<S, float>;
+      device.template with_update_width<kFixes>(records.dim, aligned, [&](auto width) {
+        constexpr int W = decltype(width)::value;
+        const GroupedGradients summed = with_chunks<W>(device, grouped, positions, records.dim);
+        device.for_each_counted(
+            grouped.count, bound, 4 * records.dim,
+            UpdateRows<Rule, E, S, W>{summed, records.blocks, records.dim, records.step, records.mark_seen,
+                                      Rounding{records.seed}, rule, records.repeated});
       });
     });
-    RECIS_CHECK(known, "unknown rule: ", static_cast<int>(call.kind));
   });
+  RECIS_CHECK(known, "unknown rule: ", static_cast<int>(call.kind));
 }
 
 // Reduces row gradients and applies step t, from 1, of a rule: its kind, the offsets of its state in a record, and its

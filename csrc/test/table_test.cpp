@@ -242,11 +242,11 @@ void same_ids_at_once(int64_t distinct, int repeats, bool grow) {
     updated.push_back(reduced);
     for_each_cpu(threads, groups, 1, SeeRows{blocks, unique.data(), starts.data(), 1});
     for_each_cpu(threads, groups, 1,
-                 UpdateRows<AdagradRule<false>, float, float, 16>{
+                 UpdateRows<AdagradRule<false>, float, float, kDim>{
                      all, blocks, kDim, 1, true, Rounding{7},
                      AdagradRule<false>::of({RuleKind::kAdagrad, {kSumOffset}, {0.1, 0.0, 0.0, 1e-10}}, 1)});
     for_each_cpu(threads, groups, 1,
-                 UpdateRows<RowwiseAdagradRule<true>, float, float, 16>{
+                 UpdateRows<RowwiseAdagradRule<true>, float, float, kAnyDim>{
                      all, blocks, kDim, 1, false, Rounding{7},
                      RowwiseAdagradRule<true>::of({RuleKind::kRowwiseAdagrad, {kSumOffset}, {0.1, 1e-10, 0.01}}, 1)});
     int64_t frequency = 0;

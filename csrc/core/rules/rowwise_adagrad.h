@@ -41,10 +41,11 @@ struct RowwiseAdagradRule {
   }
 
   template <class E, class S, int W, class Count>
-  RECIS_HD void direct(char* record, int64_t d, Count n, float* RECIS_RESTRICT g, float first) const {
+  RECIS_HD void direct(char* record, int64_t d, Count n, const float* RECIS_RESTRICT g, float* RECIS_RESTRICT r,
+                       float first) const {
     ReadTile<E, W> w_tile(field_at<E>(record, 0, d));
     const E* RECIS_RESTRICT w = w_tile.data();
-    for (int j = 0; j < n; ++j) g[j] += coupled * first * load_element(w[j]);
+    for (int j = 0; j < n; ++j) r[j] = g[j] + coupled * first * load_element(w[j]);
   }
 
   RECIS_HD float advance(char* record, float mean) const {

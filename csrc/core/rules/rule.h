@@ -13,10 +13,10 @@
 //
 //   static constexpr bool kDirects               whether it has direct
 //   float begin(record, elapsed)                 done by one lane first, `elapsed` steps after the last; may be missing
-//   direct<E, S, W>(record, d, n, g, first)      turns g into what has the norm that the rule needs
+//   direct<E, S, W>(record, d, n, g, r, first)   computes r, whose norm the rule needs, from g and the record
 //   float advance(record, mean)                  done by one lane, with the mean square of that
 //
-// and apply gets it in place of g, and the results of begin (`first`) and advance. A rule with kNorms has
+// and apply gets r in place of g, and the results of begin (`first`) and advance. A rule with kNorms has
 //
 //   direct<E, S, W>(record, d, n, g, r)          computes r from g and the record
 //   float trust(r, w)                            the sums of the squares of r and of the embedding
