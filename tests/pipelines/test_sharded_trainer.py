@@ -183,7 +183,6 @@ class OwnIds(Callback):
 
 EVICTIONS = [
     Unused(steps=3),
-    Capacity(rows=90),
     {"id": Capacity(rows=150, by="lfu", half_life=3.3)},
 ]
 
