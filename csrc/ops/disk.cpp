@@ -1,20 +1,35 @@
 // Operators of tables whose records are on disk. CPU only.
 //
 // The records are an object with threads and an open file. A tensor owns it, whose deleter destroys it; operators get
-// the address of that tensor's memory, and refuse any other.
+// the address of that tensor's memory, and refuse any other. What the memory holds is the address of the frames, so the
+// tensor is also the address table of a block that holds them all.
+#include <algorithm>
 #include <memory>
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
+#include "core/insert.h"
+#include "ops/blocks.h"
 #include "ops/common.h"
+#include "ops/device.h"
 #include "ops/disk_records.h"
+#include "ops/group.h"
+#include "ops/id_map.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def(
       "disk_open(str name, str path, int record_bytes, int meta_offset, int frames, int segment_bytes, bool "
       "ring) -> Tensor");
-  m.def("disk_fetch(int disk, Tensor(a!) locations, Tensor rows, Tensor? count, bool writes, bool counts) -> ()");
+  m.def(
+      "disk_fetch(int disk, Tensor(a!) locations, Tensor rows, Tensor? count, bool writes, bool counts, Tensor(b!) "
+      "frames) -> ()");
+  m.def(
+      "disk_insert_grouped(int disk, Tensor(a!) locations, Tensor(g!) header, Tensor(h!) counters, Tensor free_rows, "
+      "int type, int dim, Tensor initializers, int[] field_offsets, int[] field_widths, int[] field_sizes, int[] "
+      "field_values, Tensor[] ids, int[] members, " RECIS_FEATURES ", Tensor(i!) rows, " RECIS_GROUPS
+      ", Tensor(j!) frames, Tensor(k!) unique_frames) -> ()");
   m.def("disk_stage(int disk, Tensor locations, Tensor rows) -> ()");
   m.def("disk_forget(int disk, Tensor(a!) locations, Tensor rows) -> ()");
   m.def("disk_read(int disk, Tensor locations, Tensor rows, Tensor(a!) records) -> ()");
@@ -38,7 +53,7 @@ class Owners {
   }
 
   void* add(std::unique_ptr<DiskRecords> records) {
-    auto memory = std::make_unique<int64_t>(0);
+    auto memory = std::make_unique<int64_t>(reinterpret_cast<int64_t>(records->frames()));
     std::lock_guard<std::mutex> lock(mutex_);
     records_[memory.get()] = std::move(records);
     return memory.release();
@@ -86,11 +101,72 @@ Tensor disk_open(std::string name, std::string path, int64_t record_bytes, int64
 Locations locations_of(const Tensor& locations) { return {data<int64_t>(locations, "locations"), locations.numel()}; }
 
 void disk_fetch(int64_t disk, const Tensor& locations, const Tensor& rows, const std::optional<Tensor>& count,
-                bool writes, bool counts) {
+                bool writes, bool counts, const Tensor& frames) {
   const int64_t* used = data_or_null<int64_t>(count, "count");
   const int64_t n = used == nullptr ? rows.numel() : *used;
-  RECIS_CHECK(n >= 0 && n <= rows.numel(), "count must be at most the number of rows");
-  records_of(disk).fetch(locations_of(locations), data<int64_t>(rows, "rows"), n, writes, counts);
+  RECIS_CHECK(n >= 0 && n <= rows.numel() && n <= frames.numel(),
+              "count must be at most the number of rows, and frames must hold one element for each row");
+  records_of(disk).fetch(locations_of(locations), data<int64_t>(rows, "rows"), n, writes, counts,
+                         data<int64_t>(frames, "frames"));
+}
+
+// Gives frames to the distinct rows of a lookup, and first values to those that `keys` has created.
+template <class E>
+void fetch_created(DiskRecords& disk, Locations locations, const ListKeys& keys, const GroupOutputs& groups,
+                   int64_t* unique_frames, const Initializer* initializers, const RecordStart& start) {
+  const int64_t created = keys.counters[kFresh];
+  try {
+    disk.fetch(locations, groups.unique, *groups.count, true, true, unique_frames);
+  } catch (...) {
+    std::vector<int64_t> rows;
+    for (int64_t i = 0; i < created; ++i) rows.push_back(keys.created[i].row);
+    disk.forget(locations, rows.data(), created);
+    keys.undo();
+    throw;
+  }
+  for (int64_t i = 0; i < created; ++i) {
+    const CreatedRow& each = keys.created[i];
+    char* record = disk.frames() + frame_of(locations.words[each.row]) * disk.record_bytes();
+    start.write<E>(record, reinterpret_cast<RowMeta*>(record + disk.meta_offset()), initializers[each.member], each.id,
+                   OneLane{});
+  }
+  CommitInserts{keys.counters}(0, OneLane{});
+}
+
+void disk_insert_grouped(int64_t disk, const Tensor& locations, const Tensor& header, const Tensor& counters,
+                         const Tensor& free_rows, int64_t type, int64_t dim, const Tensor& initializers,
+                         Ints field_offsets, Ints field_widths, Ints field_sizes, Ints field_values, Tensors ids,
+                         Ints members, Ints lengths, Ints vectors, Tensors offsets, Tensors weights, Ints combiners,
+                         Ints tiles, const Tensor& rows, const Tensor& unique, const Tensor& starts,
+                         const Tensor& sources, const std::optional<Tensor>& scales, const Tensor& count,
+                         const Tensor& frames, const Tensor& unique_frames) {
+  constexpr int64_t kAhead = 16;
+  CpuDevice device(header);
+  DiskRecords& on_disk = records_of(disk);
+  const Locations places = locations_of(locations);
+  const int64_t n = rows.numel();
+  check_features(n, members, lengths);
+  RECIS_CHECK(frames.numel() >= n && unique_frames.numel() >= n, "frames must hold one element for each id");
+  const RecordStart start = record_start(dim, field_offsets, field_widths, field_sizes, field_values);
+  const auto created = detail::room<CreatedRow>(n);
+  int64_t* at = data<int64_t>(rows, "rows");
+  const ListKeys keys{{id_map_ref(header), counter_data(counters), data<int64_t>(free_rows, "free_rows")},
+                      created.get()};
+  group_positions(device, keys, key_spans(ids, lengths, members), lengths, vectors, offsets, weights, combiners, tiles,
+                  at, unique, starts, sources, scales, count);
+  if (keys.counters[kOverflow] != 0) keys.undo();
+  RECIS_CHECK(keys.counters[kOverflow] == 0, "disk_insert_grouped: the IDMap is full; its caller must reserve slots");
+  const GroupOutputs groups{at,      data<int64_t>(unique, "unique"), nullptr, nullptr,
+                            nullptr, data<int64_t>(count, "count")};
+  with_element(type, [&](auto element) {
+    fetch_created<decltype(element)>(on_disk, places, keys, groups, data<int64_t>(unique_frames, "unique_frames"),
+                                     initializer_data(initializers), start);
+  });
+  int64_t* found = data<int64_t>(frames, "frames");
+  for (int64_t i = 0; i < n; ++i) {
+    if (i + kAhead < n) __builtin_prefetch(places.words + std::max<int64_t>(at[i + kAhead], 0));
+    found[i] = at[i] < 0 ? at[i] : frame_of(places.words[at[i]]);
+  }
 }
 
 void disk_stage(int64_t disk, const Tensor& locations, const Tensor& rows) {
@@ -148,6 +224,7 @@ STABLE_TORCH_LIBRARY_IMPL(recis, CompositeExplicitAutograd, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(recis, CPU, m) {
   m.impl("disk_fetch", TORCH_BOX(&recis::disk_fetch));
+  m.impl("disk_insert_grouped", TORCH_BOX(&recis::disk_insert_grouped));
   m.impl("disk_stage", TORCH_BOX(&recis::disk_stage));
   m.impl("disk_forget", TORCH_BOX(&recis::disk_forget));
   m.impl("disk_read", TORCH_BOX(&recis::disk_read));

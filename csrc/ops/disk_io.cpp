@@ -1,5 +1,6 @@
 #include "ops/disk_io.h"
 
+#include <sys/uio.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,6 +18,12 @@
 #endif
 
 namespace recis {
+namespace {
+
+constexpr size_t kMostOfAThread = 32;  // transfers that a thread takes at a time
+constexpr int kShareOfWait = 4;        // of the transfers in flight, the share that a wait is for
+
+}  // namespace
 
 bool TransferBatch::is_done() const {
   std::lock_guard<std::mutex> lock(mutex_);
@@ -29,10 +36,11 @@ int TransferBatch::wait() const {
   return error_;
 }
 
-void TransferBatch::end(int error) {
+void TransferBatch::end(int64_t transfers, int error) {
   std::lock_guard<std::mutex> lock(mutex_);
   if (error != 0 && error_ == 0) error_ = error;
-  if (--left_ == 0) changed_.notify_all();
+  left_ -= transfers;
+  if (left_ == 0) changed_.notify_all();
 }
 
 #if defined(RECIS_IO_URING)
@@ -43,7 +51,15 @@ class Ring {
  public:
   static std::unique_ptr<Ring> make() {
     io_uring_params params{};
-    const int file = static_cast<int>(syscall(__NR_io_uring_setup, DiskIo::kDepth, &params));
+    int file = -1;
+#if defined(IORING_SETUP_COOP_TASKRUN)
+    params.flags = IORING_SETUP_COOP_TASKRUN;  // a completion does not interrupt the thread
+    file = static_cast<int>(syscall(__NR_io_uring_setup, DiskIo::kDepth, &params));
+#endif
+    if (file < 0) {
+      params = {};
+      file = static_cast<int>(syscall(__NR_io_uring_setup, DiskIo::kDepth, &params));
+    }
     if (file < 0) return nullptr;
     auto ring = std::unique_ptr<Ring>(new Ring(file));
     // The kernel has IORING_OP_READ since the version that has this feature.
@@ -74,10 +90,10 @@ class Ring {
     ++added_;
   }
 
-  // Starts the transfers that were added, and waits until at least one in flight has ended. Returns 0 or an errno,
+  // Starts the transfers that were added, and waits until some of those in flight have ended. Returns 0 or an errno,
   // after which the transfers of earlier calls still run.
-  int enter() {
-    const auto started = syscall(__NR_io_uring_enter, file_, added_, 1, IORING_ENTER_GETEVENTS, nullptr, 0);
+  int enter(int some) {
+    const auto started = syscall(__NR_io_uring_enter, file_, added_, some, IORING_ENTER_GETEVENTS, nullptr, 0);
     if (started < 0) return errno == EINTR || errno == EAGAIN || errno == EBUSY ? 0 : errno;
     added_ -= static_cast<unsigned>(started);
     return 0;
@@ -163,7 +179,7 @@ class Ring {
  public:
   static std::unique_ptr<Ring> make() { return nullptr; }
   void add(int, const Transfer&, bool, uint64_t) {}
-  int enter() { return ENOSYS; }
+  int enter(int) { return ENOSYS; }
   template <class F>
   void withdraw(F&&) {}
   bool take(uint64_t&, int&) { return false; }
@@ -171,7 +187,24 @@ class Ring {
 
 #endif
 
-DiskIo::DiskIo(int file, bool ring) : file_(file), ring_(ring ? Ring::make() : nullptr), uses_ring_(ring_ != nullptr) {
+namespace {
+
+// Whether a read of a file can return at once if it would have to wait. Otherwise an io_uring hands every transfer to a
+// thread of the kernel.
+bool returns_at_once(int file) {
+#if defined(RWF_NOWAIT)
+  char byte = 0;
+  const iovec part{&byte, 1};
+  return preadv2(file, &part, 1, 0, RWF_NOWAIT) >= 0 || errno != EOPNOTSUPP;
+#else
+  return true;
+#endif
+}
+
+}  // namespace
+
+DiskIo::DiskIo(int file, bool ring)
+    : file_(file), ring_(ring && returns_at_once(file) ? Ring::make() : nullptr), uses_ring_(ring_ != nullptr) {
   if (ring_ != nullptr) {
     thread_ = std::thread([this] { run_ring(); });
   } else {
@@ -199,7 +232,7 @@ TransferBatchPtr DiskIo::submit(std::vector<Transfer> transfers, bool writes, bo
       batches_.push_back(batch);
     }
   }
-  submitted_.notify_all();
+  submitted_.notify_one();  // a thread that leaves transfers wakes the next one
   return batch;
 }
 
@@ -214,28 +247,48 @@ bool DiskIo::next(Item& item, bool wait) {
   return true;
 }
 
-// Moves the bytes of a transfer, and waits for it.
-void DiskIo::move_bytes(Item& item) {
-  int error = 0;
-  Transfer& rest = item.transfer;
-  while (rest.bytes > 0 && error == 0) {
-    const ssize_t moved = item.batch->writes_ ? pwrite(file_, rest.memory, rest.bytes, rest.offset)
-                                              : pread(file_, rest.memory, rest.bytes, rest.offset);
-    if (moved < 0) {
-      error = errno == EINTR ? 0 : errno;
-    } else if (moved == 0) {
-      error = ENODATA;
-    } else {
+// Takes the next transfers for a thread: of many, several at a time, but no more than keeps all threads busy. Returns
+// false once the object is being destroyed.
+bool DiskIo::next(Share& share) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  submitted_.wait(lock, [this] { return closed_ || !batches_.empty(); });
+  if (batches_.empty()) return false;
+  share.batch = batches_.front();
+  const size_t left = share.batch->transfers_.size() - share.batch->started_;
+  share.first = share.batch->started_;
+  share.stop = share.first + std::clamp<size_t>(left / (2 * kThreads), 1, kMostOfAThread);
+  share.batch->started_ = share.stop;
+  if (share.stop == share.batch->transfers_.size()) batches_.pop_front();
+  if (!batches_.empty()) submitted_.notify_one();
+  return true;
+}
+
+// Moves the bytes of a transfer, and waits for it. Returns 0 or an errno.
+int DiskIo::move_bytes(Transfer rest, bool writes) const {
+  while (rest.bytes > 0) {
+    const ssize_t moved = writes ? pwrite(file_, rest.memory, rest.bytes, rest.offset)
+                                 : pread(file_, rest.memory, rest.bytes, rest.offset);
+    if (moved == 0) return ENODATA;
+    if (moved > 0) {
       rest = {rest.offset + moved, rest.bytes - moved, rest.memory + moved};
+    } else if (errno != EINTR) {
+      return errno;
     }
   }
-  item.batch->end(error);
-  item.batch.reset();
+  return 0;
 }
 
 void DiskIo::run_thread() {
-  Item item;
-  while (next(item, true)) move_bytes(item);
+  Share share;
+  while (next(share)) {
+    int error = 0;
+    for (size_t i = share.first; i < share.stop; ++i) {
+      const int result = move_bytes(share.batch->transfers_[i], share.batch->writes_);
+      if (error == 0) error = result;
+    }
+    share.batch->end(static_cast<int64_t>(share.stop - share.first), error);
+    share.batch.reset();
+  }
 }
 
 void DiskIo::run_threads() {
@@ -270,7 +323,8 @@ void DiskIo::run_ring() {
       std::this_thread::sleep_for(std::chrono::milliseconds(1));
     }
   }
-  for (Item& item : again) move_bytes(item);
+  for (Item& item : again) item.batch->end(1, move_bytes(item.transfer, item.batch->writes_));
+  again.clear();
   run_threads();
 }
 
@@ -283,7 +337,7 @@ bool DiskIo::run_ring_until_it_fails(std::vector<Item>& items) {
     ring_->add(file_, items[i].transfer, items[i].batch->writes_, static_cast<uint64_t>(i));
   };
   const auto end = [&](int i, int error) {
-    items[i].batch->end(error);
+    items[i].batch->end(1, error);
     items[i].batch.reset();
     unused.push_back(i);
   };
@@ -295,8 +349,10 @@ bool DiskIo::run_ring_until_it_fails(std::vector<Item>& items) {
       unused.pop_back();
       start(i);
     }
-    if (static_cast<int>(unused.size()) == kDepth) return true;
-    if (ring_->enter() != 0) return false;
+    const int in_flight = kDepth - static_cast<int>(unused.size());
+    if (in_flight == 0) return true;
+    // The others keep the disk busy while those that have ended are replaced, many by one call.
+    if (ring_->enter(std::max(1, in_flight / kShareOfWait)) != 0) return false;
     uint64_t token = 0;
     int result = 0;
     while (ring_->take(token, result)) {

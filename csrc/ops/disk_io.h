@@ -1,4 +1,5 @@
-// Asynchronous reads and writes of one file, many at a time: by io_uring, or by threads where it is not permitted.
+// Asynchronous reads and writes of one file, many at a time: by io_uring, or by threads where it is not permitted or
+// would only hand each transfer to a thread of the kernel, which costs more.
 //
 // A transfer moves bytes between a file and memory; a batch is a list of transfers that complete together. Batches are
 // started in the order in which they are submitted, urgent ones first.
@@ -37,7 +38,7 @@ class TransferBatch {
   friend class DiskIo;
   friend class Ring;
 
-  void end(int error);
+  void end(int64_t transfers, int error);
 
   std::vector<Transfer> transfers_;
   bool writes_;
@@ -57,7 +58,8 @@ class DiskIo {
   static constexpr int kDepth = 256;   // transfers of a ring that run at the same time
   static constexpr int kThreads = 32;  // without a ring
 
-  // Transfers of a file descriptor, which the caller keeps open. Without `ring`, or once it fails, threads are used.
+  // Transfers of a file descriptor, which the caller keeps open. Without `ring`, if the file has no reads that return
+  // at once, or once the ring fails, threads are used.
   DiskIo(int file, bool ring);
   ~DiskIo();  // waits for the batches that were submitted
   DiskIo(const DiskIo&) = delete;
@@ -74,8 +76,16 @@ class DiskIo {
     Transfer transfer;
   };
 
+  // Transfers of one batch that a thread moves in turn.
+  struct Share {
+    TransferBatchPtr batch;
+    size_t first;
+    size_t stop;
+  };
+
   bool next(Item& item, bool wait);
-  void move_bytes(Item& item);
+  bool next(Share& share);
+  int move_bytes(Transfer rest, bool writes) const;
   void run_thread();
   void run_threads();
   void run_ring();

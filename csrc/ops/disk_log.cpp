@@ -12,6 +12,8 @@
 #include <random>
 #include <stdexcept>
 
+#include "ops/memory_pool.h"
+
 namespace recis {
 namespace {
 
@@ -25,13 +27,21 @@ int64_t round_up(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
 
 }  // namespace
 
-PageBuffer::PageBuffer(int64_t bytes)
-    : bytes_(round_up(std::max<int64_t>(bytes, 1))),
-      memory_(static_cast<char*>(std::aligned_alloc(kPage, static_cast<size_t>(bytes_)))) {
-  if (memory_ == nullptr) throw std::bad_alloc();
+PageBuffer::PageBuffer(int64_t bytes) : bytes_(round_up(std::max<int64_t>(bytes, 1))), memory_(nullptr, Free{0}) {
+  const auto size = static_cast<size_t>(bytes_);
+  const size_t pooled = size < MemoryPool::kHugePage / 2 ? 0 : MemoryPool::round_up(size);
+  void* memory = pooled == 0 ? std::aligned_alloc(kPage, size) : MemoryPool::shared().take(pooled);
+  if (memory == nullptr) throw std::bad_alloc();
+  memory_ = {static_cast<char*>(memory), Free{pooled}};
 }
 
-void PageBuffer::Free::operator()(char* memory) const { std::free(memory); }
+void PageBuffer::Free::operator()(char* memory) const {
+  if (pooled == 0) {
+    std::free(memory);
+  } else {
+    MemoryPool::shared().give(memory, pooled);
+  }
+}
 
 DiskLog::DiskLog(std::string name, std::string path, int64_t record_bytes, int64_t segment_bytes, bool ring)
     : name_(std::move(name)),
@@ -209,6 +219,7 @@ void DiskLog::recycle(int64_t segment) {
   used_ -= unused.used;
   unused.used = 0;
   unused.last_step = kNoStep;
+  unused.is_unreadable = false;
   unused.state = State::kFree;
   if (free_.size() >= kKeptFree + segments_.size() / 8 &&
       fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, segment * segment_bytes_, segment_bytes_) == 0) {
@@ -270,8 +281,10 @@ LogRead DiskLog::read_segment(int64_t segment) {
   return whole;
 }
 
-void DiskLog::wait(const LogRead& read) const {
-  const int error = read.batch->wait();
+void DiskLog::wait(const LogRead& read) const { check_read(read.batch->wait()); }
+
+// Throws if a read has ended with an errno.
+void DiskLog::check_read(int error) const {
   if (error == ENODATA) {
     throw std::runtime_error("table " + name_ + ": the file of its records in " + path_ +
                              " is shorter than it was written; load a checkpoint, and check the disk");
@@ -328,7 +341,7 @@ void DiskLog::start_compaction() {
   int64_t best = kNone;
   for (int64_t s = 0; s < static_cast<int64_t>(segments_.size()); ++s) {
     const Segment& segment = segments_[s];
-    if (segment.state != State::kWritten || segment.pins > 0) continue;
+    if (segment.state != State::kWritten || segment.pins > 0 || segment.is_unreadable) continue;
     if (best == kNone || segment.live * segments_[best].used < segments_[best].live * segment.used) best = s;
   }
   if (best == kNone || segments_[best].live * 4 > segments_[best].used * 3) return;
@@ -336,9 +349,30 @@ void DiskLog::start_compaction() {
   compacted_ = best;
 }
 
+// The bytes of the segment that is being compacted, which ends its compaction. A failed read is tried once more.
+LogRead DiskLog::compacted_segment() {
+  const int64_t number = compacted_;
+  LogRead whole;
+  std::swap(whole, compacting_);
+  compacted_ = kNone;
+  int error = whole.batch->wait();
+  if (error != 0) {
+    whole = read_segment(number);
+    error = whole.batch->wait();
+  }
+  Segment& segment = segments_[number];
+  if (error != 0) {
+    segment.is_unreadable = true;
+    if (segment.live == 0 && segment.pins == 0) recycle(number);
+    check_read(error);
+  }
+  return whole;
+}
+
 void DiskLog::end_compaction(int64_t segment) {
-  const Segment& done = segments_[segment];
+  Segment& done = segments_[segment];
   if (done.live != 0) {
+    done.is_unreadable = true;
     throw std::runtime_error("table " + name_ + ": the file of its records in " + path_ + " lacks " +
                              std::to_string(done.live) + " records; load a checkpoint, and check the disk");
   }

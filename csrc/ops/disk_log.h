@@ -21,7 +21,7 @@
 
 namespace recis {
 
-// Memory for transfers, aligned to pages.
+// Memory for transfers, aligned to pages; that of many transfers is from the MemoryPool, so that no page is new.
 class PageBuffer {
  public:
   explicit PageBuffer(int64_t bytes);
@@ -30,6 +30,7 @@ class PageBuffer {
 
  private:
   struct Free {
+    size_t pooled;  // bytes; 0 if the memory is not from the pool
     void operator()(char* memory) const;
   };
   int64_t bytes_;
@@ -118,17 +119,16 @@ class DiskLog {
 
   // Compaction: the caller moves the records of a segment that are still current. Calls f(slot, record) for each of one
   // segment, if one has been read; starts to read another if too much of the log is not current, and waits for it if
-  // far too much is. f must release() the current ones.
+  // far too much is. f must release() the current ones. Throws if a segment cannot be read, once for each: it is then
+  // left alone until none of its records is current.
   template <class F>
   void compact(F&& f) {
     do {
       if (compacted_ != kNone && (is_behind() || compacting_.batch->is_done())) {
-        wait(compacting_);
         const int64_t segment = compacted_;
         reserve(segments_[segment].live);
-        compacted_ = kNone;
-        for_each_record(segment, compacting_.buffer->data(), f);
-        compacting_ = {};
+        const LogRead whole = compacted_segment();
+        for_each_record(segment, whole.buffer->data(), f);
         end_compaction(segment);
       }
       if (compacted_ == kNone) start_compaction();
@@ -147,6 +147,7 @@ class DiskLog {
     int64_t live = 0;  // of them, those of current records
     int64_t pins = 0;
     int64_t last_step = kNoStep;
+    bool is_unreadable = false;  // a compaction could not read it
     std::unique_ptr<PageBuffer> buffer;
     TransferBatchPtr write;
 
@@ -168,6 +169,7 @@ class DiskLog {
   }
 
   [[noreturn]] void fail(const std::string& what, int error) const;
+  void check_read(int error) const;
   void open_file();
   void allocate(int64_t segment);
   int64_t free_segment();
@@ -178,6 +180,7 @@ class DiskLog {
   LogRead read_segment(int64_t segment);
   bool is_behind() const { return used_ - live_ > live_ / 2 + 6 * slots_; }
   void start_compaction();
+  LogRead compacted_segment();
   void end_compaction(int64_t segment);
 
   std::string name_;

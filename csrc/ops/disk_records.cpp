@@ -13,6 +13,7 @@ namespace {
 constexpr size_t kReadAtOnce = 4096;  // records, of which each may need a page or two
 constexpr size_t kMostStages = 16;
 constexpr int64_t kAhead = 16;
+constexpr size_t kFilledAtOnce = 16;  // frames
 constexpr size_t kHugePage = size_t{1} << 21;
 
 char* map_frames(size_t bytes) {
@@ -23,7 +24,7 @@ char* map_frames(size_t bytes) {
 }
 
 size_t frame_bytes(const DiskOptions& options) {
-  const auto bytes = static_cast<size_t>(options.frames * options.record_bytes);
+  const auto bytes = static_cast<size_t>(Frames::bytes(options.frames, options.record_bytes));
   return (bytes + kHugePage - 1) / kHugePage * kHugePage;
 }
 
@@ -45,17 +46,23 @@ void DiskRecords::refuse_row(Locations locations, int64_t row) const {
 
 // Marks the frames of rows as used, and lists the distinct rows without a frame, by location.
 std::vector<DiskRecords::Missing> DiskRecords::missing_of(Locations locations, const int64_t* rows, int64_t n,
-                                                          bool counts) {
+                                                          bool counts, int64_t* frames) {
   std::vector<Missing> missing;
   frames_.next_use();
   for (int64_t i = 0; i < n; ++i) {
-    if (i + kAhead < n && rows[i + kAhead] >= 0) __builtin_prefetch(locations.words + rows[i + kAhead]);
+    if (i + 2 * kAhead < n && rows[i + 2 * kAhead] >= 0) __builtin_prefetch(locations.words + rows[i + 2 * kAhead]);
+    if (i + kAhead < n && rows[i + kAhead] >= 0 && rows[i + kAhead] < locations.rows) {
+      const int64_t next = locations.words[rows[i + kAhead]];
+      if (in_frame(next)) frames_.prefetch(frame_of(next));
+    }
     const int64_t row = rows[i];
+    frames[i] = row;
     if (row < 0) continue;
     if (row >= locations.rows) refuse_row(locations, row);
     const int64_t location = locations.words[row];
     if (in_frame(location)) {
-      frames_.use(frames_.frame_at(location), counts);
+      frames[i] = frame_of(location);
+      frames_.use(frames[i], counts);
     } else {
       missing.push_back({location, row, nullptr});
     }
@@ -68,9 +75,10 @@ std::vector<DiskRecords::Missing> DiskRecords::missing_of(Locations locations, c
   return missing;
 }
 
-void DiskRecords::fetch(Locations locations, const int64_t* rows, int64_t n, bool writes, bool counts) {
+void DiskRecords::fetch(Locations locations, const int64_t* rows, int64_t n, bool writes, bool counts,
+                        int64_t* frames) {
   std::lock_guard<std::mutex> lock(mutex_);
-  std::vector<Missing> missing = missing_of(locations, rows, n, counts);
+  std::vector<Missing> missing = missing_of(locations, rows, n, counts, frames);
   const int64_t hits = frames_.count() - frames_.room();
   const auto more = static_cast<int64_t>(missing.size());
   if (more > frames_.room()) {
@@ -83,46 +91,43 @@ void DiskRecords::fetch(Locations locations, const int64_t* rows, int64_t n, boo
   // A frame whose record was changed goes to the log; at most as many as are needed.
   log_.reserve(more);
   for (size_t first = 0; first < missing.size(); first += kReadAtOnce) {
-    const size_t stop = std::min(missing.size(), first + kReadAtOnce);
+    const size_t count = std::min(missing.size() - first, kReadAtOnce);
     LogRead read;
-    read_missing(missing, first, stop, read);
-    for (size_t i = first; i < stop; ++i) {
-      const auto& [location, row, record] = missing[i];
-      const int64_t frame = take_frame(locations);
-      char* to = frames_.record(frame);
-      if (record == nullptr) {
-        std::memset(to, 0, static_cast<size_t>(options_.record_bytes));
-      } else {
-        std::memcpy(to, record, static_cast<size_t>(options_.record_bytes));
-      }
-      frames_.hold(frame, row, record == nullptr ? Frames::kNone : slot_of(location));
-      locations.words[row] = frames_.location(frame);
-      if (counts && record != nullptr) ++figures_[kMisses];
-    }
+    read_missing(missing.data() + first, missing.data() + first + count, read);
+    fill_frames(locations, missing.data() + first, count);
+    if (!counts) continue;
+    for (size_t i = first; i < first + count; ++i) figures_[kMisses] += missing[i].record == nullptr ? 0 : 1;
   }
   if (counts) {
     figures_[kHits] += hits;
     drop_used_stages();
   }
-  if (writes) {
-    for (int64_t i = 0; i < n; ++i) {
-      if (rows[i] >= 0) change(frames_.frame_at(locations.words[rows[i]]));
-    }
+  for (int64_t i = 0; i < n; ++i) {
+    if (rows[i] < 0) continue;
+    if (more > 0) frames[i] = frame_of(locations.words[rows[i]]);
+    if (writes) change(frames[i]);
   }
   compact(locations);
 }
 
-// The record of a slot, if a stage has read it; waits for that.
-const char* DiskRecords::staged(int64_t slot) {
+// Finds the records of missing rows, by ascending location, that stages have read; waits for those.
+void DiskRecords::find_staged(Missing* first, Missing* last) {
   for (Stage& stage : stages_) {
-    const std::pair<int64_t, uint64_t> wanted{slot, log_.version(slot)};
-    const auto found = std::lower_bound(stage.slots.begin(), stage.slots.end(), wanted);
-    if (found == stage.slots.end() || *found != wanted) continue;
-    log_.wait(stage.read);
-    ++stage.used;
-    return stage.read.record(static_cast<size_t>(found - stage.slots.begin()));
+    auto slot = stage.slots.begin();
+    for (Missing* each = first; each != last; ++each) {
+      while (slot != stage.slots.end() && slot->first < slot_of(each->location)) ++slot;
+      if (slot == stage.slots.end()) break;
+      if (each->record != nullptr || slot->first != slot_of(each->location)) continue;
+      if (slot->second != log_.version(slot->first)) continue;
+      if (stage.used == 0 && stage.read.batch->wait() != 0) {  // they are read again
+        stage.slots.clear();
+        break;
+      }
+      ++stage.used;
+      ++figures_[kStaged];
+      each->record = stage.read.record(static_cast<size_t>(slot - stage.slots.begin()));
+    }
   }
-  return nullptr;
 }
 
 // Drops the stages of lookups that have taken place, and those before them, of which no lookup has made use. A lookup
@@ -136,45 +141,71 @@ void DiskRecords::drop_used_stages() {
 }
 
 // Finds the records of missing rows, from the log's memory, from stages, and by reading the others.
-void DiskRecords::read_missing(std::vector<Missing>& missing, size_t first, size_t stop, LogRead& read) {
+void DiskRecords::read_missing(Missing* first, Missing* last, LogRead& read) {
+  first = std::find_if(first, last, [](const Missing& each) { return in_log(each.location); });
+  for (Missing* each = first; each != last; ++each) each->record = log_.in_memory(slot_of(each->location));
+  find_staged(first, last);
   std::vector<int64_t> slots;
-  std::vector<size_t> places;
-  for (size_t i = first; i < stop; ++i) {
-    Missing& each = missing[i];
-    if (!in_log(each.location)) continue;
-    const int64_t slot = slot_of(each.location);
-    each.record = log_.in_memory(slot);
-    if (each.record == nullptr) {
-      each.record = staged(slot);
-      if (each.record != nullptr) ++figures_[kStaged];
-    }
-    if (each.record == nullptr) {
-      slots.push_back(slot);
-      places.push_back(i);
-    }
+  std::vector<Missing*> places;
+  for (Missing* each = first; each != last; ++each) {
+    if (each->record != nullptr) continue;
+    slots.push_back(slot_of(each->location));
+    places.push_back(each);
   }
-  if (!slots.empty()) {
-    read = log_.read(slots, true);
-    log_.wait(read);
-    for (size_t k = 0; k < places.size(); ++k) missing[places[k]].record = read.record(k);
-  }
-  for (size_t i = first; i < stop; ++i) {
-    if (missing[i].record != nullptr) log_.check(missing[i].record, missing[i].row);
+  if (slots.empty()) return;
+  read = log_.read(slots, true);
+  log_.wait(read);
+  for (size_t k = 0; k < places.size(); ++k) places[k]->record = read.record(k);
+}
+
+void DiskRecords::prefetch_record(const char* record) const {
+  if (record == nullptr) return;
+  for (int64_t at = 0; at < options_.record_bytes; at += 64) __builtin_prefetch(record + at);
+  __builtin_prefetch(record + options_.record_bytes);  // the row
+}
+
+// Gives frames to missing rows, some at a time, so that their memory is on its way to the cache when it is needed.
+void DiskRecords::fill_frames(Locations locations, const Missing* missing, size_t count) {
+  for (size_t i = 0; i < std::min(count, kFilledAtOnce); ++i) prefetch_record(missing[i].record);
+  for (size_t first = 0; first < count; first += kFilledAtOnce) {
+    const size_t stop = std::min(count, first + kFilledAtOnce);
+    for (size_t i = first; i < stop; ++i) {
+      if (missing[i].record != nullptr) log_.check(missing[i].record, missing[i].row);
+      if (i + kFilledAtOnce < count) prefetch_record(missing[i + kFilledAtOnce].record);
+    }
+    int64_t chosen[kFilledAtOnce];
+    for (size_t i = first; i < stop; ++i) {
+      const int64_t frame = chosen[i - first] = frames_.choose();
+      const char* record = frames_.record(frame);
+      for (int64_t at = 0; at < options_.record_bytes; at += 64) __builtin_prefetch(record + at, 1);
+      if (frames_.row(frame) != Frames::kNone) __builtin_prefetch(locations.words + frames_.row(frame), 1);
+    }
+    for (size_t i = first; i < stop; ++i) {
+      const auto& [location, row, record] = missing[i];
+      const int64_t frame = chosen[i - first];
+      give_up(locations, frame);
+      char* to = frames_.record(frame);
+      if (record == nullptr) {
+        std::memset(to, 0, static_cast<size_t>(options_.record_bytes));
+      } else {
+        std::memcpy(to, record, static_cast<size_t>(options_.record_bytes));
+      }
+      frames_.hold(frame, row, record == nullptr ? Frames::kNone : slot_of(location));
+      locations.words[row] = location_of_frame(frame);
+    }
   }
 }
 
-// Returns an empty frame; the record that it held is in the log then.
-int64_t DiskRecords::take_frame(Locations locations) {
-  const int64_t frame = frames_.choose();
+// Makes sure that the record that a frame holds, if there is one, is in the log.
+void DiskRecords::give_up(Locations locations, int64_t frame) {
   const int64_t row = frames_.row(frame);
-  if (row == Frames::kNone) return frame;
+  if (row == Frames::kNone) return;
   int64_t slot = frames_.slot(frame);
   if (slot == Frames::kNone) {
     slot = append(row, frames_.record(frame));
     ++figures_[kWrittenBack];
   }
   locations.words[row] = location_of_slot(slot);
-  return frame;
 }
 
 int64_t DiskRecords::append(int64_t row, const char* record) {
@@ -197,7 +228,7 @@ void DiskRecords::compact(Locations locations) {
     if (row < 0 || row >= locations.rows) return;  // is counted as lacking
     const int64_t location = locations.words[row];
     if (in_frame(location)) {
-      const int64_t frame = frames_.frame_at(location);
+      const int64_t frame = frame_of(location);
       if (frames_.slot(frame) == slot) change(frame);  // written when it is given up
     } else if (location == location_of_slot(slot)) {
       locations.words[row] = location_of_slot(append(row, record));
@@ -244,7 +275,7 @@ void DiskRecords::forget(Locations locations, const int64_t* rows, int64_t n) {
     if (rows[i] >= locations.rows) refuse_row(locations, rows[i]);
     int64_t& location = locations.words[rows[i]];
     if (in_frame(location)) {
-      const int64_t frame = frames_.frame_at(location);
+      const int64_t frame = frame_of(location);
       change(frame);
       frames_.free(frame);
     } else if (in_log(location)) {
@@ -285,7 +316,7 @@ void DiskRecords::read(Locations locations, const int64_t* rows, int64_t n, char
     const int64_t location = locations.words[rows[i]];
     const char* record = nullptr;
     if (in_frame(location)) {
-      record = reinterpret_cast<const char*>(location);
+      record = frames_.record(frame_of(location));
     } else if (in_log(location)) {
       record = log_.in_memory(slot_of(location));
       if (record == nullptr) {
@@ -332,8 +363,8 @@ int64_t DiskRecords::pin(Locations locations, int64_t* slots) {
   log_.write_all();
   for (int64_t row = 0; row < locations.rows; ++row) {
     const int64_t location = locations.words[row];
-    slots[row] = in_frame(location) ? frames_.slot(frames_.frame_at(location))
-                                    : (in_log(location) ? slot_of(location) : Frames::kNone);
+    slots[row] =
+        in_frame(location) ? frames_.slot(frame_of(location)) : (in_log(location) ? slot_of(location) : Frames::kNone);
   }
   return log_.pin();
 }

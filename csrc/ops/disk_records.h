@@ -58,12 +58,16 @@ class DiskRecords {
   DiskRecords& operator=(const DiskRecords&) = delete;
 
   int64_t record_bytes() const { return options_.record_bytes; }
+  int64_t meta_offset() const { return options_.meta_offset; }
 
-  // Brings the records of rows into frames, where they stay until the next fetch; negative rows have none. A row
-  // without a record gets a frame of zeros. With `writes`, the records are about to be changed. With `counts`, it is a
-  // training lookup, which decides what stays in memory. Throws, with every row as before, if there are too many
-  // distinct rows.
-  void fetch(Locations locations, const int64_t* rows, int64_t n, bool writes, bool counts);
+  // The memory of the frames, one after another.
+  char* frames() const { return memory_; }
+
+  // Brings the records of rows into frames, where they stay until the next fetch; frames[i] is that of rows[i], or
+  // rows[i] if that is negative. A row without a record gets a frame of zeros. With `writes`, the records are about to
+  // be changed. With `counts`, it is a training lookup, which decides what stays in memory. Throws, with every row as
+  // before, if there are too many distinct rows.
+  void fetch(Locations locations, const int64_t* rows, int64_t n, bool writes, bool counts, int64_t* frames);
 
   // Starts to read the records of rows that are only in the log. They are kept until counted fetches have used half
   // of them, or of some that were staged later.
@@ -101,11 +105,13 @@ class DiskRecords {
     const char* record;
   };
 
-  std::vector<Missing> missing_of(Locations locations, const int64_t* rows, int64_t n, bool counts);
-  const char* staged(int64_t slot);
-  void read_missing(std::vector<Missing>& missing, size_t first, size_t stop, LogRead& read);
+  std::vector<Missing> missing_of(Locations locations, const int64_t* rows, int64_t n, bool counts, int64_t* frames);
+  void find_staged(Missing* first, Missing* last);
+  void read_missing(Missing* first, Missing* last, LogRead& read);
+  void fill_frames(Locations locations, const Missing* missing, size_t count);
+  void prefetch_record(const char* record) const;
   void drop_used_stages();
-  int64_t take_frame(Locations locations);
+  void give_up(Locations locations, int64_t frame);
   int64_t append(int64_t row, const char* record);
   void change(int64_t frame);
   void compact(Locations locations);

@@ -64,9 +64,7 @@ void insert_grouped(const Tensor& header, const Tensor& counters, const Tensor& 
   const InsertCommit commit{counter_data(counters)};
   with_element(type, [&](auto element) {
     const InsertKeys<decltype(element)> keys{
-        id_map_ref(header),
-        commit.counters,
-        data<int64_t>(free_rows, "free_rows"),
+        {id_map_ref(header), commit.counters, data<int64_t>(free_rows, "free_rows")},
         blocks_ref(blocks, block_shift, meta_offset, record_bytes),
         initializer_data(initializers),
         record_start(dim, field_offsets, field_widths, field_sizes, field_values),
@@ -126,9 +124,7 @@ void insert_call(CpuDevice& device, const TableRef& table, const LookupCall& cal
     const InsertCommit commit{table.counters};
     with_element(table.type, [&](auto element) {
       const InsertKeys<decltype(element)> keys{
-          table.map,
-          table.counters,
-          table.free_rows,
+          {table.map, table.counters, table.free_rows},
           table.blocks,
           table.initializers,
           table.start,

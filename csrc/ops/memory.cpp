@@ -1,16 +1,11 @@
 // Host memory for blocks, slots and large outputs: reused buffers on huge pages.
 //
 // A random access into ordinary 4 KiB pages misses the TLB nearly every time, and a fresh large output costs a page
-// fault every 4 KiB. Large buffers are therefore aligned to 2 MiB and backed by huge pages if possible, and freed ones
-// are cached for reuse.
+// fault every 4 KiB; ops/memory_pool.h has the remedy.
 #include <sys/mman.h>
 
-#include <cstdlib>
-#include <map>
-#include <mutex>
-#include <vector>
-
 #include "ops/common.h"
+#include "ops/memory_pool.h"
 
 STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
   m.def("huge_empty(int bytes) -> Tensor");
@@ -20,70 +15,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(recis, m) {
 namespace recis {
 namespace {
 
-constexpr size_t kHugePage = size_t{1} << 21;
-constexpr size_t kMaxCached = size_t{1} << 30;
-
-class Pool {
- public:
-  // Sizes are rounded up to 1/8 of a power of two, so that batches of slightly different sizes share buffers.
-  static size_t round_up(size_t bytes) {
-    size_t step = kHugePage;
-    while (step * 16 <= bytes) step *= 2;
-    return (bytes + step - 1) / step * step;
-  }
-
-  void* take(size_t size) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      auto bucket = cache_.find(size);
-      if (bucket != cache_.end() && !bucket->second.empty()) {
-        void* memory = bucket->second.back();
-        bucket->second.pop_back();
-        cached_bytes_ -= size;
-        return memory;
-      }
-    }
-    void* memory = std::aligned_alloc(kHugePage, size);
-    if (memory == nullptr) {  // cached buffers of other sizes may have used up the memory
-      release();
-      memory = std::aligned_alloc(kHugePage, size);
-    }
-    if (memory != nullptr) madvise(memory, size, MADV_HUGEPAGE);  // only advice: failure is not an error
-    return memory;
-  }
-
-  void release() {
-    std::lock_guard<std::mutex> lock(mutex_);
-    for (auto& [size, buffers] : cache_) {
-      for (void* buffer : buffers) std::free(buffer);
-    }
-    cache_.clear();
-    cached_bytes_ = 0;
-  }
-
-  void give(void* memory, size_t size) {
-    {
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (cached_bytes_ + size <= kMaxCached) {
-        cache_[size].push_back(memory);
-        cached_bytes_ += size;
-        return;
-      }
-    }
-    std::free(memory);
-  }
-
- private:
-  std::mutex mutex_;
-  std::map<size_t, std::vector<void*>> cache_;
-  size_t cached_bytes_ = 0;
-};
-
-// Never destroyed: tensors may outlive every static object.
-Pool& pool() {
-  static Pool* const instance = new Pool;
-  return *instance;
-}
+constexpr size_t kHugePage = MemoryPool::kHugePage;
 
 Tensor bytes_at(void* memory, int64_t bytes, void (*free)(void*, size_t), size_t size) {
   const int64_t sizes[] = {bytes};
@@ -100,7 +32,7 @@ Tensor huge_zeros(int64_t bytes) {
   const size_t size = (static_cast<size_t>(bytes) + kHugePage - 1) / kHugePage * kHugePage;
   void* mapped = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (mapped == MAP_FAILED) {
-    pool().release();
+    MemoryPool::shared().release();
     mapped = mmap(nullptr, size + kHugePage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   }
   RECIS_CHECK(mapped != MAP_FAILED, "out of memory: could not allocate ", size, " bytes of host memory");
@@ -114,10 +46,10 @@ Tensor huge_zeros(int64_t bytes) {
 
 Tensor huge_empty(int64_t bytes) {
   RECIS_CHECK(bytes > 0, "huge_empty: bytes must be positive, got ", bytes);
-  const size_t size = Pool::round_up(static_cast<size_t>(bytes));
-  void* memory = pool().take(size);
+  const size_t size = MemoryPool::round_up(static_cast<size_t>(bytes));
+  void* memory = MemoryPool::shared().take(size);
   RECIS_CHECK(memory != nullptr, "out of memory: could not allocate ", size, " bytes of host memory");
-  return bytes_at(memory, bytes, [](void* data, size_t length) { pool().give(data, length); }, size);
+  return bytes_at(memory, bytes, [](void* data, size_t length) { MemoryPool::shared().give(data, length); }, size);
 }
 
 }  // namespace

@@ -39,14 +39,15 @@ void run(bool ring) {
     std::vector<int64_t> rows;
     for (int i = 0; i < 30; ++i) rows.push_back(static_cast<int64_t>(random() % kRows * (random() % kRows) / kRows));
     if (step % 2 == 0) disk.stage(locations, rows.data(), 30);
-    disk.fetch(locations, rows.data(), 30, true, true);
-    for (const int64_t row : rows) {
-      char* record = reinterpret_cast<char*>(words[row]);
-      recis_test::expect(value_at(record) == values[row], "a record in a frame is not current", row);
+    std::vector<int64_t> frames(30);
+    disk.fetch(locations, rows.data(), 30, true, true, frames.data());
+    for (size_t i = 0; i < rows.size(); ++i) {
+      const char* record = disk.frames() + frames[i] * kRecord;
+      recis_test::expect(value_at(record) == values[rows[i]], "a record in a frame is not current", rows[i]);
     }
-    for (const int64_t row : rows) {
-      values[row] = step * kRows + row;
-      std::memcpy(reinterpret_cast<char*>(words[row]), &values[row], sizeof(int64_t));
+    for (size_t i = 0; i < rows.size(); ++i) {
+      values[rows[i]] = step * kRows + rows[i];
+      std::memcpy(disk.frames() + frames[i] * kRecord, &values[rows[i]], sizeof(int64_t));
     }
     if (step % 60 != 0) continue;
     std::vector<int64_t> known;
@@ -64,7 +65,7 @@ void run(bool ring) {
     for (int i = 0; i < 20; ++i) {
       std::vector<int64_t> more;
       for (int k = 0; k < 20; ++k) more.push_back(known[random() % known.size()]);
-      disk.fetch(locations, more.data(), 20, true, true);
+      disk.fetch(locations, more.data(), 20, true, true, frames.data());
     }
     reader.join();
     for (size_t i = 0; i < known.size(); ++i) {

@@ -100,8 +100,11 @@ void grouped_inserts() {
     std::vector<float> vectors(n * kDim);
     std::vector<float*> parts;
     for (int64_t f = 0; f < kFeatures; ++f) parts.push_back(vectors.data() + f * kEach * kDim);
-    const InsertKeys<float> keys{table.map(),  table.counters, table.free_rows.data(),     blocks,
-                                 inits.data(), record_start(), {parts.data(), kDim, false}};
+    const InsertKeys<float> keys{{table.map(), table.counters, table.free_rows.data()},
+                                 blocks,
+                                 inits.data(),
+                                 record_start(),
+                                 {parts.data(), kDim, false}};
     group_cpu(Threads{tasks}, GroupInputs{features, nullptr, nullptr}, keys,
               GroupOutputs{rows.data(), unique.data(), starts.data(), sources.data(), nullptr, &groups});
     CHECK(table.counters[kFresh] == (tasks == kThreads ? static_cast<int64_t>(distinct.size()) : 0));

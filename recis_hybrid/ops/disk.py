@@ -1,23 +1,27 @@
 """Operators of tables whose records are on disk, with those in use in frames in memory.
 
-The *location* of a row is a word: 0 without a record, the address of its frame, or its slot in the log of records, an
-odd number. Locations are an address table of blocks of one row, so kernels access the records of rows that
-:func:`fetch` has brought into frames.
+The *location* of a row is a word: 0 without a record, an even number that tells its frame, or an odd one that tells its
+slot in the log of records. All frames are one block of records, whose address is the value of the handle. So kernels
+access the records of rows that :func:`fetch` has brought into frames, by the numbers of the frames.
 
-Shapes: n rows, R rows of the table.
+Shapes: n rows, N positions (ids of a call), R rows of the table, D dim.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from recis_hybrid.ops._fake import nothing_returned
+from recis_hybrid.ops.blocks import StateArgs
+from recis_hybrid.ops.gather import Bags, RowGroups, parts_of_groups, room_for_groups
 
 nothing_returned(
     "disk_fetch",
+    "disk_insert_grouped",
     "disk_stage",
     "disk_forget",
     "disk_read",
@@ -28,7 +32,7 @@ nothing_returned(
     "disk_figures",
 )
 
-BYTES_OF_A_FRAME = 22
+BYTES_OF_A_FRAME = 24
 """Bytes of a frame in addition to its record."""
 SEGMENT_BYTES = 4 << 20
 """Bytes of a segment of the log, which is written in one piece."""
@@ -103,7 +107,8 @@ def open_disk(
         ring: Use io_uring if it is permitted.
 
     Returns:
-        A handle, int64 ``[1]``, for the other functions; copies of it are refused.
+        A handle, int64 ``[1]``, for the other functions, which refuse copies of it. Its value is the address of the
+        frames, for ``ops.blocks.Blocks``.
 
     Raises:
         RuntimeError: If no file can be created in the folder, or memory runs out.
@@ -121,7 +126,7 @@ def fetch(
     count: Tensor | None = None,
     writes: bool = False,
     counts: bool = False,
-) -> None:
+) -> Tensor:
     """Bring the records of rows into frames, where they stay until the next call; a row without one gets zeros.
 
     Args:
@@ -132,11 +137,80 @@ def fetch(
         writes: The records are about to be written.
         counts: The rows are those of a training lookup, which decides what stays in memory.
 
+    Returns:
+        The frame of each row, int64 ``[n]``; a negative row is its own frame.
+
     Raises:
         RuntimeError: If there are more distinct rows than frames, or the disk is full or fails. Each record is still
             that of its row.
     """
-    torch.ops.recis.disk_fetch(disk.data_ptr(), locations, rows, count, writes, counts)
+    frames = torch.empty_like(rows)
+    torch.ops.recis.disk_fetch(disk.data_ptr(), locations, rows, count, writes, counts, frames)
+    return frames
+
+
+def insert_grouped(
+    disk: Tensor,
+    locations: Tensor,
+    header: Tensor,
+    counters: Tensor,
+    free_rows: Tensor,
+    element: int,
+    dim: int,
+    initializers: Tensor,
+    state: StateArgs,
+    ids: Sequence[Tensor],
+    members: Sequence[int],
+    bags: Bags,
+) -> tuple[Tensor, RowGroups, Tensor, Tensor]:
+    """Find or insert each id, group the positions by row, and :func:`fetch` the rows: a training lookup.
+
+    Args:
+        disk: The handle.
+        locations: int64 ``[R]``; written. Must have room for all new rows.
+        header: As in ``gather.insert_grouped``, like the following.
+        counters: int64 ``[6]``, written.
+        free_rows: int64.
+        element: A value of ``blocks.ELEMENTS``.
+        dim: D.
+        initializers: int64 ``[M, 5]``.
+        state: First values of the optimizer state.
+        ids: For each feature, int64 ``[n_f]``, contiguous.
+        members: For each feature, the number of its member table.
+        bags: The bags of the gradients.
+
+    Returns:
+        The row of each id, int64 ``[N]``; the groups; the frame of each id, int64 ``[N]``; and that of each distinct
+        row, int64 ``[N]``, of which only the first are valid.
+
+    Raises:
+        RuntimeError: As :func:`fetch`; no id has been inserted.
+    """
+    n = sum(bags.lengths)
+    rows, frames, unique_frames = torch.empty(3, n, dtype=torch.int64).unbind()
+    groups = room_for_groups(n, bags, rows.device)
+    torch.ops.recis.disk_insert_grouped(
+        disk.data_ptr(),
+        locations,
+        header,
+        counters,
+        free_rows,
+        element,
+        dim,
+        initializers,
+        state.offsets,
+        state.widths,
+        state.sizes,
+        state.first_values,
+        ids,
+        members,
+        *bags,
+        rows,
+        *parts_of_groups(groups),
+        frames,
+        unique_frames,
+    )
+    return rows, groups, frames, unique_frames
 
 
 def stage(disk: Tensor, locations: Tensor, rows: Tensor) -> None:

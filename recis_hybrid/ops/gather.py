@@ -115,8 +115,8 @@ def group_rows(rows: Tensor, members: Sequence[int], row_bound: int, bags: Bags)
     Returns:
         The groups, on the device of ``rows``; does not wait for it.
     """
-    groups = _room(rows.numel(), bags, rows.device)
-    torch.ops.recis.group_rows(rows, members, row_bound, *bags, *_parts(groups))
+    groups = room_for_groups(rows.numel(), bags, rows.device)
+    torch.ops.recis.group_rows(rows, members, row_bound, *bags, *parts_of_groups(groups))
     return groups
 
 
@@ -166,7 +166,7 @@ def insert_grouped(
     """
     n = sum(bags.lengths)
     rows = torch.empty(n, dtype=torch.int64, device=header.device)
-    groups = _room(n, bags, header.device)
+    groups = room_for_groups(n, bags, header.device)
     torch.ops.recis.insert_grouped(
         header,
         counters,
@@ -185,7 +185,7 @@ def insert_grouped(
         row_bound,
         *bags,
         rows,
-        *_parts(groups),
+        *parts_of_groups(groups),
         out,
         starts,
     )
@@ -228,17 +228,20 @@ def distinct_ids(
         used: As in ``id_map.find``; empty on the CPU.
     """
     n, shares, device = sum(bags.lengths), ranks * len(owners), ids[0].device
-    groups = _room(n, bags, device)
+    groups = room_for_groups(n, bags, device)
     words = torch.empty(2 * n + shares, dtype=torch.int64, device=device)
     counts, places, sizes = words.split_with_sizes((n, n, shares))
-    torch.ops.recis.distinct_ids(ids, kinds, used, owners, ranks, *bags, *_parts(groups), counts, places, sizes)
+    torch.ops.recis.distinct_ids(
+        ids, kinds, used, owners, ranks, *bags, *parts_of_groups(groups), counts, places, sizes
+    )
     numbers = torch.arange(n, device=device)
     numbered = RowGroups(groups.count, numbers, groups.offsets, groups.sources, groups.scales)
     found = int(groups.count) if device.type == "cpu" else n
     return Distinct(groups.unique[:found], counts[:found], places, sizes.view(ranks, len(owners)), numbered)
 
 
-def _room(n: int, bags: Bags, device: torch.device) -> RowGroups:
+def room_for_groups(n: int, bags: Bags, device: torch.device) -> RowGroups:
+    """Return uninitialized groups for ``n`` positions, which an operator writes."""
     # One allocation: sources, unique, offsets (n + 1), count.
     words = torch.empty(3 * n + 2, dtype=torch.int64, device=device)
     sources, unique, offsets, count = words.split_with_sizes((n, n, n + 1, 1))
@@ -248,7 +251,8 @@ def _room(n: int, bags: Bags, device: torch.device) -> RowGroups:
     return RowGroups(count, unique, offsets, sources, scales)
 
 
-def _parts(groups: RowGroups) -> tuple[Tensor | None, ...]:
+def parts_of_groups(groups: RowGroups) -> tuple[Tensor | None, ...]:
+    """Return groups as the arguments of an operator that writes them."""
     return groups.unique, groups.offsets, groups.sources, groups.scales, groups.count
 
 

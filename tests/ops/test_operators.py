@@ -42,6 +42,7 @@ HOST_ONLY = {
     "recis::disk_fetch": _ON_DISK,
     "recis::disk_figures": _ON_DISK,
     "recis::disk_forget": _ON_DISK,
+    "recis::disk_insert_grouped": _ON_DISK,
     "recis::disk_open": _ON_DISK,
     "recis::disk_pin": _ON_DISK,
     "recis::disk_read": _ON_DISK,

@@ -136,8 +136,9 @@ class EmbeddingBlocks:
         if self.cache is not None:
             self.cache.admit(self._handle, self.capacity, groups)
 
-    def prepare(self, rows: Tensor) -> None:
-        """Do nothing; records on disk are brought into memory here."""
+    def prepare(self, rows: Tensor) -> tuple[Blocks, Tensor]:
+        """Return the blocks and the places of new records; those on disk are brought into memory here."""
+        return self.new(), rows
 
     def stage(self, rows: Tensor) -> None:
         """Do nothing; records on disk are read ahead here."""

@@ -1,37 +1,40 @@
 """DiskBlocks: storage of rows that is on disk, with a cache of records in memory.
 
-Letters: n rows, R rows of the table.
+Letters: n rows, N positions (ids of a call), R rows of the table, M member tables.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.table.blocks import in_one_block
+from recis_hybrid.embedding.table.id_map import IdMap
 from recis_hybrid.embedding.table.record_cache import CacheStatistics
 from recis_hybrid.embedding.table.record_layout import META, RecordLayout
 from recis_hybrid.ops.blocks import Blocks
 from recis_hybrid.ops.disk import BYTES_OF_A_FRAME, DiskFigures
+from recis_hybrid.ops.gather import Bags, RowGroups
 
 _LEAST_FRAMES = 64
 _PIECE_BYTES = 16 << 20
 _MAX_PIECE = 1 << 16
 _SAVE_BYTES = 512 << 20
 _SAVE_SHARE = 4
+_SHIFT = 40  # all rows are in one block
 _CPU = torch.device("cpu")
 
 
 class DiskBlocks:
     """The methods of EmbeddingBlocks for records on disk.
 
-    Each row has a location: where its record is in memory, or in a log on disk. Kernels get the locations as the
-    addresses of blocks of one row, after :meth:`at` or :meth:`prepare` has brought the records of their rows into
-    memory.
+    Each row has a location: where its record is in memory, or in a log on disk. Kernels get the frames in memory as one
+    block, and the frames of rows as places there, after :meth:`at`, :meth:`prepare` or :meth:`insert_grouped` has
+    brought the records of their rows into memory.
 
     Args:
         name: Name of the table, for messages.
@@ -57,7 +60,11 @@ class DiskBlocks:
         self._disk = ops.disk.open_disk(
             name, path, record_bytes=layout.record_bytes, meta_offset=layout.meta_offset, frames=frames
         )
-        self._set(torch.zeros(0, dtype=torch.int64))
+        self._handle = Blocks(self._disk, _SHIFT, layout.meta_offset, layout.record_bytes)
+        self.locations = torch.zeros(0, dtype=torch.int64)
+        """int64 ``[R]``; see ``recis_hybrid.ops.disk``."""
+        self._places: tuple[tuple[Tensor, Tensor], ...] = ()
+        """Rows of the last training lookup and their places; empty if a record may have left them or been saved."""
 
     @property
     def capacity(self) -> int:
@@ -82,14 +89,14 @@ class DiskBlocks:
     def reserve(self, rows: int) -> None:
         """Make room for rows 0 to ``rows`` - 1. If memory runs out, nothing changes."""
         if rows > self.capacity:
-            locations = torch.zeros(_locations_for(rows), dtype=torch.int64)
+            locations = ops.memory.zero_bytes(8 * _locations_for(rows), _CPU).view(torch.int64)
             locations[: self.capacity] = self.locations
-            self._set(locations)
+            self.locations = locations
 
     def truncate(self, rows: int) -> None:
         """Drop the records of all rows from ``rows`` on."""
         self.forget(torch.arange(rows, self.capacity))
-        self._set(self.locations[:rows].clone())
+        self.locations = self.locations[:rows].clone()
 
     # Access to records by kernels, which must be called next
 
@@ -100,16 +107,62 @@ class DiskBlocks:
             RuntimeError: If there are more distinct rows than fit into the cache, or the disk is full or fails; no
                 record has changed.
         """
-        ops.disk.fetch(self._disk, self.locations, rows, count=count, writes=writes)
-        return self._handle, rows
+        # The records of a training lookup are written by its update, so they count as changed already.
+        for known, places in self._places:
+            if rows is known:
+                return self._handle, places
+        self._places = ()
+        return self._handle, ops.disk.fetch(self._disk, self.locations, rows, count=count, writes=writes)
 
-    def prepare(self, rows: Tensor) -> None:
+    def prepare(self, rows: Tensor) -> tuple[Blocks, Tensor]:
         """Bring the records of a training lookup's rows (int64 ``[n]``, negative for none) into memory like :meth:`at`.
 
         Raises:
             RuntimeError: As :meth:`at`.
         """
-        ops.disk.fetch(self._disk, self.locations, rows, counts=True)
+        self._places = ()
+        places = ops.disk.fetch(self._disk, self.locations, rows, writes=True, counts=True)
+        self._places = ((rows, places),)
+        return self._handle, places
+
+    def insert_grouped(
+        self, id_map: IdMap, ids: Sequence[Tensor], members: Sequence[int], initializers: Tensor, bags: Bags
+    ) -> tuple[Tensor, RowGroups]:
+        """Find or insert the ids of a training lookup, and bring their records into memory like :meth:`prepare`.
+
+        Args:
+            id_map: The map of the table.
+            ids: For each feature, int64.
+            members: For each feature, the number of its member table.
+            initializers: int64 ``[M, 5]``: initializer of each member table.
+            bags: The bags of the gradients.
+
+        Returns:
+            The rows, int64 ``[N]``, and the positions grouped by row.
+
+        Raises:
+            RuntimeError: As :meth:`at`; no id has been inserted.
+        """
+        self._places = ()
+        layout = self.layout
+        id_map.count_inserts(sum(bags.lengths))
+        rows, groups, places, unique_places = ops.disk.insert_grouped(
+            self._disk,
+            self.locations,
+            id_map.slots.header,
+            id_map.counters,
+            id_map.free_rows,
+            layout.element,
+            layout.dim,
+            initializers,
+            layout.state_args,
+            ids,
+            members,
+            bags,
+        )
+        id_map.copy_counters()
+        self._places = ((rows, places), (groups.unique, unique_places))
+        return rows, groups
 
     def stage(self, rows: Tensor) -> None:
         """Start to read the records of a later lookup's rows (int64 ``[n]``, negative for none)."""
@@ -122,12 +175,9 @@ class DiskBlocks:
             f"need all of them in memory; use a Placement with blocks='cpu', or look up outside of jax.jit"
         )
 
-    def new(self) -> Blocks:
-        """Return the blocks for kernels that only access rows that :meth:`prepare` has just got."""
-        return self._handle
-
     def forget(self, rows: Tensor) -> None:
         """Drop the records of rows (int64 ``[n]``, negative for none), because other ids may get the rows."""
+        self._places = ()
         ops.disk.forget(self._disk, self.locations, rows)
 
     def figures(self) -> DiskFigures:
@@ -189,8 +239,8 @@ class DiskBlocks:
         pairs = zip(source.split(self.piece_rows), target.split(self.piece_rows), strict=True)
         try:
             for some, other in pairs:
-                blocks, _ = self.at(torch.cat([some, other]), writes=True)
-                ops.blocks.copy_records(blocks, some, other)
+                blocks, places = self.at(torch.cat([some, other]), writes=True)
+                ops.blocks.copy_records(blocks, *places.split(some.numel()))
         except BaseException:
             self.forget(target)
             raise
@@ -205,6 +255,7 @@ class DiskBlocks:
         Raises:
             RuntimeError: If the disk is full or fails; no record has changed.
         """
+        self._places = ()
         slots, number = ops.disk.pin(self._disk, self.locations)
         return DiskSnapshot(self._disk, number, slots, self.layout, self._save_rows)
 
@@ -217,11 +268,6 @@ class DiskBlocks:
             records = ops.memory.empty((index.numel(), self.layout.record_bytes), torch.uint8, _CPU)
             ops.disk.read(self._disk, self.locations, rows[index], records)
             yield index, *in_one_block(self.layout, records)
-
-    def _set(self, locations: Tensor) -> None:
-        self.locations = locations
-        """int64 ``[R]``; see ``recis_hybrid.ops.disk``."""
-        self._handle = Blocks(locations, 0, self.layout.meta_offset, self.layout.record_bytes)
 
 
 class DiskSnapshot:

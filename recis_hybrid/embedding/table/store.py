@@ -165,10 +165,14 @@ class RowStore:
         self, request: Request, out: Tensor | None, starts: Sequence[int]
     ) -> tuple[Tensor, RowGroups, Tensor | None]:
         ids, members, layout = request.ids, request.members, self.layout
-        if self.gate is not None or self.map_device != self.device or isinstance(self.blocks, DiskBlocks):
+        if self.gate is not None or self.map_device != self.device:
             rows = self.insert(ids, members, self.gate, request.used, request.counts)
             groups = ops.gather.group_rows(rows, members, self.id_map.row_bound, gradient_bags(request.bags))
             return rows, groups, None
+        if isinstance(self.blocks, DiskBlocks):
+            self._reserve(sum(request.bags.lengths))
+            bags = gradient_bags(request.bags)
+            return *self.blocks.insert_grouped(self.id_map, ids, members, self.initializers, bags), None
         bound = self._reserve(sum(request.bags.lengths))
         # Bags of several ids are gathered later, and so are vectors that may be cached.
         gathered = out if request.bags.plain and self.blocks.cache is None else None
@@ -223,13 +227,13 @@ class RowStore:
         map_rows, map_fresh = self.id_map.find_or_insert(map_ids, members, admitted, used)
         try:
             rows, fresh = self.on_blocks(map_rows), self.on_blocks(map_fresh)
-            self.blocks.prepare(rows)
+            blocks, places = self.blocks.prepare(rows)
             if self.id_map.may_have_fresh:
                 ops.blocks.init_fresh(
-                    self.blocks.new(),
+                    blocks,
                     self.layout.element,
                     self.on_blocks(self.id_map.counters),
-                    rows,
+                    places,
                     fresh,
                     ids,
                     members,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Iterator
 from itertools import pairwise, zip_longest
@@ -271,6 +272,49 @@ def test_a_batch_larger_than_the_cache_is_refused_and_the_table_stays_usable(eng
     assert_equal(disk, memory)
     ours, theirs = train(disk, optimizer, range(20, 30)), train(memory, other, range(20, 30))
     assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def _is_unnamed(link: Path, folder: Path) -> bool:
+    target = os.readlink(link)
+    return target.startswith(str(folder)) and target.endswith(" (deleted)")
+
+
+def test_a_batch_whose_records_cannot_be_read_inserts_no_id(engines: Any, tmp_path: Path) -> None:
+    (disk, optimizer), (memory, other) = engines
+    train(disk, optimizer, range(20)), train(memory, other, range(20))
+    table = disk.tables[0]
+    blocks_of(table).snapshot()  # writes all records
+    files = [file for file in Path("/proc/self/fd").iterdir() if file.is_symlink() and _is_unnamed(file, tmp_path)]
+    contents = [file.read_bytes() for file in files]
+    for file in files:
+        os.truncate(file, 0)
+    locations = blocks_of(table).locations
+    unread = [i for i in table.ids(0).tolist() if int(locations[table.rows(0, torch.tensor([i]))]) & 1][:20]
+    ids = torch.tensor([9001, *unread, 9002, 9001])
+    with pytest.raises(RuntimeError, match=r"table id: the file of its records in .* (is shorter|does not hold)"):
+        disk({"id": ids, "list": RaggedTensor(torch.tensor([], dtype=torch.int64), torch.tensor([0]))})
+    assert table.rows(0, torch.tensor([9001, 9002])).tolist() == [-1, -1]
+    for file, content in zip(files, contents, strict=True):
+        with file.open("r+b") as same:
+            same.write(content)
+    assert_equal(disk, memory)
+    ours, theirs = train(disk, optimizer, range(20, 40)), train(memory, other, range(20, 40))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert_equal(disk, memory)
+
+
+def test_a_snapshot_between_lookup_and_update_keeps_the_update(engines: Any) -> None:
+    (disk, optimizer), (memory, other) = engines
+    train(disk, optimizer, range(20)), train(memory, other, range(20))
+    for engine, each in ((disk, optimizer), (memory, other)):
+        found = engine(batch_of(20))
+        state = engine.checkpoint_state()
+        sum((values.square().sum() for values in found.values()), torch.zeros(())).backward()
+        each.step()
+        each.zero_grad()
+        del state
+        train(engine, each, range(21, 40))
+    assert_equal(disk, memory)
 
 
 def test_refusals(tmp_path: Path) -> None:
