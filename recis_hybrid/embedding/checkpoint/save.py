@@ -29,7 +29,8 @@ from recis_hybrid.embedding.checkpoint.state import (
 )
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.blocks import in_one_block
-from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot, export_records
+from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, export_records
+from recis_hybrid.embedding.table.disk_snapshot import DiskSnapshot, OrderedRecords
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.id_map import list_entries
 from recis_hybrid.embedding.table.record_layout import META, RecordLayout
@@ -257,22 +258,19 @@ class _RecordReader:
 
 
 class _Piece:
-    """Records of rows of one table, read ahead for files; those of all tables in turn, so that memory is bounded."""
+    """The piece of ordered records that was read last; one for all tables in turn, so that memory is bounded."""
 
     def __init__(self) -> None:
         self.lock = threading.Lock()
         """Held while records are read or copied."""
         self.owner: object = None
-        self.first = 0
+        self.number = 0
         self.records: Tensor | None = None
-        """uint8 ``[m, record_bytes]``: rows ``first`` to ``first`` + m - 1 of the owner."""
+        """uint8 ``[m, record_bytes]``: piece ``number`` of the owner."""
 
 
 class _DiskReader:
     """Reads records on disk, of rows (int64 ``[n]``, in the order of the files).
-
-    The rows of one file lie anywhere in the log, one to a page. So records of many files are read at a time, which lie
-    close to each other there, and are kept until those files have been written.
 
     Args:
         snapshot: The records.
@@ -282,37 +280,30 @@ class _DiskReader:
     """
 
     def __init__(self, snapshot: DiskSnapshot, layout: RecordLayout, rows: Tensor, piece: _Piece) -> None:
-        self._snapshot, self._layout, self._rows, self._piece = snapshot, layout, rows, piece
-        self._loaded = 0
-        """End of the rows that have been in the piece."""
-        self._ends = {0}
-        """Ends of the rows of files so far: a file that begins there is followed by others."""
+        self._ordered, self._layout, self._piece = OrderedRecords(snapshot, rows), layout, piece
+        self._left = rows.numel()
 
     def read(self, first: int, stop: int, out: Mapping[str, Tensor]) -> None:
         """Write rows ``first`` to ``stop`` of some columns into ``out``."""
+        step = self._ordered.piece_rows
         with self._piece.lock:
-            self._ends.add(stop)
-            at = first
-            while at < stop:
-                records = self._records(at, stop)
-                end = at + records.size(0)
-                some = {name: values[at - first : end - first] for name, values in out.items()}
+            for number in range(first // step, -(-stop // step)):
+                begin, end = max(first, number * step), min(stop, (number + 1) * step)
+                records = self._records(number)[begin - number * step : end - number * step]
+                some = {name: values[begin - first : end - first] for name, values in out.items()}
                 _export(*in_one_block(self._layout, records), layout=self._layout, out=some)
                 del records  # before others are read into its memory
-                at = end
+            self._left -= stop - first
+            if self._left <= 0:
+                self._ordered.close()
 
-    def _records(self, at: int, stop: int) -> Tensor:
-        """Return the records of row ``at`` and of some that follow, at most up to ``stop``."""
+    def _records(self, number: int) -> Tensor:
         piece = self._piece
-        if at >= self._loaded and at in self._ends:
+        if piece.records is None or piece.owner is not self or piece.number != number:
             piece.owner = piece.records = None  # frees the memory first
-            piece.records = self._snapshot.read(self._rows[at : at + self._snapshot.piece_rows])
-            piece.owner, piece.first, self._loaded = self, at, at + piece.records.size(0)
-            self._ends.add(self._loaded)
-        if piece.owner is self and piece.records is not None and piece.first <= at < self._loaded:
-            return piece.records[at - piece.first : stop - piece.first]
-        # A file that is shared with another rank, or that another thread has overtaken.
-        return self._snapshot.read(self._rows[at : min(stop, at + self._snapshot.piece_rows)])
+            piece.records = self._ordered.read(number)
+            piece.owner, piece.number = self, number
+        return piece.records
 
 
 def _export(handle: ops.blocks.Blocks, rows: Tensor, *, layout: RecordLayout, out: Mapping[str, Tensor]) -> None:

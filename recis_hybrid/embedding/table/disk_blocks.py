@@ -5,7 +5,6 @@ Letters: n rows, N positions (ids of a call), R rows of the table, M member tabl
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.table.blocks import in_one_block
+from recis_hybrid.embedding.table.disk_snapshot import DiskSnapshot
 from recis_hybrid.embedding.table.id_map import IdMap
 from recis_hybrid.embedding.table.record_cache import CacheStatistics
 from recis_hybrid.embedding.table.record_layout import META, RecordLayout
@@ -23,8 +23,6 @@ from recis_hybrid.ops.gather import Bags, RowGroups
 _LEAST_FRAMES = 64
 _PIECE_BYTES = 16 << 20
 _MAX_PIECE = 1 << 16
-_SAVE_BYTES = 512 << 20
-_SAVE_SHARE = 4
 _SHIFT = 40  # all rows are in one block
 _CPU = torch.device("cpu")
 
@@ -56,7 +54,7 @@ class DiskBlocks:
         frames = cache_bytes // each
         self.piece_rows = max(1, min(frames // 4, _MAX_PIECE))
         """Rows that bulk writes change at a time."""
-        self._save_rows = max(1, max(_SAVE_BYTES, cache_bytes // _SAVE_SHARE) // layout.record_bytes)
+        self._path = path
         self._disk = ops.disk.open_disk(
             name, path, record_bytes=layout.record_bytes, meta_offset=layout.meta_offset, frames=frames
         )
@@ -257,7 +255,7 @@ class DiskBlocks:
         """
         self._places = ()
         slots, number = ops.disk.pin(self._disk, self.locations)
-        return DiskSnapshot(self._disk, number, slots, self.layout, self._save_rows)
+        return DiskSnapshot(self.name, self._path, self._disk, number, slots, self.layout)
 
     def _pieces(self, rows: Tensor) -> Iterator[tuple[Tensor, Blocks, Tensor]]:
         """Yield copies of the records of rows in pieces: indices into ``rows``, blocks, and the rows in them."""
@@ -268,33 +266,6 @@ class DiskBlocks:
             records = ops.memory.empty((index.numel(), self.layout.record_bytes), torch.uint8, _CPU)
             ops.disk.read(self._disk, self.locations, rows[index], records)
             yield index, *in_one_block(self.layout, records)
-
-
-class DiskSnapshot:
-    """The records of a table on disk at one moment, kept in the log as long as this object lives.
-
-    Args:
-        disk: Handle of the records.
-        number: Number of the pin.
-        slots: int64 ``[R]``: where each row's record is.
-        layout: Memory layout of a record.
-        piece_rows: Number of records that are to be read at a time. The more, the closer they are in the log.
-    """
-
-    def __init__(self, disk: Tensor, number: int, slots: Tensor, layout: RecordLayout, piece_rows: int) -> None:
-        self._disk, self._slots, self._layout = disk, slots, layout
-        self.piece_rows = piece_rows
-        weakref.finalize(self, ops.disk.unpin, disk, number)
-
-    def read(self, rows: Tensor) -> Tensor:
-        """Return the records of rows (int64 ``[n]``), uint8 ``[n, record_bytes]``; in any thread.
-
-        Raises:
-            RuntimeError: If the disk fails.
-        """
-        records = ops.memory.empty((rows.numel(), self._layout.record_bytes), torch.uint8, _CPU)
-        ops.disk.read_pinned(self._disk, rows, self._slots[rows], records)
-        return records
 
 
 def bytes_on_disk(layout: RecordLayout, rows: int, more: int, cache_bytes: int) -> dict[str, int]:

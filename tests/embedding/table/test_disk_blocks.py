@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import weakref
+import resource
 from collections.abc import Iterator
 from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,8 +22,9 @@ from recis_hybrid.embedding import (
     Placement,
     Unused,
 )
-from recis_hybrid.embedding.table import disk_blocks
-from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot
+from recis_hybrid.embedding.table import disk_snapshot
+from recis_hybrid.embedding.table.disk_blocks import DiskBlocks
+from recis_hybrid.embedding.table.disk_snapshot import DiskSnapshot, OrderedRecords
 from recis_hybrid.pipelines import TorchStep, Train, Trainer
 from recis_hybrid.ragged import RaggedTensor
 from recis_hybrid.saver import Saver
@@ -138,42 +138,66 @@ def test_checkpoints_and_deltas_of_a_moment_are_saved_while_training_goes_on(eng
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
-def test_a_save_reads_the_records_of_several_files_at_a_time_in_bounded_memory(
+def test_a_save_reads_each_record_of_the_log_once_in_bounded_memory(
     engines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(disk_blocks, "_SAVE_BYTES", 90 * 112)
+    monkeypatch.setattr(disk_snapshot, "_PIECE_BYTES", 90 * 112)
+    monkeypatch.setattr(disk_snapshot, "_READ_BYTES", 7 * 112)
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 16 * 112)
     (disk, optimizer), (memory, other) = engine_of(placed(tmp_path)), engines[1]
     train(disk, optimizer, range(20)), train(memory, other, range(20))
-    sizes: list[int] = []
-    in_memory: list[int] = []
-    copies: list[weakref.ref[np.ndarray]] = []
-    read = DiskSnapshot.read
+    log: list[int] = []
+    pieces: list[int] = []
+    read, read_piece = DiskSnapshot.read, OrderedRecords.read
 
     def watched(snapshot: DiskSnapshot, rows: Tensor) -> Tensor:
-        alive = [copy for each in copies if (copy := each()) is not None]
-        in_memory.append(sum(len(copy) for copy in alive) + rows.numel())
-        sizes.append(rows.numel())
-        records = read(snapshot, rows).numpy().copy()
-        copies.append(weakref.ref(records))
-        return torch.from_numpy(records)
+        log.append(rows.numel())
+        return read(snapshot, rows)
+
+    def watched_piece(records: OrderedRecords, piece: int) -> Tensor:
+        found = read_piece(records, piece)
+        pieces.append(found.size(0))
+        return found
 
     monkeypatch.setattr(DiskSnapshot, "read", watched)
+    monkeypatch.setattr(OrderedRecords, "read", watched_piece)
     for name, engine, each in (("disk", disk, optimizer), ("memory", memory, other)):
         Saver(tmp_path / name).save(1, {"engine": engine, "optimizer": each})
     files = [path for path in (tmp_path / "disk").rglob("*.safetensors") if "sparse" in path.parts]
     for path in files:
         assert path.read_bytes() == (tmp_path / "memory" / path.relative_to(tmp_path / "disk")).read_bytes()
-    rows = sum(len(table) for table in disk.tables)
-    assert max(sizes) == 90
-    assert max(in_memory) < 150  # one piece, and a file
-    # A file that another thread has overtaken is read again, at most one for each piece.
-    assert rows <= sum(sizes) <= 1.5 * rows
-    assert len(sizes) < len(files) / 2
+    rows = [len(table) for table in disk.tables]
+    assert min(rows) > 90
+    assert sum(log) == sum(rows)
+    assert max(log + pieces) == 90
+    # A piece that another thread has replaced is read again, at most one for each file.
+    assert sum(pieces) <= sum(rows) + 90 * len(files)
+
+
+def test_a_save_without_space_for_a_copy_of_the_records_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk_snapshot, "_PIECE_BYTES", 90 * 112)
+    engine, optimizer = engine_of(placed(tmp_path))
+    train(engine, optimizer, range(30))
+    expected = engine.checkpoint_state().tables["id"].columns
+    reader = engine.checkpoint_snapshot(None)().tables["id"].reader
+    assert reader is not None
+    n = expected["ids"].numel()
+    out = {name: torch.full_like(values, 7) for name, values in expected.items() if name != "ids"}
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
+    try:
+        with pytest.raises(RuntimeError, match=r"table id: a copy of its records in .*: File too large; free space"):
+            reader.read(0, n, out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    reader.read(0, n, out)
+    assert [name for name in out if not torch.equal(out[name], expected[name])] == []
 
 
 def test_files_are_saved_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(disk_blocks, "_SAVE_BYTES", 40 * 112)
+    monkeypatch.setattr(disk_snapshot, "_PIECE_BYTES", 40 * 112)
     engine, optimizer = engine_of(placed(tmp_path))
     train(engine, optimizer, range(30))
     expected = engine.checkpoint_state().tables
