@@ -143,7 +143,7 @@ class OrderedRecords:
 
     def _transfer(self, file: IO[bytes], move: _Move, values: np.ndarray, offset: int) -> None:
         """Read or write all bytes of an array, by ``os.preadv`` or ``os.pwritev``."""
-        view = memoryview(values.reshape(-1).view(np.uint8))
+        view = values.reshape(-1).view(np.uint8).data
         where = f"table {self._snapshot.name}: a copy of its records in {self._snapshot.path}, ordered for a checkpoint"
         while view.nbytes:
             try:
