@@ -17,6 +17,7 @@ from torch import Tensor
 from recis_hybrid import ops
 from recis_hybrid.accelerator import is_accelerator
 from recis_hybrid.checkpointing import JSON, HostMemory, PartState, TableState
+from recis_hybrid.embedding.checkpoint.ordered_records import OrderedRecords
 from recis_hybrid.embedding.checkpoint.ownership import ALL, Buckets, BucketShares, OwnedTables, within
 from recis_hybrid.embedding.checkpoint.state import (
     table_meta,
@@ -29,8 +30,7 @@ from recis_hybrid.embedding.checkpoint.state import (
 )
 from recis_hybrid.embedding.planner.coalesce import COUNTS
 from recis_hybrid.embedding.table.blocks import in_one_block
-from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, export_records
-from recis_hybrid.embedding.table.disk_snapshot import DiskSnapshot, OrderedRecords
+from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot, export_records
 from recis_hybrid.embedding.table.hash_table import HashTable
 from recis_hybrid.embedding.table.id_map import list_entries
 from recis_hybrid.embedding.table.record_layout import META, RecordLayout

@@ -5,6 +5,7 @@ Letters: n rows, N positions (ids of a call), R rows of the table, M member tabl
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
@@ -12,7 +13,6 @@ from torch import Tensor
 
 from recis_hybrid import ops
 from recis_hybrid.embedding.table.blocks import in_one_block
-from recis_hybrid.embedding.table.disk_snapshot import DiskSnapshot
 from recis_hybrid.embedding.table.id_map import IdMap
 from recis_hybrid.embedding.table.record_cache import CacheStatistics
 from recis_hybrid.embedding.table.record_layout import META, RecordLayout
@@ -266,6 +266,38 @@ class DiskBlocks:
             records = ops.memory.empty((index.numel(), self.layout.record_bytes), torch.uint8, _CPU)
             ops.disk.read(self._disk, self.locations, rows[index], records)
             yield index, *in_one_block(self.layout, records)
+
+
+class DiskSnapshot:
+    """The records of a table on disk at one moment, kept in the log as long as this object lives.
+
+    Args:
+        name: Name of the table, for messages.
+        path: Folder of the log, and of copies of the records in another order.
+        disk: Handle of the records.
+        number: Number of the pin.
+        slots: int64 ``[R]``: where each row's record is.
+        layout: Memory layout of a record.
+    """
+
+    def __init__(self, name: str, path: str, disk: Tensor, number: int, slots: Tensor, layout: RecordLayout) -> None:
+        self.name, self.path, self.layout = name, path, layout
+        self._disk, self._slots = disk, slots
+        weakref.finalize(self, ops.disk.unpin, disk, number)
+
+    def slots(self, rows: Tensor) -> Tensor:
+        """Return the places of the records of rows in the log, int64 ``[n]``: their order there."""
+        return self._slots[rows]
+
+    def read(self, rows: Tensor) -> Tensor:
+        """Return the records of rows (int64 ``[n]``), uint8 ``[n, record_bytes]``; in any thread.
+
+        Raises:
+            RuntimeError: If the disk fails.
+        """
+        records = ops.memory.empty((rows.numel(), self.layout.record_bytes), torch.uint8, _CPU)
+        ops.disk.read_pinned(self._disk, rows, self._slots[rows], records)
+        return records
 
 
 def bytes_on_disk(layout: RecordLayout, rows: int, more: int, cache_bytes: int) -> dict[str, int]:

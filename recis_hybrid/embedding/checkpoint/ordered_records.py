@@ -1,13 +1,12 @@
-"""DiskSnapshot: the records of a table on disk at one moment, while later steps change the table.
+"""OrderedRecords: records of a table on disk in the order of a checkpoint's files.
 
-Letters: n rows, R rows of the table.
+Letters: n rows.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import weakref
 from collections.abc import Callable
 from typing import IO
 
@@ -16,45 +15,13 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.table.record_layout import RecordLayout
+from recis_hybrid.embedding.table.disk_blocks import DiskSnapshot
 
 _PIECE_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _MOST_SLICES = 1 << 16
 _CPU = torch.device("cpu")
 _Move = Callable[[int, list[memoryview], int], int]
-
-
-class DiskSnapshot:
-    """The records of a table on disk at one moment, kept in the log as long as this object lives.
-
-    Args:
-        name: Name of the table, for messages.
-        path: Folder of the log, and of copies of the records in another order.
-        disk: Handle of the records.
-        number: Number of the pin.
-        slots: int64 ``[R]``: where each row's record is.
-        layout: Memory layout of a record.
-    """
-
-    def __init__(self, name: str, path: str, disk: Tensor, number: int, slots: Tensor, layout: RecordLayout) -> None:
-        self.name, self.path, self.layout = name, path, layout
-        self._disk, self._slots = disk, slots
-        weakref.finalize(self, ops.disk.unpin, disk, number)
-
-    def slots(self, rows: Tensor) -> Tensor:
-        """Return the places of the records of rows in the log, int64 ``[n]``: their order there."""
-        return self._slots[rows]
-
-    def read(self, rows: Tensor) -> Tensor:
-        """Return the records of rows (int64 ``[n]``), uint8 ``[n, record_bytes]``; in any thread.
-
-        Raises:
-            RuntimeError: If the disk fails.
-        """
-        records = ops.memory.empty((rows.numel(), self.layout.record_bytes), torch.uint8, _CPU)
-        ops.disk.read_pinned(self._disk, rows, self._slots[rows], records)
-        return records
 
 
 class OrderedRecords:
