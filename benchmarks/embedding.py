@@ -8,18 +8,19 @@ Dynamic peers take the same ids as ours: ``tfra`` (cuckoo tables) and ``dict``, 
 vectorized torch operations on the rows. Steps of ours and one peer alternate. The case ``threads`` compares ours with
 two threads and one; ``counted`` and ``hottest`` compare an engine that counts ids, or also finds the 100 most frequent
 of each table, with one that does not; ``family`` compares an optimizer with Adam, whose rate is scaled down by the size
-of a record where the optimizer has a larger one.
+of a record where the optimizer has a larger one, and with the memory bound, the rate of a step that took no longer than
+moving its bytes (``step_bytes``) as fast as our gather copies random records of the same size.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import warnings
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from itertools import count
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from torch import Tensor
 
 from benchmarks import harness, workload
 from benchmarks.peers.worker import Worker, installed
-from recis_hybrid import optim
+from recis_hybrid import ops, optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, OptimizerSpec, RecordLayout
 
 LR = 0.01
@@ -39,6 +40,7 @@ OURS = {
     "lookup": optim.SGD,
 }
 FAMILY = {
+    "adam": optim.Adam,
     "sgd": optim.SGD.spec(weight_decay=0.01),
     "momentum": optim.SGD.spec(momentum=0.9),
     "nesterov": optim.SGD.spec(momentum=0.9, weight_decay=0.01, nesterov=True),
@@ -67,8 +69,8 @@ PEERS = {
 }
 TRACKED = {"counted": 0, "hottest": 100}
 """Argument of ``EmbeddingEngine.track`` by case."""
-ALONE = {"threads": "1 thread", "family": "Adam at its bytes"}
-"""Other side of a case of ours alone."""
+ALONE = {"threads": ["1 thread"], "family": ["Adam at its bytes", "memory bound"]}
+"""Other sides of a case of ours alone."""
 QUICK = ["65k/d64/rowwise_adagrad", "4k/d64/rowwise_adagrad", "65k/d64/adagrad", "65k/d16/adam/threads"]
 
 
@@ -104,7 +106,7 @@ def ours(
         for part in range(0, workload.IDS, 10_000):
             engine({workload.name(f): work.ids[f][part : part + 10_000] for f in range(workload.FEATURES)})
     engine.track(hottest)
-    batches, number = [work.batch(b) for b in range(workload.BATCHES)], count()
+    batches, number = [work.batch(b) for b in range(workload.BATCHES)], itertools.count()
 
     def step() -> None:
         outputs = engine(batches[next(number) % workload.BATCHES])
@@ -126,6 +128,44 @@ def record_bytes(kind: Any, dim: int) -> int:
     spec = OptimizerSpec.of("record_bytes", kind)
     assert spec is not None
     return RecordLayout(dim=dim, state=spec.row_state).record_bytes
+
+
+def distinct_rows(work: workload.Workload) -> list[int]:
+    """Return the number of distinct ids of each batch."""
+    return [sum(rows.unique().numel() for rows in batch) for batch in work.rows]
+
+
+def step_bytes(work: workload.Workload, dim: int, kind: Any) -> float:
+    """Return the bytes that the mean step has to move.
+
+    These are, for each id, itself, its vector and its gradient; for each distinct id, a cache line of the map, its
+    embedding, read by the lookup, and its record, read and written by the update.
+    """
+    distinct = sum(distinct_rows(work)) / workload.BATCHES
+    return work.step_ids * (8 + 2 * 4 * dim) + distinct * (64 + 4 * dim + 2 * record_bytes(kind, dim))
+
+
+def copy_records(work: workload.Workload, size: int) -> tuple[Callable[[], None], float]:
+    """Return a function that copies random records, as many as a batch has distinct ids, and the bytes that it moves.
+
+    The records are on huge pages, 1 GiB of them at most.
+    """
+    cpu = torch.device("cpu")
+    total = min(len(work.ids) * workload.IDS, 2**30 // size)
+    count = distinct_rows(work)[0]
+    records, out = ops.memory.empty_bytes(total * size, cpu).zero_(), ops.memory.empty_bytes(count * size, cpu).zero_()
+    blocks = ops.blocks.Blocks(torch.tensor([records.data_ptr()]), 40, size - 16, size)
+    generator = torch.Generator().manual_seed(0)
+    draws = [torch.randint(total, (count,), generator=generator) for _ in range(workload.BATCHES)]
+    bags, floats, number = ops.gather.Bags.single([count]), size // 4, itertools.count()
+    none = torch.zeros(0, 5, dtype=torch.int64)
+
+    def copy() -> None:
+        rows = draws[next(number) % workload.BATCHES]
+        ops.gather.gather_bags(blocks, 0, floats, rows, bags, [], [-1], none, out.view(torch.float32), [0], None)
+        assert records.numel() == total * size  # kept alive: the kernel has its address alone
+
+    return copy, 2.0 * count * size
 
 
 def with_threads(step: Callable[[], None], threads: int) -> Callable[[], None]:
@@ -158,6 +198,10 @@ def measure(case: str, peer: str, args: argparse.Namespace) -> harness.Result:
     if alone == ["threads"]:
         # CPU time would count both threads.
         rate = rates({"ours": with_threads(step, 2), peer: with_threads(step, 1)}, "wall")
+    elif peer == "memory bound":
+        copy, moved = copy_records(work, record_bytes(kind, dim))
+        rate = rates({"ours": step, peer: copy}, args.clock)
+        rate[peer] *= moved / step_bytes(work, dim, kind)
     elif alone == ["family"]:
         rate = rates({"ours": step, peer: ours(work, dim, optim.Adam, device)}, args.clock)
         rate[peer] *= min(1.0, record_bytes(optim.Adam, dim) / record_bytes(kind, dim))
@@ -210,7 +254,7 @@ def main() -> None:
             continue
         harness.progress(f"{case} on {args.device}, {args.threads} thread(s)")
         _, _, rule, *alone = case.split("/")
-        for peer in [ALONE.get(*alone, "untracked")] if alone else PEERS[rule]:
+        for peer in ALONE.get(*alone, ["untracked"]) if alone else PEERS[rule]:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
                 result = process.submit(measure, case, peer, args).result()
             result.print()
