@@ -1,8 +1,8 @@
 // Frames: memory for the records of a table whose rows are on disk, and which of them are given up for others.
 //
-// A row has a location, a word of 8 bytes: 0 without a record, its frame, or its slot in the log, told apart by bit 0.
-// Frames are equal and end to end, so kernels reach their records as those of one block (BlocksRef), with numbers of
-// frames in the place of rows.
+// The location of a row is a word of 8 bytes: 0 if it has no record, otherwise a frame or a slot in the log; bit 0 says
+// which. All frames have the same size and follow each other in memory, so kernels access their records as those of one
+// block (BlocksRef), with frame numbers instead of row numbers.
 //
 // A frame is given up by a clock: a hand passes over the frames, halving the uses of each, and takes the first that has
 // none. Frames that a row has just got wait in a queue first, and are given up at its end unless they were used again:
