@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,10 @@ from recis_hybrid.pipelines.callback import Callback
 from recis_hybrid.pipelines.callbacks.checkpoint import PeriodicCheckpoint
 from recis_hybrid.pipelines.callbacks.early_stop import EarlyStop
 from recis_hybrid.pipelines.callbacks.json_log import JsonLog
+from recis_hybrid.pipelines.callbacks.mlflow import MLflow
 from recis_hybrid.pipelines.callbacks.progress_bar import ProgressBar
 from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard
+from recis_hybrid.pipelines.callbacks.wandb import WandB
 from recis_hybrid.pipelines.rng import seed_everything
 from recis_hybrid.pipelines.stages import Evaluate, Evict, SaveCheckpoint, Stage, Train
 from recis_hybrid.pipelines.steps.torch_step import TorchStep
@@ -345,11 +347,25 @@ def _number(column: ColumnConfig) -> float | None:
     return None if isinstance(column.default, str) else column.default
 
 
+def trackers_of(config: Config) -> list[Callback]:
+    """Return the callbacks that log the training to trackers of experiments.
+
+    Raises:
+        ImportError: The package of one of them is not installed.
+    """
+    train, trackers = config.train, list[Callback]()
+    if train.tensorboard:
+        trackers.append(TensorBoard(Path(config.run) / "tensorboard"))
+    if train.mlflow is not None:
+        trackers.append(MLflow(train.mlflow, config=asdict(config)))
+    if train.wandb is not None:
+        trackers.append(WandB(train.wandb, config=asdict(config)))
+    return trackers
+
+
 def _callbacks(config: Config, quiet: bool) -> list[Callback]:
     train = config.train
-    callbacks: list[Callback] = [] if quiet else [ProgressBar()]
-    if train.tensorboard:
-        callbacks.append(TensorBoard(Path(config.run) / "tensorboard"))
+    callbacks: list[Callback] = [*([] if quiet else [ProgressBar()]), *trackers_of(config)]
     if train.checkpoint_steps is not None:
         callbacks.append(PeriodicCheckpoint(steps=train.checkpoint_steps, whole_every=train.checkpoint_whole_every))
     if train.patience is not None:

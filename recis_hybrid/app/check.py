@@ -8,11 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from recis_hybrid.app.build import dataset_of, features_of, read_options, refuse_device, step_of
+from recis_hybrid.app.build import dataset_of, features_of, read_options, refuse_device, step_of, trackers_of
 from recis_hybrid.app.config import Config, ConfigError, FeatureConfig
 from recis_hybrid.columnio import ColumnDataset
 from recis_hybrid.features import Feature, FeatureEngine
-from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard
 from recis_hybrid.pipelines.steps.loss_guard import non_finite_columns
 from recis_hybrid.pipelines.steps.step import loss_of
 from recis_hybrid.pipelines.steps.torch_step import TorchStep
@@ -39,8 +38,7 @@ def check(config: Config) -> Iterator[str]:
         ValueError: A file cannot be read as the configuration says.
     """
     refuse_device(config.train.device)
-    if config.train.tensorboard:
-        TensorBoard(config.run)
+    trackers_of(config)  # raises if a package is missing
     features = features_of(config)
     step = step_of(config)
     for name in ("train", "evaluate"):

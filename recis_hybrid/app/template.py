@@ -79,6 +79,8 @@ train:
   evict_unused: null         # evict rows that were not seen for this number of steps
   metrics: [auc, gauc, logloss, calibration]
   tensorboard: false         # needs `pip install recis_hybrid[tensorboard]`
+  mlflow: null               # name of an experiment; needs `pip install recis_hybrid[mlflow]`
+  wandb: null                # name of a project; needs `pip install recis_hybrid[wandb]`
 """
 
 

@@ -11,9 +11,11 @@ from recis_hybrid.pipelines.callbacks.early_stop import EarlyStop as EarlyStop, 
 from recis_hybrid.pipelines.callbacks.ema import EMA as EMA
 from recis_hybrid.pipelines.callbacks.eviction import PeriodicEviction as PeriodicEviction
 from recis_hybrid.pipelines.callbacks.json_log import JsonLog as JsonLog
+from recis_hybrid.pipelines.callbacks.mlflow import MLflow as MLflow
 from recis_hybrid.pipelines.callbacks.profile import Profile as Profile
 from recis_hybrid.pipelines.callbacks.progress_bar import ProgressBar as ProgressBar
 from recis_hybrid.pipelines.callbacks.tensorboard import TensorBoard as TensorBoard
+from recis_hybrid.pipelines.callbacks.wandb import WandB as WandB
 from recis_hybrid.pipelines.data.mixture import Mixture as Mixture
 from recis_hybrid.pipelines.data.window_stages import WindowStages as WindowStages
 from recis_hybrid.pipelines.evaluate import evaluate as evaluate

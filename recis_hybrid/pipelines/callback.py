@@ -11,7 +11,8 @@ from recis_hybrid.saver import Location
 
 Record: TypeAlias = dict[str, Any]
 """One record of the log: an ``event`` (``train``, ``eval``, ``evict``, ``save``, ``stop``, ``tables``), the ``step``,
-and figures by name."""
+and figures by name. On rank 0 also ``saved``, once a checkpoint is complete, and ``loaded``, when a run is resumed,
+with the ``digest`` of the checkpoint (:meth:`Saver.digest`)."""
 
 
 class Callback:

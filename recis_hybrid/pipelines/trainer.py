@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from numbers import Integral
 from typing import Any, Literal, NoReturn
 
@@ -142,6 +142,7 @@ class Trainer:
         self._stage: Stage | None = None
         self._saved_step: int | None = None
         self._saved_path: Location | None = None
+        self._unlogged: tuple[int, Location] | None = None
         self._timer, self._guard, self._recorder = StepTimer(), LossGuard(), Recorder()
         self._interruption = Interruption()
         self._dispatcher = Dispatcher(self, callbacks, self._rescue)
@@ -222,6 +223,8 @@ class Trainer:
 
     def _run(self, stages: Iterable[Stage]) -> None:
         self._dispatcher.call("before_fit")
+        if self.saver is not None and self._saved_step is not None and distributed.rank() == 0:
+            self._log("loaded", {"digest": self.saver.digest(self._saved_step)})
         self._agree()
         remaining = self._progress.remaining(stages, self.figures)
         while (stage := self._next_stage(remaining)) is not None:
@@ -240,6 +243,7 @@ class Trainer:
                 self.save()
         self._agree()
         self._log_tables()
+        self._log_saved(wait=True)
         self._agree()
 
     def _next_stage(self, remaining: Iterator[Stage]) -> Stage | None:
@@ -272,6 +276,7 @@ class Trainer:
         if self._progress.stages == 0:
             return "no stage had started, so nothing was saved"
         self.save()
+        self._log_saved(wait=True)
         where = self._saved_path or f"the checkpoint of step {self.steps_done}"
         return f"the state is saved in {where}; continue with fit(..., resume='latest')"
 
@@ -420,6 +425,7 @@ class Trainer:
             raise ValueError("Trainer: there is no saver; pass Trainer(saver=Saver(path))")
         if self.steps_done in (self._saved_step, self.saver.latest()):
             return None
+        self._log_saved(wait=True)
         self._guard.check(wait=True)
         self._dispatcher.call("before_save")
         path = self._save(delta)
@@ -434,7 +440,18 @@ class Trainer:
         path = self.saver.save(self.steps_done, self.parts(), delta=delta)
         self._saved_step, self._saved_path = self.steps_done, path
         self._log("save", {"path": str(path), "seconds": time.perf_counter() - start})
+        self._unlogged = self.steps_done, path
+        self._log_saved()
         return path
+
+    def _log_saved(self, *, wait: bool = False) -> None:
+        """Log the digest of the last checkpoint, on rank 0, if it is complete; ``wait`` for a background save."""
+        if self.saver is None or self._unlogged is None or distributed.rank() != 0:
+            return
+        step, path = self._unlogged
+        if (digest := self.saver.digest(step, wait=wait)) is not None:
+            self._unlogged = None
+            self._dispatcher.call("on_log", {"event": "saved", "step": step, "path": str(path), "digest": digest})
 
     def stop(self, reason: str) -> None:
         """End the training after the current step, with a checkpoint if there is a saver; for callbacks.
@@ -504,7 +521,7 @@ class Trainer:
             raise TypeError(f'Trainer.fit: resume must be "latest", the step of a checkpoint, or None, got {resume!r}')
         self._stages, self._stage = stages, None
         self._progress = Progress(self._progress.steps, self._progress.samples)
-        self.stopped = self._saved_step = self._saved_path = None
+        self.stopped = self._saved_step = self._saved_path = self._unlogged = None
         self.figures.clear()
         self._recorder.means.clear()
         self._interruption.wake = getattr(stages, "stop", None)
@@ -532,6 +549,9 @@ class Trainer:
     def _end(self, error: BaseException | None) -> None:
         """Finish the callbacks and wait for a save in the background."""
         self._sources.close()
+        if error is not None:
+            with suppress(Exception):  # the log is incomplete, which must not hide the error
+                self._log_saved(wait=True)
         self._dispatcher.finish(error)
         if self.saver is None:
             return
@@ -569,6 +589,7 @@ class Trainer:
             steps=self.steps_done, samples=self.samples, engines=self.engines, parts=self.parts(), phases=phases
         )
         self._log("train", {"name": stage.name, **record})
+        self._log_saved()
 
     def _log_tables(self) -> None:
         # Counting is collective, but ranks may have different callbacks.

@@ -16,11 +16,11 @@ from recis_hybrid.saver.actions.load import PartToLoad, load_parts
 from recis_hybrid.saver.actions.load_partial import load_some
 from recis_hybrid.saver.actions.selection import Loaded, Selection
 from recis_hybrid.saver.actions.write import CapturedPart, write_checkpoint
-from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint, obsolete_steps, other_steps
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint, link_to, obsolete_steps, other_steps
 from recis_hybrid.saver.checkpoint.change_tracking import Tracking
 from recis_hybrid.saver.errors import CheckpointError, CorruptCheckpoint
 from recis_hybrid.saver.format.location import Location
-from recis_hybrid.saver.format.manifest import Link
+from recis_hybrid.saver.format.manifest import MANIFEST, Link
 from recis_hybrid.saver.format.row_file import Reads
 from recis_hybrid.saver.parts.adapters import parts_of
 from recis_hybrid.saver.parts.part import Part, captured
@@ -120,6 +120,23 @@ class Saver:
     def latest(self) -> int | None:
         """Return the highest step of a complete checkpoint; None if there is none."""
         return max(self.steps(), default=None)
+
+    def digest(self, step: int, *, wait: bool = False) -> str | None:
+        """Return the digest of a checkpoint, by which logs, bundles and later checkpoints refer to it.
+
+        Args:
+            step: Step of the checkpoint.
+            wait: Whether to wait for a save in the background first.
+
+        Returns:
+            The SHA-256 of its manifest, which has the checksums of all files, in 64 hexadecimal digits; None if there
+            is no complete checkpoint of this step.
+        """
+        if wait:
+            self._background.join()
+        if not (self._root / step_name(step) / MANIFEST).is_file():
+            return None
+        return link_to(self._root, step).sha256
 
     @torch.inference_mode(False)
     def save(self, step: int, parts: Mapping[str, object], *, delta: bool = False) -> Location:

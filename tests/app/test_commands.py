@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import gc
 import json
+import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from recis_hybrid.app.build import METRICS, SPARSE, trainer_of
 from recis_hybrid.app.config import Config, ConfigError, load_config
 from recis_hybrid.app.config.parse import parse
 from recis_hybrid.pipelines import Trainer
+from recis_hybrid.saver import Saver
 
 
 @pytest.fixture
@@ -302,3 +304,22 @@ def test_a_missing_run_is_named(config: Path, tmp_path: Path, capsys: pytest.Cap
         error = capsys.readouterr().err
         assert message in error
         assert error.startswith("recis-hybrid: ")
+
+
+def test_trackers_of_a_configuration(
+    config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mlflow = pytest.importorskip("mlflow", reason="mlflow is not installed")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", (tmp_path / "mlruns").as_uri())
+    assert cli.main(["train", str(config), "--quiet", "train.epochs=1", "train.mlflow=clicks"]) == 0
+    figures = last(capsys)
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("clicks").experiment_id])
+    assert run.data.metrics["eval/auc"] == figures["eval/auc"]
+    assert run.data.params["optimizer.sparse"] == "adam"
+    saver = Saver(config.parent / "run")
+    assert run.data.tags["checkpoint.digest"] == saver.digest(figures["steps"])
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    assert cli.main(["train", str(config), "--check", "train.wandb=clicks"]) == 1
+    assert "pip install recis_hybrid[wandb]" in capsys.readouterr().err

@@ -21,3 +21,6 @@ def test_the_code_blocks_run(root: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert names["figures"]["eval"]["auc"] > 0.9
     assert (tmp_path / "run" / "trace.json").exists()
     assert list((tmp_path / "run").glob("step_*"))
+    # The log leads from a checkpoint to its training.
+    saver = names["saver"]
+    assert f'"digest": "{saver.digest(saver.latest())}"' in (tmp_path / "traced" / "log.jsonl").read_text()

@@ -72,6 +72,8 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "train.evict_unused": (3, False),
     "train.metrics": (["mse"], True),
     "train.tensorboard": (True, True),
+    "train.mlflow": ("clicks", True),
+    "train.wandb": ("clicks", True),
     "seed": (5, False),
 }
 

@@ -98,7 +98,7 @@ OUTSIDE: dict[str, set[str]] = {
     "features": {"numpy", "tokenizers"},
     "columnio": {"fsspec", "numpy", "pyarrow", "safetensors"},
     "saver": {"fsspec", "numpy", "pyarrow", "safetensors"},
-    "pipelines": {"numpy", "pyarrow", "tqdm"},
+    "pipelines": {"mlflow", "numpy", "pyarrow", "tqdm", "wandb"},
     "app": {"numpy", "pyarrow", "yaml"},
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "orbax", "safetensors"},
     "towers": {"huggingface_hub", "peft", "pyarrow", "safetensors", "tqdm", "transformers"},

@@ -223,6 +223,10 @@ class TrainConfig:
     """Metrics of evaluations."""
     tensorboard: bool = False
     """True to also write the log for TensorBoard (needs the extra ``tensorboard``)."""
+    mlflow: str | None = None
+    """Experiment of MLflow to also write the log to (needs the extra ``mlflow``); None: none."""
+    wandb: str | None = None
+    """Project of Weights & Biases to also write the log to (needs the extra ``wandb``); None: none."""
 
     def __post_init__(self) -> None:
         if len(set(self.metrics)) < len(self.metrics):

@@ -8,13 +8,15 @@ from typing import Any
 from recis_hybrid import distributed
 from recis_hybrid.pipelines.arguments import check_path
 from recis_hybrid.pipelines.callback import Callback, Record
+from recis_hybrid.pipelines.callbacks.record_values import digest_of, figures_of
 from recis_hybrid.pipelines.stages import Run
 
 
 class TensorBoard(Callback):
     """Writes every number of the log as a TensorBoard scalar, on rank 0.
 
-    If an engine tracks frequent ids (``EmbeddingEngine.track``), those of each table are a text ``hottest/NAME``.
+    If an engine tracks frequent ids (``EmbeddingEngine.track``), those of each table are a text ``hottest/NAME``. The
+    digest of each complete checkpoint is a text ``checkpoint/digest``.
 
     Requires ``pip install recis_hybrid[tensorboard]``.
 
@@ -46,10 +48,10 @@ class TensorBoard(Callback):
         """Write the numbers and the frequent ids of a record."""
         if self._writer is None:
             return
-        for name, value in record.items():
-            if isinstance(value, int | float) and name not in ("step", "seconds"):
-                tag = name if "/" in name else f"{record['event']}/{name}"
-                self._writer.add_scalar(tag, value, record["step"])
+        for tag, value in figures_of(record).items():
+            self._writer.add_scalar(tag, value, record["step"])
+        if (digest := digest_of(record)) is not None:
+            self._writer.add_text("checkpoint/digest", digest, record["step"])
         for name, ids in record.get("hottest", {}).items():
             rows = [f"| {each} | {frequency} | {error} |" for each, frequency, error in ids]
             table = "\n".join(["| id | frequency | error |", "| --- | --- | --- |", *rows])

@@ -53,6 +53,11 @@ class Background:
         if error is not None:
             raise error
 
+    def join(self) -> None:
+        """Wait for the work; leave its exception to :meth:`wait`."""
+        if self._thread is not None:
+            self._thread.join()
+
     def report(self) -> None:
         """Print an exception that no caller has received."""
         if self._error is not None:
