@@ -26,7 +26,7 @@ COMMANDS = {
     },
     "convert checkpoints": {
         "compact": (_SAVER, "turn an incremental checkpoint into a full one"),
-        "export": (_SAVER, "write embeddings and towers for serving"),
+        "export": ("recis_hybrid.app.export", "write a run for serving: a bundle, or its tables and towers"),
         "import-recis": (_SAVER, "convert a checkpoint of RecIS"),
     },
 }

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,13 +58,24 @@ class ConfigModel(nn.Module):
                 )
         embeddings = list(self.engine(batch).values())
         numbers = [_numbers(batch, name, width) for name, width in self.numbers.items()]
-        logits: Tensor = self.bias + self.tower(torch.cat([*embeddings, *numbers], dim=1)).squeeze(1)
-        if self.has_machine:
-            stacked = torch.stack(embeddings, dim=1)  # [B, F, D]
-            factors = stacked[:, :, 1:]
-            pairs = 0.5 * (factors.sum(1).square() - factors.square().sum(1)).sum(1)
-            logits = logits + stacked[:, :, 0].sum(1) + pairs
-        return logits
+        return logits_of(self, embeddings, numbers)
+
+
+def logits_of(model: Any, embeddings: Sequence[Tensor], numbers: Sequence[Tensor]) -> Tensor:
+    """Return logits ``[B]``.
+
+    Args:
+        model: Has the ``tower``, ``bias`` and ``has_machine`` of a ConfigModel.
+        embeddings: ``[B, D]`` for each embedded feature.
+        numbers: ``[B, width]`` for each other feature.
+    """
+    logits: Tensor = model.bias + model.tower(torch.cat([*embeddings, *numbers], dim=1)).squeeze(1)
+    if model.has_machine:
+        stacked = torch.stack(list(embeddings), dim=1)  # [B, F, D]
+        factors = stacked[:, :, 1:]
+        pairs = 0.5 * (factors.sum(1).square() - factors.square().sum(1)).sum(1)
+        logits = logits + stacked[:, :, 0].sum(1) + pairs
+    return logits
 
 
 def _width(name: str, feature: FeatureConfig, columns: Mapping[str, ColumnConfig]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 
@@ -64,6 +65,27 @@ def _exported_state(checkpoint: StoredCheckpoint, part: str, dtype: str | None) 
         if "embedding" in entry.columns:
             tables[name] = _exported_table(name, checkpoint.read(part, (name,)).tables[name], dtype)
     return replace(state, tables=tables)
+
+
+def exported_tables(
+    tables: Mapping[str, TableState], dtype: str | None
+) -> tuple[dict[str, TableState], dict[str, JSON]]:
+    """Return the tables of an export, and the greatest error of an element of each quantized one.
+
+    Args:
+        tables: States of tables by name.
+        dtype: As for :func:`export`.
+
+    Raises:
+        CheckpointError: A row cannot be quantized.
+    """
+    exported = {name: _exported_table(name, table, dtype) for name, table in tables.items()}
+    errors: dict[str, JSON] = {}
+    for name, table in exported.items():
+        if "scale" in table.columns:
+            # Half a step of the widest row.
+            errors[name] = float(table.columns["scale"].max()) / 2 if len(table.columns["ids"]) else 0.0
+    return exported, errors
 
 
 def _exported_table(name: str, table: TableState, dtype: str | None) -> TableState:

@@ -1,0 +1,131 @@
+"""The command ``export``: checkpoints for serving, and bundles of runs."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from recis_hybrid.app.config import ConfigError
+from recis_hybrid.app.loaded_run import load_run
+from recis_hybrid.app.model import ConfigModel, logits_of
+from recis_hybrid.publish import PublishError, write_bundle
+from recis_hybrid.saver import CheckpointError, Location, cli as saver_cli
+from recis_hybrid.saver.checkpoint.chain import link_to
+from recis_hybrid.saver.export import EXPORT_DTYPES
+from recis_hybrid.saver.storage.resolve import storage_of
+
+_ROWS = 64
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run ``export``; without ``--bundle`` it is the saver's command.
+
+    Args:
+        arguments: Arguments of the command line; None takes those of the process.
+
+    Returns:
+        The exit status.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    args = _parser().parse(words[1:])
+    if args.bundle is None:
+        if args.data is not None:
+            _parser().error("--data is for --bundle")
+        return saver_cli.main(words)
+    if args.out is not None:
+        _parser().error("--bundle names the folder to write to; omit OUT")
+    try:
+        path = export_bundle(args.path, args.bundle, step=args.step, dtype=args.dtype, data=args.data)
+    except (CheckpointError, ConfigError, PublishError, OSError) as error:
+        message = {"error": str(error)}
+        print(
+            json.dumps(message) if args.json else f"recis-hybrid: {error}", file=sys.stdout if args.json else sys.stderr
+        )
+        return 1
+    print(json.dumps({"path": str(path)}) if args.json else f"{path} is written")
+    return 0
+
+
+def export_bundle(
+    run: str, out: str, *, step: int | None = None, dtype: str | None = None, data: str | None = None
+) -> Location:
+    """Write a bundle of a run.
+
+    Args:
+        run: The run's folder or URL, or one of its checkpoints ``step_…``.
+        out: Directory or URL of the bundle.
+        step: Step of the checkpoint; None for the latest.
+        dtype: Dtype of the embeddings; None keeps that of each table.
+        data: Files from which dtypes and shapes of the columns are read; None for the run's training data.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        CheckpointError: The checkpoint does not exist or is damaged, or the bundle cannot be written.
+        ConfigError: The folder is not a run.
+        PublishError: The model cannot be a bundle.
+        FileNotFoundError: The run or its data do not exist.
+    """
+    loaded = load_run(run, step="latest" if step is None else step, device="cpu")
+    paths: Any = loaded.config.data.train if data is None else data
+    try:
+        dataset = loaded.data(paths, batch_size=_ROWS)
+        batch = next(iter(dataset), None)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error}. Name files with the run's columns by --data") from error
+    if batch is None:
+        raise PublishError(f"{paths} has no rows; name files with the run's columns by --data")
+    model = loaded.model
+    assert isinstance(model, ConfigModel)
+    digest = link_to(storage_of(loaded.path).root, loaded.step).sha256
+    return write_bundle(
+        out,
+        loaded.step,
+        features=loaded.features,
+        engine=model.engine,
+        tower=_Scores(model),
+        inputs=[*model.embedded, *model.numbers],
+        batch=batch,
+        columns=dataset.columns,
+        dtype=dtype,
+        source={"run": loaded.path, "step": loaded.step, "sha256": digest},
+    )
+
+
+class _Scores(nn.Module):
+    """The part of a model behind its features and tables: embeddings and numbers → probabilities."""
+
+    def __init__(self, model: ConfigModel) -> None:
+        super().__init__()
+        self.tower, self.bias, self.has_machine = copy.deepcopy(model.tower), model.bias, model.has_machine
+        # An exporter cannot trace a compiled module.
+        self.tower._compiled_call_impl = None
+        self.embeddings = len(model.embedded)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        """Return scores ``[B]``."""
+        numbers = [x.float() if x.dim() == 2 else x.float().unsqueeze(1) for x in inputs[self.embeddings :]]
+        return torch.sigmoid(logits_of(self, inputs[: self.embeddings], numbers))
+
+
+def _parser() -> saver_cli.Parser:
+    parser = saver_cli.Parser("export", "write ids, embeddings and towers for serving, or a bundle that scores rows")
+    parser.add_argument("path", help="directory or URL of a run (its latest checkpoint), or a step_… in it")
+    parser.add_argument("out", nargs="?", help="directory or URL to write to, as step_…")
+    parser.add_argument("--bundle", metavar="DIR", help="write a bundle to DIR: features, tables and tower of a run")
+    parser.add_argument("--data", metavar="FILES", help="files whose columns a bundle reads (default: training data)")
+    parser.add_argument("--step", type=int, help="step of the checkpoint, if PATH is a run")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument(
+        "--dtype",
+        choices=EXPORT_DTYPES,
+        help="dtype of the embeddings; int8 and int4 scale each row (default: unchanged)",
+    )
+    return parser

@@ -1,0 +1,109 @@
+"""Towers of bundles: torch modules as ONNX files, JAX towers as artifacts of jax.export."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from recis_hybrid.publish.features import PublishError
+
+_INSTALL = "Install it with: pip install 'recis_hybrid[serve]'"
+_DIFFERENCE = 1e-5
+
+
+def onnx_of(tower: nn.Module, inputs: Sequence[Tensor]) -> tuple[bytes, list[Tensor]]:
+    """Return a tower as an ONNX file with a dynamic batch dimension, checked against the tower.
+
+    Args:
+        tower: Inputs → a tensor, or a tuple of tensors, each with the batch first.
+        inputs: Example inputs, ``[B, ...]`` each, of at least two rows.
+
+    Returns:
+        The file, and the tower's outputs for the example.
+
+    Raises:
+        PublishError: onnxscript or onnxruntime is not installed, the tower cannot be exported, or the scores of the
+            file differ from the tower's.
+    """
+    try:
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise PublishError(f"the tower needs {error.name} to be exported. {_INSTALL}") from error
+    was_training = tower.training
+    tower.eval()
+    try:
+        with torch.no_grad(), _quiet():
+            expected = _listed(tower(*inputs))
+            batch = torch.export.Dim("batch", min=1)
+            program = torch.onnx.export(
+                tower,
+                tuple(inputs),
+                dynamo=True,
+                dynamic_shapes=_dynamic(tower, inputs, batch),
+                input_names=[f"input{number}" for number in range(len(inputs))],
+                verbose=False,
+            )
+    except Exception as error:  # torch.export raises many types
+        reason = str(error).strip().split("\n")[0]
+        raise PublishError(
+            f"the tower {type(tower).__name__} cannot be exported to ONNX: {reason}. Use operations on tensors whose "
+            f"shapes depend on the batch dimension only"
+        ) from error
+    finally:
+        tower.train(was_training)
+    assert program is not None
+    data: bytes = program.model_proto.SerializeToString()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = 1, 3
+    session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+    found = session.run(None, dict(zip(names, [each.numpy() for each in inputs], strict=True)))
+    for mine, theirs in zip(expected, found, strict=True):
+        _compare(tower, mine.numpy(), theirs)
+    return data, expected
+
+
+def _compare(tower: nn.Module, mine: Any, theirs: Any) -> None:
+    if mine.shape != theirs.shape or not np.allclose(mine, theirs, rtol=_DIFFERENCE, atol=_DIFFERENCE, equal_nan=True):
+        worst = float(np.abs(mine - theirs).max()) if mine.shape == theirs.shape else theirs.shape
+        raise PublishError(
+            f"the tower {type(tower).__name__} computes other numbers in ONNX, by {worst}. It may depend on random "
+            f"numbers or on state: make it a function of its inputs in evaluation mode"
+        )
+
+
+def _dynamic(tower: nn.Module, inputs: Sequence[Tensor], batch: Any) -> Any:
+    """Return the dynamic shapes of positional inputs; those of ``*inputs`` are one nested tuple."""
+    import inspect
+
+    shapes = tuple({0: batch} for _ in inputs)
+    kinds = [each.kind for each in inspect.signature(tower.forward).parameters.values()]
+    return (shapes,) if kinds == [inspect.Parameter.VAR_POSITIONAL] else shapes
+
+
+def _listed(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+@contextmanager
+def _quiet() -> Any:
+    """Silence the exporter, which logs at each step."""
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,1 @@
+"""The operators of ``recis_hybrid.features`` in NumPy, bit for bit. Only ``serving.bundle`` imports it."""

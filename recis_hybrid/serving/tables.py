@@ -1,0 +1,185 @@
+"""Tables of exports: ids, and their embeddings, in files by bucket. Letters: n ids, m rows of a file, D dim."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from recis_hybrid.serving.errors import ServingError
+from recis_hybrid.serving.files import Array, Tensor, map_tensors, widened
+
+
+class Table:
+    """A table that opens its files on first use.
+
+    Args:
+        root: Folder of the export.
+        name: Name of the table.
+        entry: The table's entry in the manifest.
+    """
+
+    def __init__(self, root: Path, name: str, entry: dict[str, Any]) -> None:
+        shapes = {column["name"]: column["shape"] for column in entry["columns"]}
+        self._name = name
+        dtype = entry["meta"].get("dtype")
+        self._quantized: str | None = dtype if dtype in ("int8", "int4") else None
+        self.dim = int(shapes["embedding"][0]) if "embedding" in shapes else 0
+        if self._quantized is not None:
+            self.dim = int(entry["meta"]["dim"])
+        self._width = (self.dim + 1) // 2 if self._quantized == "int4" else self.dim
+        self._root = root
+        self._ranges = entry["ranges"]
+        self._firsts = np.array([item["buckets"][0] for item in self._ranges])
+        self._open: dict[int, dict[str, Tensor]] = {}
+
+    def lookup(self, ids: npt.NDArray[np.int64], default: npt.ArrayLike) -> npt.NDArray[np.float32]:
+        """Return the embeddings of ids, float32 ``[n, D]``, searching the files; see :meth:`Reader.lookup`."""
+        if not self.dim:
+            raise ServingError(f"{self._root}: table {self._name!r} has no embeddings.")
+        out = np.empty((ids.size, self.dim), np.float32)
+        out[:] = default
+        buckets = bucket_of(ids)
+        file_numbers = np.searchsorted(self._firsts, buckets, side="right") - 1
+        for number in np.unique(file_numbers).tolist():
+            positions = np.flatnonzero(file_numbers == number)
+            tensors = self._file(number)
+            rows = _rows(tensors, ids[positions], buckets[positions])
+            found = rows >= 0
+            out[positions[found]] = self.vectors(tensors, rows[found])
+        return out
+
+    def vectors(self, tensors: dict[str, Tensor], rows: Array) -> Array:
+        """Return the embeddings of rows of an open file, float32 or float16 ``[n, D]``."""
+        values = tensors["embedding"].values[rows]
+        if self._quantized is None:
+            return widened(values, tensors["embedding"].bfloat16)
+        if self._quantized == "int4":
+            values = np.stack([values & 15, values >> 4], axis=2).reshape(len(values), 2 * self._width)[:, : self.dim]
+        scale, minimum = (tensors[name].values[rows, None] for name in ("scale", "minimum"))
+        vectors: Array = minimum + scale * values
+        return vectors
+
+    @property
+    def where(self) -> str:
+        """The table, for messages."""
+        return f"{self._root}: table {self._name!r}"
+
+    def open(self) -> list[dict[str, Tensor]]:
+        """Open all files, and return their tensors by name."""
+        return [self._file(number) for number in range(len(self._ranges))]
+
+    def _file(self, number: int) -> dict[str, Tensor]:
+        if number not in self._open:
+            item = self._ranges[number]
+            tensors = map_tensors(self._root, item["file"])
+            rows, m = tensors.get("ids"), item["rows"]
+            columns: dict[str, tuple[int, ...]] = {"ids": (m,), "embedding": (m, self._width)}
+            if self._quantized is not None:
+                columns |= {"scale": (m,), "minimum": (m,)}
+            present = tensors["buckets"].values.size if "buckets" in tensors else 0
+            columns |= {"buckets": (present,), "bucket_offsets": (present + 1,)}
+            for name, shape in columns.items():
+                if name not in tensors or tensors[name].values.shape != shape:
+                    raise ServingError(f"{self._root / item['file']['path']}: must contain {name} {list(shape)}.")
+            if self._quantized is not None and tensors["embedding"].values.dtype != np.uint8:
+                raise ServingError(f"{self._root / item['file']['path']}: embedding must be uint8.")
+            offsets = tensors["bucket_offsets"].values
+            if rows is None or offsets[0] != 0 or offsets[-1] != m or bool((np.diff(offsets) <= 0).any()):
+                raise ServingError(f"{self._root / item['file']['path']}: bucket_offsets must increase from 0 to {m}.")
+            self._open[number] = tensors
+        return self._open[number]
+
+
+class IndexedTable:
+    """A table whose files are open and whose ids are sorted in memory, so that a lookup is one binary search.
+
+    The index has 16 bytes a row; embeddings stay in the memory-mapped files.
+
+    Args:
+        table: The table.
+
+    Raises:
+        ServingError: A file is damaged, or the table has no embeddings.
+    """
+
+    def __init__(self, table: Table) -> None:
+        if not table.dim:
+            raise ServingError(f"{table.where} has no embeddings. Export it again.")
+        self._table = table
+        self.dim = table.dim
+        """Width of the embeddings, D."""
+        self._files = table.open()
+        ids = [tensors["ids"].values for tensors in self._files]
+        joined = np.concatenate(ids) if ids else np.empty(0, np.int64)
+        self._order = np.argsort(joined, kind="stable")
+        self._ids = joined[self._order]
+        if bool((self._ids[1:] == self._ids[:-1]).any()):
+            raise ServingError(f"{table.where} has an id twice. Export it again.")
+        self._ends = np.cumsum([len(part) for part in ids])
+
+    def read(self, ids: npt.NDArray[np.int64]) -> tuple[Array, Array]:
+        """Return the embeddings of ids.
+
+        Args:
+            ids: int64 ``[n]``.
+
+        Returns:
+            float32 ``[n, D]``, where those of ids without a row are any numbers; and whether each id has a row, bool
+            ``[n]``.
+        """
+        if not len(self._ids):
+            return np.zeros((len(ids), self.dim), np.float32), np.zeros(len(ids), bool)
+        at = self._ids.searchsorted(ids)
+        # An id above all others has no row, which the comparison finds out.
+        at[at == len(self._ids)] = 0
+        found = self._ids[at] == ids
+        rows = self._order[at]
+        if len(self._files) == 1:
+            return self._table.vectors(self._files[0], rows), found
+        out = np.empty((len(ids), self.dim), np.float32)
+        numbers = self._ends.searchsorted(rows, side="right")
+        for number in np.unique(numbers).tolist():
+            places = np.flatnonzero(numbers == number)
+            first = self._ends[number - 1] if number else 0
+            out[places] = self._table.vectors(self._files[number], rows[places] - first)
+        return out, found
+
+
+def bucket_of(ids: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Return the bucket of each id, from 0 to 65,535, as specified in ``docs/format.md``.
+
+    Args:
+        ids: int64 ``[n]``.
+
+    Returns:
+        int64 ``[n]``.
+
+    Example:
+        >>> bucket_of(np.array([0, -1])).tolist()
+        [62190, 55781]
+    """
+    x = ids.view(np.uint64) ^ np.uint64(0x5851F42D4C957F2D)
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return (x >> np.uint64(48)).astype(np.int64)
+
+
+def _rows(tensors: dict[str, Tensor], ids: Array, buckets: Array) -> Array:
+    """Return the row of each id within a file, or -1 if it has none, by binary search within its bucket."""
+    present, offsets, stored = (tensors[name].values for name in ("buckets", "bucket_offsets", "ids"))
+    if stored.size == 0:
+        return np.full(ids.size, -1)
+    at = np.searchsorted(present, buckets)
+    is_present = present[np.minimum(at, present.size - 1)] == buckets
+    at = np.where(is_present, at, 0)
+    low, high = offsets[at], np.where(is_present, offsets[at + 1], offsets[at])
+    end = high
+    while bool((low < high).any()):
+        middle = (low + high) // 2
+        below = stored[np.minimum(middle, stored.size - 1)] < ids
+        low, high = np.where((low < high) & below, middle + 1, low), np.where((low < high) & ~below, middle, high)
+    return np.where((low < end) & (stored[np.minimum(low, stored.size - 1)] == ids), low, -1)
