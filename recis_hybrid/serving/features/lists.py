@@ -240,9 +240,8 @@ def concat() -> Kernel:
         dtype = columns[0].values.dtype
         dtype = np.dtype(np.int64) if dtype.kind == "i" else dtype
         if all(column.offsets is None for column in columns):
-            return Column(
-                np.concatenate([column.values.reshape(column.rows, -1).astype(dtype) for column in columns], 1)
-            )
+            parts = [column.values.reshape(column.rows, int(np.prod(column.values.shape[1:]))) for column in columns]
+            return Column(np.concatenate([part.astype(dtype) for part in parts], axis=1))
         flat = [_as_rows(column) for column in columns]
         lengths = [np.diff(offsets) for _, offsets, _ in flat]
         target = offsets_of(np.sum(lengths, axis=0))
