@@ -168,7 +168,7 @@ $(DEPENDENCIES): requirements/torch.txt requirements/dev.txt requirements/constr
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@echo '[1/4] installing torch into $(VENV): 190 MB for the CPU, 530 MB with CUDA; half a minute plus the download'
 	$(PIP_INSTALL) --no-deps $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) $(TORCH)
-	@echo '[2/4] installing 165 more pinned packages: 570 MB, plus 2.5 GB with CUDA; one minute plus the downloads'
+	@echo '[2/4] installing 167 more pinned packages: 570 MB, plus 2.5 GB with CUDA; one minute plus the downloads'
 	@$(PIP_INSTALL) $(TORCH) -r requirements/dev.txt -c requirements/constraints.txt | $(PIP_SHORT)
 	@$(PY) scripts/setup_env.py torch
 	@touch $@

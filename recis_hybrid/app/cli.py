@@ -29,6 +29,9 @@ COMMANDS = {
         "export": ("recis_hybrid.app.export", "write a run for serving: a bundle, or its tables and towers"),
         "import-recis": (_SAVER, "convert a checkpoint of RecIS"),
     },
+    "serve": {
+        "serve": ("recis_hybrid.serving.server.cli", "answer requests with a bundle over HTTP"),
+    },
 }
 
 

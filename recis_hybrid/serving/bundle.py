@@ -113,6 +113,11 @@ class Bundle:
         self._threads = threads
         self._tower: Tower = load_tower(where, self._tower_kind, tower_bytes(reader), threads)
 
+    @property
+    def output_shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of the outputs by name, without the number of rows."""
+        return dict(self._outputs)
+
     def check(self, columns: Mapping[str, Any]) -> Rows:
         """Return the rows of a request, validated and in the form that :meth:`run` takes.
 

@@ -186,6 +186,7 @@ COMMANDS = (
     "compact",
     "export",
     "import-recis",
+    "serve",
 )
 
 

@@ -96,7 +96,7 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
     },
     "pipelines": {"steps": set(), "callbacks": {"steps"}, "data": {"steps"}},
     "app": {"config": set()},
-    "serving": {"features": set()},
+    "serving": {"features": set(), "server": {"features"}},
     "bridge": {
         "exchange": set(),
         "tower": {"exchange"},
@@ -116,7 +116,7 @@ OUTSIDE: dict[str, set[str]] = {
     "pipelines": {"mlflow", "numpy", "pyarrow", "tqdm", "wandb"},
     "app": {"numpy", "pyarrow", "yaml"},
     "publish": {"numpy", "onnxruntime", "onnxscript"},
-    "serving": {"numpy", "onnxruntime", "jax"},
+    "serving": {"numpy", "onnxruntime", "jax", "orjson", "prometheus_client", "starlette", "uvicorn"},
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "orbax", "safetensors"},
     "towers": {"huggingface_hub", "peft", "pyarrow", "safetensors", "tqdm", "transformers"},
 }

@@ -1,0 +1,106 @@
+"""A server as an object: its socket, its bundle, and its end by a signal or a call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from recis_hybrid.serving.server.options import ServerOptions
+
+
+class Server:
+    """An HTTP server of a bundle. It listens from its creation on, and answers in :meth:`run`.
+
+    Args:
+        path: A bundle, or a folder of bundles, of which the newest is served, also if it comes later.
+        options: Settings. None takes the defaults.
+        load: Opens what the path names: an object with the interface of ``Bundle``. None opens bundles.
+
+    Raises:
+        ServingError: There is no bundle, or it is damaged.
+        ImportError: A package of the extra ``serve`` is missing.
+        OSError: The address cannot be listened on.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        options: ServerOptions | None = None,
+        *,
+        load: Callable[[Path], Any] | None = None,
+    ) -> None:
+        try:
+            import uvicorn
+
+            from recis_hybrid.serving.server.app import Service
+            from recis_hybrid.serving.server.live import LiveBundle
+            from recis_hybrid.serving.server.metrics import Metrics
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"a server needs {error.name}, which is not installed: pip install 'recis_hybrid[serve]'",
+                name=error.name,
+            ) from error
+        settings = options or ServerOptions()
+        self.name = settings.name or _model_name(Path(path))
+        """Name of the model."""
+        metrics = Metrics()
+        self.live = LiveBundle(path, load or _load, self.name, metrics)
+        """The bundle in use."""
+        config = uvicorn.Config(
+            Service(self.live, self.name, settings, metrics).app(),
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            ws="none",
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=int(settings.timeout) + 1,
+        )
+        self._server = uvicorn.Server(config)
+        family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+        self._socket = socket.create_server((settings.host, settings.port), family=family, backlog=2048)
+        host = f"[{settings.host}]" if family == socket.AF_INET6 else settings.host
+        self.url = f"http://{host}:{self._socket.getsockname()[1]}"
+        """Address of the server."""
+
+    def run(self) -> None:
+        """Answer requests until SIGTERM, SIGINT or :meth:`stop`, then those in flight, and close the socket."""
+        with self._socket, _ended_by_signals():
+            self._server.run([self._socket])
+
+    def stop(self) -> None:
+        """End :meth:`run`, which another thread executes, as SIGTERM does."""
+        self._server.should_exit = True
+
+
+def _load(path: Path) -> Any:
+    from recis_hybrid.serving.bundle import Bundle
+
+    return Bundle(path)
+
+
+def _model_name(path: Path) -> str:
+    """Return the name of the bundle's folder in the form that URLs take."""
+    place = path.resolve()
+    if place.name.startswith("step_") and (place / "manifest.json").is_file():
+        place = place.parent
+    return "".join(c if c.isascii() and (c.isalnum() or c in "_-.~") else "-" for c in place.name)[:200] or "model"
+
+
+@contextlib.contextmanager
+def _ended_by_signals() -> Iterator[None]:
+    """Return normally after a signal, which uvicorn raises again after its graceful exit."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, lambda *_: None) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
