@@ -16,7 +16,7 @@ from recis_hybrid.columnio import Column as ColumnSpec
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.publish.features import PublishError, program_of
-from recis_hybrid.publish.towers import onnx_of
+from recis_hybrid.publish.towers import written_tower
 from recis_hybrid.ragged import Batch, RaggedTensor
 from recis_hybrid.saver.actions.write import CapturedPart, Target, publish
 from recis_hybrid.saver.export import exported_tables
@@ -46,6 +46,7 @@ def write_bundle(
     inputs: Sequence[str],
     batch: Mapping[str, Tensor | RaggedTensor],
     outputs: Sequence[str] = ("score",),
+    logits: bool = False,
     columns: Mapping[str, ColumnSpec | None] | None = None,
     dtype: str | None = None,
     source: Mapping[str, JSON] | None = None,
@@ -57,13 +58,14 @@ def write_bundle(
         step: Training step of the model.
         features: Computes the features of a batch of columns; None if the model reads columns as they are.
         engine: The tables.
-        tower: Computes the outputs from tensors, in evaluation mode: the embeddings of a feature as the engine returns
-            them, and other features as they are, ``[B]`` or ``[B, k]``. Include the sigmoid if the outputs are to be
-            probabilities.
+        tower: A torch module or a :class:`recis_hybrid.bridge.JaxTower` that computes the outputs from tensors, in
+            evaluation mode: the embeddings of a feature as the engine returns them, and other features as they are,
+            ``[B]`` or ``[B, k]``. Each row of an output must depend on the same row of the inputs only.
         inputs: Names of the features that the tower takes, in the order of its arguments.
         batch: At least two rows of columns as the reader yields them. They determine dtypes and shapes, and must be
             accepted by the features' operations.
         outputs: Names of the outputs, float ``[B]`` or ``[B, k]``.
+        logits: True if the outputs are logits; the bundle then returns their sigmoid.
         columns: Specs of the columns, whose defaults replace nulls in requests; None: nulls are refused.
         dtype: Dtype of the embeddings: ``float32``, ``bfloat16``, ``float16``, ``int8`` or ``int4``; None keeps that of
             each table.
@@ -105,7 +107,8 @@ def write_bundle(
             f"got {[list(tensor.shape) for tensor in tensors]}. A feature over lists of lists yields one vector for "
             f"each inner list, and Tile repeats rows: leave them out, or compute them before the request"
         )
-    data, results = onnx_of(tower, tensors)
+    written = written_tower(tower, tensors)
+    results = written.outputs
     if len(results) != len(outputs) or any(len(result) != expected or result.dim() > 2 for result in results):
         raise PublishError(
             f"write_bundle: the tower must return {list(outputs)}, [B] or [B, k] each, got "
@@ -121,7 +124,8 @@ def write_bundle(
             name: {"first_value": first, "error": errors.get(name)} for name, first in _first_values(engine).items()
         },
         "tower": {
-            "kind": "onnx",
+            "kind": written.kind,
+            "logits": logits,
             "inputs": [
                 _tower_input(name, name in embedded, tensor) for name, tensor in zip(inputs, tensors, strict=True)
             ],
@@ -131,10 +135,9 @@ def write_bundle(
         },
         "source": dict(source or {}),
     }
-    model = PartState(tensors={"model": torch.frombuffer(bytearray(data), dtype=torch.uint8)})
     parts = {
         "engine": CapturedPart("saveable", partial(PartState, tables)),
-        "tower": CapturedPart("saveable", lambda: model),
+        "tower": CapturedPart("saveable", partial(PartState, tensors=written.tensors)),
         "bundle": CapturedPart("json", partial(PartState, meta={"value": document})),
     }
     return publish(out, step, parts)

@@ -1,14 +1,19 @@
-"""Towers of bundles: torch modules as ONNX files, JAX towers as artifacts of jax.export."""
+"""Towers of bundles: torch modules as ONNX files, JAX towers as artifacts of jax.export with their parameters."""
 
 from __future__ import annotations
 
+import inspect
 import logging
+import sys
+import tempfile
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import numpy as np
+import safetensors.torch
 import torch
 from torch import Tensor, nn
 
@@ -18,7 +23,69 @@ _INSTALL = "Install it with: pip install 'recis_hybrid[serve]'"
 _DIFFERENCE = 1e-5
 
 
-def onnx_of(tower: nn.Module, inputs: Sequence[Tensor]) -> tuple[bytes, list[Tensor]]:
+class WrittenTower(NamedTuple):
+    """A tower in the form of a bundle."""
+
+    kind: str
+    """``onnx`` or ``jax``."""
+    tensors: dict[str, Tensor]
+    """``model``, the file or artifact as uint8, and for JAX ``params.NAME``."""
+    outputs: list[Tensor]
+    """The tower's outputs for the example inputs."""
+
+
+def written_tower(tower: nn.Module, inputs: Sequence[Tensor]) -> WrittenTower:
+    """Return a tower in the form of a bundle.
+
+    Args:
+        tower: A torch module or a JaxTower: inputs → a tensor, or a tuple of tensors, each with the batch first.
+        inputs: Example inputs, ``[B, ...]`` each, of at least two rows.
+
+    Raises:
+        PublishError: A package is not installed, or the tower cannot be exported.
+    """
+    # A JAX tower exists only if the bridge has been imported.
+    bridge = sys.modules.get("recis_hybrid.bridge")
+    if bridge is not None and isinstance(tower, bridge.JaxTower):
+        return _jax_of(tower, inputs)
+    if bridge is not None and any(isinstance(module, bridge.JaxTower) for module in tower.modules()):
+        raise PublishError(
+            f"the tower {type(tower).__name__} contains a JaxTower, which ONNX cannot. Pass the JaxTower itself, with "
+            f"the other operations in its function"
+        )
+    data, outputs = _onnx_of(tower, inputs)
+    return WrittenTower("onnx", {"model": _as_tensor(data)}, outputs)
+
+
+def _as_tensor(data: bytes) -> Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def _jax_of(tower: Any, inputs: Sequence[Tensor]) -> WrittenTower:
+    outputs = [each.detach() for each in _listed(_evaluated(tower, inputs))]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "tower"
+        try:
+            tower.export(path, *inputs, platforms=["cpu"])
+        except Exception as error:  # the function may raise anything
+            reason = str(error).strip().split("\n")[0]
+            raise PublishError(f"the tower {tower._tower_name} cannot be exported by jax.export: {reason}") from error
+        data = (path / "program.jax_export").read_bytes()
+        parameters = safetensors.torch.load_file(path / "params.safetensors")
+    return WrittenTower(
+        "jax", {"model": _as_tensor(data), **{f"params.{k}": v for k, v in parameters.items()}}, outputs
+    )
+
+
+def _evaluated(tower: nn.Module, inputs: Sequence[Tensor]) -> Any:
+    was_training = tower.training
+    try:
+        return tower.eval()(*inputs)
+    finally:
+        tower.train(was_training)
+
+
+def _onnx_of(tower: nn.Module, inputs: Sequence[Tensor]) -> tuple[bytes, list[Tensor]]:
     """Return a tower as an ONNX file with a dynamic batch dimension, checked against the tower.
 
     Args:
@@ -82,8 +149,6 @@ def _compare(tower: nn.Module, mine: Any, theirs: Any) -> None:
 
 def _dynamic(tower: nn.Module, inputs: Sequence[Tensor], batch: Any) -> Any:
     """Return the dynamic shapes of positional inputs; those of ``*inputs`` are one nested tuple."""
-    import inspect
-
     shapes = tuple({0: batch} for _ in inputs)
     kinds = [each.kind for each in inspect.signature(tower.forward).parameters.values()]
     return (shapes,) if kinds == [inspect.Parameter.VAR_POSITIONAL] else shapes
@@ -94,7 +159,7 @@ def _listed(outputs: Any) -> list[Tensor]:
 
 
 @contextmanager
-def _quiet() -> Any:
+def _quiet() -> Iterator[None]:
     """Silence the exporter, which logs at each step."""
     loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]

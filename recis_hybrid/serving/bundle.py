@@ -24,7 +24,7 @@ from recis_hybrid.serving.columns import (
 )
 from recis_hybrid.serving.errors import InputError, ServingError
 from recis_hybrid.serving.features.program import Program
-from recis_hybrid.serving.files import map_tensors
+from recis_hybrid.serving.files import Tensor, map_tensors
 from recis_hybrid.serving.lookups import AnyTable, Lookups
 from recis_hybrid.serving.reader import Reader
 from recis_hybrid.serving.tables import IndexedTable
@@ -107,11 +107,12 @@ class Bundle:
             }
             self.outputs = tuple(self._outputs)
             self._tower_kind: str = document["tower"]["kind"]
+            self._logits: bool = document["tower"]["logits"]
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ServingError(f"{where}: its part 'bundle' is not valid: {error!r}. {_REMEDY}") from error
         self._by_name = {column.name: column for column in self.inputs}
         self._threads = threads
-        self._tower: Tower = load_tower(where, self._tower_kind, tower_bytes(reader), threads)
+        self._tower: Tower = load_tower(where, self._tower_kind, tower_tensors(reader), threads)
 
     @property
     def output_shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -180,7 +181,8 @@ class Bundle:
             for each in self._tower_inputs
         ]
         results = zip(self._outputs.items(), self._tower(inputs), strict=True)
-        return {name: np.asarray(values, np.float32).reshape(rows.rows, *shape) for (name, shape), values in results}
+        found = {name: np.asarray(values, np.float32).reshape(rows.rows, *shape) for (name, shape), values in results}
+        return {name: _sigmoid(values) for name, values in found.items()} if self._logits else found
 
     def predict(self, columns: Mapping[str, Any]) -> dict[str, npt.NDArray[np.float32]]:
         """Return the outputs for columns; see :meth:`check` and :meth:`run`."""
@@ -192,7 +194,12 @@ class Bundle:
         return dict(self._tables)
 
     def updated(
-        self, path: Path, step: int, digest: str, tables: Mapping[str, AnyTable], tower: bytes | None = None
+        self,
+        path: Path,
+        step: int,
+        digest: str,
+        tables: Mapping[str, AnyTable],
+        tower: Mapping[str, Tensor] | None = None,
     ) -> Bundle:
         """Return a bundle with newer tables and, optionally, a newer tower, which shares everything else.
 
@@ -201,7 +208,7 @@ class Bundle:
             step: Step of the update.
             digest: SHA-256 of its manifest.
             tables: The tables that changed, by name.
-            tower: The new tower in the format of the present one; None keeps it.
+            tower: The tensors of the part ``tower`` if it changed, see :func:`tower_tensors`; None keeps it.
 
         Raises:
             ServingError: The runtime refuses the tower.
@@ -214,20 +221,17 @@ class Bundle:
         return newer
 
 
-def tower_bytes(reader: Reader) -> bytes:
-    """Return the file of the tower in an export.
+def tower_tensors(reader: Reader) -> dict[str, Tensor]:
+    """Return the tensors of the tower in an export, empty if it has none.
 
     Args:
         reader: The export.
 
     Raises:
-        ServingError: There is none.
+        ServingError: The file is damaged.
     """
     entry = reader.parts.get("tower")
-    tensors = {} if entry is None or entry["file"] is None else map_tensors(reader.path, entry["file"])
-    if "model" not in tensors or tensors["model"].values.dtype != np.uint8:
-        raise ServingError(f"{reader.path}: has no tower. {_REMEDY}")
-    return tensors["model"].values.tobytes()
+    return {} if entry is None or entry["file"] is None else map_tensors(reader.path, entry["file"])
 
 
 def _document(where: str, reader: Reader) -> dict[str, Any]:
@@ -243,6 +247,11 @@ def _document(where: str, reader: Reader) -> dict[str, Any]:
         )
     result: dict[str, Any] = document
     return result
+
+
+def _sigmoid(logits: Array) -> Array:
+    with np.errstate(over="ignore"):
+        return np.float32(1) / (np.float32(1) + np.exp(-logits))
 
 
 def _table(reader: Reader, name: str) -> AnyTable:

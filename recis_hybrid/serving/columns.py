@@ -312,7 +312,7 @@ def _numbers(where: str, column: InputColumn, given: Any, row_of: Callable[[int]
     if values.ndim != 1:
         place = next((place for place, value in enumerate(given) if _is_list(value)), 0)
         raise InputError(
-            f"{where}: row {row_of(place)}: must be a {column.dtype}, got {_short(given[place])}; send {_shape(column)}"
+            f"{where}: row {row_of(place)}: must be {column.dtype}, got {_short(given[place])}; send {_shape(column)}"
         )
     target = np.dtype(column.dtype)
     if len(values) == 0:
@@ -409,14 +409,14 @@ def _from_objects(where: str, column: InputColumn, values: Array, row_of: Callab
             hint = f"send {_shape(column)}"
             if column.dtype == "int64" and isinstance(value, str):
                 hint = "send integers, as numbers or decimal strings"
-            raise InputError(f"{where}: row {row_of(place)}: must be a {column.dtype}, got {_short(value)}; {hint}")
+            raise InputError(f"{where}: row {row_of(place)}: must be {column.dtype}, got {_short(value)}; {hint}")
         converted.append(value)
     return np.array(converted, np.int64 if column.dtype in ("int64", "int32") else np.float64)
 
 
 def _wrong(where: str, column: InputColumn, values: Array, row_of: Callable[[int], int], remedy: str) -> InputError:
     return InputError(
-        f"{where}: row {row_of(0)}: must be a {column.dtype}, got {_short(values[0])} ({values.dtype}); {remedy}"
+        f"{where}: row {row_of(0)}: must be {column.dtype}, got {_short(values[0])} ({values.dtype}); {remedy}"
     )
 
 
@@ -453,13 +453,14 @@ def _same(place: int) -> int:
 
 def _shape(column: InputColumn) -> str:
     """Return a description of the values of a row."""
-    what = "string" if column.dtype == "string" else column.dtype
+    if column.levels == 0 and column.length is None:
+        return f"one {column.dtype} for each row"
+    values = (
+        "[id, weight] pairs" if column.weighted else "strings" if column.dtype == "string" else f"{column.dtype} values"
+    )
     if column.length is not None:
-        return f"a list of {column.length} {what}s for each row"
-    if column.levels == 0:
-        return f"one {what} for each row"
-    pairs = "[id, weight] pairs" if column.weighted else f"{what}s"
-    return f"a list of {'lists of ' * (column.levels - 1)}{pairs} for each row"
+        return f"a list of {column.length} {values} for each row"
+    return f"a list of {'lists of ' * (column.levels - 1)}{values} for each row"
 
 
 def _short(value: Any) -> str:

@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -106,15 +107,15 @@ def test_neither_torch_nor_another_room_is_imported(trained: Path) -> None:
         ({"usr": [1] * 3}, "column 'usr' is unknown; did you mean 'user'?"),
         ({"user": None}, "column 'user': must be a list or an array"),
         ({"user": [1, 2]}, "'site' has 3 rows, and column .user. has 2;"),
-        ({"user": [1, 2, "x7"]}, "column 'user': row 2: must be a int64, got 'x7'; send integers"),
+        ({"user": [1, 2, "x7"]}, "column 'user': row 2: must be int64, got 'x7'; send integers"),
         ({"user": [1, 2.5, 3]}, "column 'user': row 1: must be an integer, got 2.5"),
         ({"user": [1, None, 3]}, "column 'user': row 1 has a null, and the column has no default"),
-        ({"user": [1, 2, 2**64]}, "column 'user': row 2: must be a int64, got 18446744073709551616"),
-        ({"user": [[1], [2], [3]]}, r"column 'user': row 0: must be a int64, got \[1\]; send one int64 for each row"),
-        ({"user": [True, False, True]}, "column 'user': row 0: must be a int64, got True .bool.; send 1 or 0"),
+        ({"user": [1, 2, 2**64]}, "column 'user': row 2: must be int64, got 18446744073709551616"),
+        ({"user": [[1], [2], [3]]}, r"column 'user': row 0: must be int64, got \[1\]; send one int64 for each row"),
+        ({"user": [True, False, True]}, "column 'user': row 0: must be int64, got True .bool.; send 1 or 0"),
         ({"user": Ragged([1, 2, 3], [1, 1, 1])}, "column 'user': takes one int64 for each row, got lists"),
         ({"site": [1, 2, 3]}, "column 'site': row 0: must be a string, got 1"),
-        ({"price": ["1", "2", "3"]}, "column 'price': row 0: must be a float64, got '1'; send one float64"),
+        ({"price": ["1", "2", "3"]}, "column 'price': row 0: must be float64, got '1'; send one float64"),
         ({"price": [1.0, float("nan"), 2.0]}, "feature 'price': row 1 is NaN"),
     ],
 )
@@ -150,6 +151,32 @@ def test_damage_is_named(trained: Path, tmp_path: Path) -> None:
         with pytest.raises(ServingError, match="damaged|changed|bytes according to the manifest"):
             Bundle(copy)
         shutil.rmtree(copy)
+
+
+def test_newer_versions_are_named(trained: Path, tmp_path: Path) -> None:
+    for change, message in (
+        (lambda value: value | {"version": 2}, "is a bundle of version 2, this package reads version 1; update"),
+        (lambda value: value | {"tower": value["tower"] | {"kind": "stablehlo"}}, "unknown kind of tower 'stablehlo'"),
+        (lambda value: {k: v for k, v in value.items() if k != "program"}, "its part 'bundle' is not valid"),
+    ):
+        copy = tmp_path / "copy"
+        shutil.copytree(trained / "b", copy)
+        manifest = copy / "step_000004" / "manifest.json"
+        document = json.loads(manifest.read_text())
+        del document["crc32"]
+        meta = document["parts"]["bundle"]["meta"]
+        meta["value"] = change(meta["value"])
+        text = json.dumps(document)[:-1]
+        manifest.write_text(f'{text},\n "crc32": "{zlib.crc32(text.encode()):08x}"\n}}\n')
+        with pytest.raises(ServingError, match=message):
+            Bundle(copy)
+        shutil.rmtree(copy)
+
+
+def test_a_missing_runtime_is_named(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ServingError, match=r"needs onnxruntime, .* pip install 'recis_hybrid.serve.'"):
+        Bundle(trained / "b")
 
 
 def test_exports_of_tables_are_not_bundles(trained: Path) -> None:
