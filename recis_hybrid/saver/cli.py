@@ -15,13 +15,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from recis_hybrid.saver.actions.recis_import import import_recis
-from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint, open_checkpoint
 from recis_hybrid.saver.compact import compact
 from recis_hybrid.saver.errors import CheckpointError
 from recis_hybrid.saver.export import EXPORT_DTYPES, export
 from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.inspect import differences, left_out, size_text, summarized, summary, summary_text
-from recis_hybrid.saver.storage.resolve import storage_of
 from recis_hybrid.saver.storage.step_directory import STEP
 
 
@@ -137,28 +136,8 @@ def _parsers() -> dict[str, Parser]:
     return parsers
 
 
-def _open(place: str, step: int | None = None) -> StoredCheckpoint:
-    """Open a checkpoint by its own path, or by that of its run."""
-    root = storage_of(place).root
-    match = STEP.fullmatch(root.name)
-    if match is None:
-        steps = storage_of(place).steps()
-        if not steps:
-            raise CheckpointError(f"{place} holds no complete checkpoint. Name a run's directory, or a step_… in it.")
-        if step is not None and step not in steps:
-            raise CheckpointError(f"{place} holds no complete checkpoint of step {step}, only of {steps}.")
-        return StoredCheckpoint(root, steps[-1] if step is None else step)
-    if step is not None and step != int(match[1]):
-        raise CheckpointError(
-            f"{place} is not the checkpoint of step {step}. Name the run's directory, or omit --step."
-        )
-    if not root.is_dir():
-        raise CheckpointError(f"{place} is not a directory. Name a run's directory, or a step_… in it.")
-    return StoredCheckpoint(root.parent, int(match[1]))
-
-
 def _inspect(args: argparse.Namespace) -> int:
-    checkpoint = _open(args.path, args.step)
+    checkpoint = open_checkpoint(args.path, args.step)
     found = summary(checkpoint.manifest)
     path = checkpoint.directory
     print(json.dumps({"path": str(path), **found}) if args.json else f"{path}\n{summary_text(found)}")
@@ -166,7 +145,7 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    checkpoint = _open(args.path, args.step)
+    checkpoint = open_checkpoint(args.path, args.step)
     path, parts = checkpoint.directory, checkpoint.manifest.parts
     for name in parts:
         _progress(f"{path}: part {name}")
@@ -178,7 +157,7 @@ def _verify(args: argparse.Namespace) -> int:
 
 
 def _diff(args: argparse.Namespace) -> int:
-    first, second = _open(args.first), _open(args.second)
+    first, second = open_checkpoint(args.first), open_checkpoint(args.second)
     found = differences(first, second, lambda name: _progress(f"part {name}"))
     a, b = str(first.directory), str(second.directory)
     if args.json:
@@ -190,12 +169,12 @@ def _diff(args: argparse.Namespace) -> int:
 
 
 def _compact(args: argparse.Namespace) -> int:
-    checkpoint = _open(args.path, args.step)
+    checkpoint = open_checkpoint(args.path, args.step)
     return _report(args, compact(checkpoint, args.to), "is a full checkpoint")
 
 
 def _export(args: argparse.Namespace) -> int:
-    checkpoint = _open(args.path, args.step)
+    checkpoint = open_checkpoint(args.path, args.step)
     notes = [
         f"part {name!r} lacks {files['tensors']} frozen tensors, which are in {files['source']}"
         for name, part in checkpoint.manifest.parts.items()

@@ -103,19 +103,21 @@ def write_checkpoint(
     ranks.together(lambda: storage.finish(step) if first else None)
 
 
-def publish(root: Target, step: int, parts: Mapping[str, CapturedPart]) -> Location:
+def publish(root: Target, step: int, parts: Mapping[str, CapturedPart], link: Link | None = None) -> Location:
     """Write a checkpoint from states that are not those of live objects, by this process alone.
 
     Args:
         root: Directory or URL of the checkpoint; created if missing.
         step: Step of the checkpoint.
         parts: Parts by name.
+        link: The checkpoint that it builds on, the latest in the same directory.
 
     Returns:
         Directory of the checkpoint.
 
     Raises:
-        CheckpointError: The checkpoint exists already, another job saves there, or it cannot be written.
+        CheckpointError: The checkpoint exists already, another job saves there, it cannot be written, or the one that
+            it builds on is not the latest.
     """
     storage = storage_of(root)
     place = storage.root / step_name(step)
@@ -123,7 +125,12 @@ def publish(root: Target, step: int, parts: Mapping[str, CapturedPart]) -> Locat
     _refuse_existing(place)
     storage.take()
     _refuse_existing(place)
-    write_checkpoint(storage, Ranks(None), step, parts)
+    if link is not None and (latest := max(storage.steps(), default=None)) != link.step:
+        raise CheckpointError(
+            f"{place}: builds on step {link.step}, but the latest step in {storage.root} is {latest}. Another process "
+            "writes there, too; write the changes again."
+        )
+    write_checkpoint(storage, Ranks(None), step, parts, link)
     return place
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import math
+import os
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 
@@ -18,7 +19,8 @@ from recis_hybrid.saver.format.location import Location
 from recis_hybrid.saver.format.manifest import MANIFEST, Link, Manifest, PartEntry, TableEntry
 from recis_hybrid.saver.format.row_file import Reads, Rows
 from recis_hybrid.saver.format.tensor_file import part_tag, read_tensors
-from recis_hybrid.saver.storage.step_directory import read_manifest, step_name
+from recis_hybrid.saver.storage.resolve import storage_of
+from recis_hybrid.saver.storage.step_directory import STEP, read_manifest, step_name
 
 
 class StoredCheckpoint:
@@ -188,6 +190,45 @@ class StoredCheckpoint:
             state = apply_changes(TableState(rows.columns, rows.buckets, {}), part)
             yield Rows(state.columns, state.buckets)
 
+    def changes_since(
+        self, link: Link, name: str, table: str, wanted: tuple[int, int] = (0, BUCKETS)
+    ) -> TableState | None:
+        """Read the changes of a table since an earlier checkpoint of the same run, without reading that one's rows.
+
+        Args:
+            link: The earlier checkpoint.
+            name: Name of the part.
+            table: Name of the table.
+            wanted: The first bucket to read, and the one after the last.
+
+        Returns:
+            Changed rows and removed ids, some of them perhaps unchanged; None if incremental checkpoints do not lead
+            from this checkpoint to the earlier one.
+
+        Raises:
+            CorruptCheckpoint: A file differs from the manifest.
+        """
+        at, layers = self, list[tuple[StoredCheckpoint, TableEntry]]()
+        while at.manifest.step > link.step:
+            part = at.manifest.parts.get(name)
+            entry = None if part is None else part.tables.get(table)
+            before = at.manifest.previous
+            if entry is None or entry.removed is None or before is None or before.step < link.step:
+                return None
+            if not (self.root / step_name(before.step) / MANIFEST).is_file():
+                return None
+            layers.append((at, entry))
+            at = at.previous()
+        # The digest of the checkpoint itself, if there is no link to it.
+        found = link_to(self.root, at.manifest.step)
+        if found != link or any(entry.columns != layers[0][1].columns for _, entry in layers):
+            return None
+        if not layers:
+            state = read_table(self.directory, name, table, self.manifest.parts[name].tables[table], (0, 0))
+            return replace(state, removed=replace(state, columns={"ids": state.columns["ids"]}))
+        reads = Reads()
+        return merge_changes([_change(at.directory, name, table, rows, wanted, reads) for at, rows in layers[::-1]])
+
     def _earlier(self, name: str, table: str) -> Iterator[tuple[StoredCheckpoint, TableEntry]]:
         """Yield the earlier states that a table builds on, newest first."""
         at, entry = self, self.manifest.parts[name].tables[table]
@@ -211,6 +252,35 @@ def _change(
     assert entry.removed is not None
     rows = read_table(root, name, table, entry, wanted, reads)
     return replace(rows, removed=read_table(root, name, table, entry.removed.as_table(), wanted, reads))
+
+
+def open_checkpoint(place: str | os.PathLike[str], step: int | None = None) -> StoredCheckpoint:
+    """Open a checkpoint by its own path, or by that of its run.
+
+    Args:
+        place: Directory or URL of a run, or of one of its checkpoints ``step_…``.
+        step: Step of the checkpoint; None for the latest, or that of the path.
+
+    Raises:
+        CorruptCheckpoint: The manifest is damaged, or a file is missing, unknown or of another size.
+        CheckpointError: There is no such checkpoint.
+    """
+    root = storage_of(place).root
+    match = STEP.fullmatch(root.name)
+    if match is None:
+        steps = storage_of(place).steps()
+        if not steps:
+            raise CheckpointError(f"{place} holds no complete checkpoint. Name a run's directory, or a step_… in it.")
+        if step is not None and step not in steps:
+            raise CheckpointError(f"{place} holds no complete checkpoint of step {step}, only of {steps}.")
+        return StoredCheckpoint(root, steps[-1] if step is None else step)
+    if step is not None and step != int(match[1]):
+        raise CheckpointError(
+            f"{place} is not the checkpoint of step {step}. Name the run's directory, or omit --step."
+        )
+    if not root.is_dir():
+        raise CheckpointError(f"{place} is not a directory. Name a run's directory, or a step_… in it.")
+    return StoredCheckpoint(root.parent, int(match[1]))
 
 
 def link_to(root: Location, step: int) -> Link:
