@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -14,9 +16,10 @@ from torch import Tensor, nn
 from recis_hybrid.app.config import ConfigError
 from recis_hybrid.app.loaded_run import load_run
 from recis_hybrid.app.model import ConfigModel, logits_of
-from recis_hybrid.publish import PublishError, write_bundle
+from recis_hybrid.publish import PublishError, table_vectors, write_bundle, write_index
+from recis_hybrid.publish.index import KINDS, METRICS
 from recis_hybrid.saver import CheckpointError, Location, cli as saver_cli
-from recis_hybrid.saver.checkpoint.chain import link_to
+from recis_hybrid.saver.checkpoint.chain import link_to, open_checkpoint
 from recis_hybrid.saver.export import EXPORT_DTYPES
 from recis_hybrid.saver.storage.resolve import storage_of
 
@@ -33,23 +36,54 @@ def main(arguments: Sequence[str] | None = None) -> int:
         The exit status.
     """
     words = list(sys.argv[1:] if arguments is None else arguments)
-    args = _parser().parse(words[1:])
-    if args.bundle is None:
-        if args.data is not None:
-            _parser().error("--data is for --bundle")
-        return saver_cli.main(words)
+    parser = _parser()
+    args = parser.parse(words[1:])
+    for option, only in (("data", "bundle"), ("table", "index"), ("kind", "index"), ("metric", "index")):
+        if getattr(args, option) is not None and getattr(args, only) is None:
+            parser.error(f"--{option} is for --{only}")
+    if sum(target is not None for target in (args.out, args.bundle, args.index)) != 1:
+        parser.error("name one target: OUT, --bundle DIR or --index FILE")
     if args.out is not None:
-        _parser().error("--bundle names the folder to write to; omit OUT")
+        return saver_cli.main(words)
+    if args.index is not None and args.table is None:
+        parser.error("--index needs --table NAME, the table of the items")
     try:
-        path = export_bundle(args.path, args.bundle, step=args.step, dtype=args.dtype, data=args.data)
-    except (CheckpointError, ConfigError, PublishError, OSError) as error:
+        result = _export_index(args) if args.index is not None else _export_bundle(args)
+    except (CheckpointError, ConfigError, PublishError, ImportError, OSError) as error:
         message = {"error": str(error)}
         print(
             json.dumps(message) if args.json else f"recis-hybrid: {error}", file=sys.stdout if args.json else sys.stderr
         )
         return 1
-    print(json.dumps({"path": str(path)}) if args.json else f"{path} is written")
+    text = result.pop("text")
+    print(json.dumps(result) if args.json else text)
     return 0
+
+
+def _export_bundle(args: argparse.Namespace) -> dict[str, Any]:
+    path = export_bundle(args.path, args.bundle, step=args.step, dtype=args.dtype, data=args.data)
+    return {"path": str(path), "text": f"{path} is written"}
+
+
+def _export_index(args: argparse.Namespace) -> dict[str, Any]:
+    if args.dtype is not None:
+        raise PublishError("an index holds float32; omit --dtype")
+    checkpoint = open_checkpoint(args.path, args.step)
+    step = checkpoint.manifest.step
+    source = {"step": step, "sha256": link_to(checkpoint.root, step).sha256, "table": args.table}
+    report = write_index(
+        args.index,
+        table_vectors(checkpoint, args.table),
+        index=KINDS[args.kind or "hnsw"](),
+        metric=args.metric or "inner_product",
+        source=source,
+    )
+    parameters = ", ".join(f"{name}={value}" for name, value in report.parameters.items())
+    text = (
+        f"{args.index} is written: {report.rows:,} items of step {step}, {report.kind} ({parameters or 'exact'}), "
+        f"{report.metric}, recall@{report.k} {report.recall:.4f} of {report.queries:,} items as queries"
+    )
+    return {"path": args.index, **asdict(report), "text": text}
 
 
 def export_bundle(
@@ -120,6 +154,10 @@ def _parser() -> saver_cli.Parser:
     parser.add_argument("path", help="directory or URL of a run (its latest checkpoint), or a step_… in it")
     parser.add_argument("out", nargs="?", help="directory or URL to write to, as step_…")
     parser.add_argument("--bundle", metavar="DIR", help="write a bundle to DIR: features, tables and tower of a run")
+    parser.add_argument("--index", metavar="FILE", help="write the rows of one table to a vector index of faiss")
+    parser.add_argument("--table", metavar="NAME", help="table of the items, for --index")
+    parser.add_argument("--kind", choices=KINDS, help="kind of index (hnsw)")
+    parser.add_argument("--metric", choices=METRICS, help="score of an item (inner_product)")
     parser.add_argument("--data", metavar="FILES", help="files whose columns a bundle reads (default: training data)")
     parser.add_argument("--step", type=int, help="step of the checkpoint, if PATH is a run")
     parser.add_argument("--json", action="store_true", help="print one JSON object")

@@ -41,7 +41,7 @@ from recis_hybrid.features.ops.tokenize import PadTokens, TokenIds, TokenMask
 
 
 class PublishError(ValueError):
-    """A model cannot be written as a bundle; the message names the feature and the remedy."""
+    """A model cannot be published; the message names the feature or table, and the remedy."""
 
 
 def _number(value: Any) -> JSON:

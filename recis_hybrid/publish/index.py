@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from recis_hybrid.checkpointing import BUCKETS
+from recis_hybrid.publish.features import PublishError
 from recis_hybrid.ragged import Batch
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.format.row_file import Reads
@@ -126,7 +127,8 @@ def write_index(
     normalized here, and queries must be normalized by the caller. Missing neighbors have the id -1, which may also be
     the id of an item, and then a score of ``-inf`` or the lowest float32.
 
-    The vectors are in memory once, in the index. On one thread, equal vectors in equal order yield equal bytes.
+    While a graph is built, the vectors are in memory three times, otherwise once. On one thread, equal vectors in equal
+    order yield equal bytes.
 
     Args:
         path: File to write; ``path.json`` is written beside it, see :class:`IndexReport`.
@@ -145,14 +147,14 @@ def write_index(
 
     Raises:
         ImportError: faiss is not installed.
-        ValueError: An argument is out of range, there is no item, shapes differ, a vector is not finite, or two items
-            have the same id.
+        PublishError: There is no item, shapes differ, a vector is not finite, or two items have the same id.
+        ValueError: An argument is out of range.
     """
     index = HNSW() if index is None else index
     check_choice("write_index", "metric", metric, METRICS)
     check_integer("write_index", "k", k, low=1)
     if not 0 <= recall <= 1:
-        raise ValueError(f"write_index: recall must be from 0 to 1, got {recall}")
+        raise PublishError(f"write_index: recall must be from 0 to 1, got {recall}")
     faiss = _faiss()
     before = faiss.omp_get_max_threads()
     # faiss has an OpenMP runtime of its own beside torch's, each with a thread for every core.
@@ -207,17 +209,17 @@ def table_vectors(checkpoint: StoredCheckpoint, table: str) -> Iterator[tuple[Te
 
     Raises:
         CorruptCheckpoint: The checkpoint, or one that it builds on, is damaged.
-        ValueError: There is no such table, several parts have one, or it is quantized.
+        PublishError: There is no such table, several parts have one, or it is quantized.
     """
     parts = checkpoint.manifest.parts
     found = [name for name, part in parts.items() if table in part.tables]
     if len(found) != 1:
         tables = sorted({name for part in parts.values() for name in part.tables})
-        raise ValueError(f"{checkpoint.directory}: must have one table {table!r}, has {len(found)}; tables: {tables}")
+        raise PublishError(f"{checkpoint.directory}: must have one table {table!r}, has {len(found)}; tables: {tables}")
     entry = parts[found[0]].tables[table]
     spec = entry.columns.get("embedding")
     if spec is None or not getattr(torch, spec.dtype).is_floating_point:
-        raise ValueError(
+        raise PublishError(
             f"{checkpoint.directory}: table {table!r} has no embeddings as floating-point numbers; use the checkpoint "
             "of the training"
         )
@@ -240,11 +242,11 @@ def tower_vectors(
         Ids and vectors, by batch.
 
     Raises:
-        ValueError: A batch lacks the column.
+        PublishError: A batch lacks the column.
     """
     for batch in batches:
         if not isinstance(column := batch.get(ids), Tensor):
-            raise ValueError(f"tower_vectors: a batch must have {ids!r}, int64 [B], it has {sorted(batch)}")
+            raise PublishError(f"tower_vectors: a batch must have {ids!r}, int64 [B], it has {sorted(batch)}")
         with torch.no_grad():
             yield column, tower(batch)
 
@@ -266,23 +268,23 @@ def _checked(vectors: Vectors, metric: Metric) -> tuple[npt.NDArray[np.int64], l
     for number, (of, values) in enumerate(vectors):
         where = f"write_index: piece {number}"
         if of.dtype != torch.int64 or of.dim() != 1:
-            raise ValueError(f"{where}: ids must be int64 [m], got {of.dtype} {list(of.shape)}")
+            raise PublishError(f"{where}: ids must be int64 [m], got {of.dtype} {list(of.shape)}")
         dim = pieces[0].shape[1] if pieces else values.shape[-1]
         if not values.is_floating_point() or values.shape != (len(of), dim) or dim == 0:
-            raise ValueError(
+            raise PublishError(
                 f"{where}: vectors must be floating point [{len(of)}, {dim}], got {values.dtype} {list(values.shape)}"
             )
         ids.append(of.cpu().numpy())
         pieces.append(_normalized(values.detach().to("cpu", torch.float32, copy=True).numpy(), metric))
         finite = np.isfinite(pieces[-1]).all(axis=1)
         if not finite.all():
-            raise ValueError(f"{where}: the vector of the item {ids[-1][~finite][0]} is not finite")
+            raise PublishError(f"{where}: the vector of the item {ids[-1][~finite][0]} is not finite")
     every = np.concatenate(ids) if ids else np.empty(0, np.int64)
     if every.size == 0:
-        raise ValueError("write_index: there are no items")
+        raise PublishError("write_index: there are no items")
     ordered = np.sort(every)
     if (repeated := ordered[1:][ordered[1:] == ordered[:-1]]).size:
-        raise ValueError(f"write_index: the item {repeated[0]} occurs more than once; pass each item once")
+        raise PublishError(f"write_index: the item {repeated[0]} occurs more than once; pass each item once")
     return every, pieces
 
 
@@ -297,9 +299,9 @@ def _queries(given: Any, pieces: list[npt.NDArray[np.float32]], dim: int, metric
     """Return the queries for which the recall is measured."""
     if given is None:
         return _sample(pieces, 1000)
-    asked = np.array(given.detach().cpu().float() if isinstance(given, Tensor) else given, np.float32)
+    asked = np.array(given.detach().cpu().float().numpy() if isinstance(given, Tensor) else given, np.float32)
     if asked.ndim != 2 or asked.shape[1] != dim or len(asked) == 0 or not np.isfinite(asked).all():
-        raise ValueError(f"write_index: queries must be finite numbers [q, {dim}], got {list(asked.shape)}")
+        raise PublishError(f"write_index: queries must be finite numbers [q, {dim}], got {list(asked.shape)}")
     return _normalized(asked, metric)
 
 
@@ -326,11 +328,11 @@ def _build(
     built: Any
     if isinstance(index, HNSW):
         built = faiss.IndexHNSWFlat(dim, check_integer("HNSW", "links", index.links, low=2), faiss.METRIC_INNER_PRODUCT)
-        built.hnsw.efConstruction = check_integer("HNSW", "ef_construction", index.ef_construction, low=1)
+        check_integer("HNSW", "ef_construction", index.ef_construction, low=1)
     elif isinstance(index, IVF):
         lists = index.lists or max(1, min(int(4 * math.sqrt(rows)), rows // 39))
         if not 1 <= lists <= rows:
-            raise ValueError(f"IVF: lists must be from 1 to the number of items, {rows}, got {index.lists}")
+            raise PublishError(f"IVF: lists must be from 1 to the number of items, {rows}, got {index.lists}")
         index = IVF(lists=lists, probes=min(check_integer("IVF", "probes", index.probes, low=1), lists))
         built = faiss.IndexIVFFlat(faiss.IndexFlatIP(dim), dim, lists, faiss.METRIC_INNER_PRODUCT)
         built.cp.min_points_per_centroid = 1  # the caller may want few items in a list
@@ -338,11 +340,40 @@ def _build(
     else:
         built = faiss.IndexFlatIP(dim)
     mapped = faiss.IndexIDMap(built)
+    if isinstance(index, HNSW):
+        lengthened = _lengthened(faiss, index, pieces, dim)
+        built.hnsw = lengthened.hnsw  # a copy of the graph
+        built.hnsw.is_similarity = True
+        del lengthened
     pieces.reverse()
     while pieces:
-        piece = pieces.pop()
-        mapped.add_with_ids(np.ascontiguousarray(piece), ids[built.ntotal : built.ntotal + len(piece)])
+        piece = np.ascontiguousarray(pieces.pop())
+        # The graph exists already; only its vectors are added.
+        (built.storage if isinstance(index, HNSW) else built).add(piece)
+    built.ntotal = mapped.ntotal = rows
+    faiss.copy_array_to_vector(ids, mapped.id_map)
     return mapped, built, index
+
+
+def _lengthened(faiss: Any, index: HNSW, pieces: list[npt.NDArray[np.float32]], dim: int) -> Any:
+    """Return an index of vectors with one more element, whose graph serves for inner products.
+
+    In a graph by inner products, items with short vectors are nobody's neighbors, and so are never found. Therefore the
+    vectors get one more element, with which all have the same length, and the graph is that of their distances. A query
+    with a zero there has the same order of items by distance as by inner product without it, so the graph can be
+    searched by inner products of the vectors as they are.
+
+    References:
+        Y. Bachrach et al.: Speeding up the Xbox recommender system using a Euclidean transformation for inner-product
+        spaces. RecSys 2014.
+    """
+    squares = [np.einsum("nd,nd->n", piece, piece, dtype=np.float64) for piece in pieces]
+    longest = max(float(each.max()) for each in squares if len(each))
+    lengthened = faiss.IndexHNSWFlat(dim + 1, index.links)
+    lengthened.hnsw.efConstruction = index.ef_construction
+    for piece, square in zip(pieces, squares, strict=True):
+        lengthened.add(np.column_stack([piece, np.sqrt(longest - square)]).astype(np.float32))
+    return lengthened
 
 
 def _exact(faiss: Any, built: Any, asked: npt.NDArray[np.float32], k: int) -> npt.NDArray[np.float32]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ import pytest
 import torch
 
 from recis_hybrid import optim
+from recis_hybrid.app import cli
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 from recis_hybrid.publish.index import HNSW, IVF, Flat, IndexReport, table_vectors, tower_vectors, write_index
 from recis_hybrid.saver import Saver
 from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
+from tests.support.configs import small_config
 
 faiss = pytest.importorskip("faiss", reason="faiss-cpu is not installed")
 
@@ -191,3 +194,50 @@ def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "faiss", None)
     with pytest.raises(ImportError, match=r"install recis_hybrid\[retrieval\]"):
         write_index(tmp_path / "a", [items(9)])
+
+
+def test_the_command_writes_an_index_of_a_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = small_config(tmp_path, optimizer={"sparse": "adam"})
+    assert cli.main(["train", str(config), "--quiet"]) == 0
+    capsys.readouterr()
+    run, path = str(tmp_path / "run"), str(tmp_path / "users.faiss")
+    assert cli.main(["export", run, "--index", path, "--table", "user", "--kind", "flat", "--metric", "cosine"]) == 0
+    text = capsys.readouterr().out
+    assert "7 items of step 4, flat (exact), cosine, recall@7 1.0000 of 7 items as queries" in text
+    assert cli.main(["export", run, "--index", path, "--table", "user", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["kind"], report["metric"], report["rows"], report["dim"]) == ("hnsw", "inner_product", 7, 4)
+    assert report["source"]["sha256"] == Saver(run).digest(4)
+    index = faiss.read_index(path)
+    assert sorted(faiss.vector_to_array(index.id_map).tolist()) == list(range(7))
+    with pytest.raises(SystemExit, match="2"):
+        cli.main(["export", run, "--index", path])
+    assert "--index needs --table NAME" in capsys.readouterr().err
+    for words, message in (
+        ([run, "--index", path, "--table", "x"], "must have one table 'x', has 0"),
+        ([run, "--index", path, "--table", "user", "--dtype", "int8"], "an index holds float32; omit --dtype"),
+    ):
+        assert cli.main(["export", *words]) == 1
+        assert message in capsys.readouterr().err
+    for words, message in (
+        ([run, "out", "--table", "user"], "--table is for --index"),
+        ([run], "name one target: OUT, --bundle DIR or --index FILE"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            cli.main(["export", *words])
+        assert message in capsys.readouterr().err
+
+
+def test_the_code_blocks_of_the_guide_run(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", (root / "docs" / "retrieval.md").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert len(blocks) == 3
+    names: dict[str, Any] = {"__name__": "guide"}
+    for block in blocks:
+        exec(compile(block, "docs/retrieval.md", "exec"), names)
+    assert names["report"].recall >= 0.95
+    # A user of the page likes the items of his own group, of which there are four.
+    groups = np.arange(200) % 4
+    assert (groups[names["found"]] == 3).mean() > 0.9

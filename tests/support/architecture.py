@@ -115,7 +115,7 @@ OUTSIDE: dict[str, set[str]] = {
     "saver": {"fsspec", "numpy", "pyarrow", "safetensors"},
     "pipelines": {"mlflow", "numpy", "pyarrow", "tqdm", "wandb"},
     "app": {"numpy", "pyarrow", "yaml"},
-    "publish": {"numpy", "onnxruntime", "onnxscript", "safetensors"},
+    "publish": {"faiss", "numpy", "onnxruntime", "onnxscript", "safetensors"},
     "serving": {"numpy", "onnxruntime", "jax", "orjson", "prometheus_client", "starlette", "uvicorn"},
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "orbax", "safetensors"},
     "towers": {"huggingface_hub", "peft", "pyarrow", "safetensors", "tqdm", "transformers"},
