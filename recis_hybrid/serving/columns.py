@@ -149,6 +149,11 @@ def offsets_of(lengths: Any) -> Array:
     return offsets
 
 
+def joined_offsets(columns: Sequence[Column]) -> Array:
+    """Return the offsets of the innermost lists of several columns whose values are joined."""
+    return _joined([column.offsets for column in columns if column.offsets is not None])
+
+
 def read_column(column: InputColumn, given: Any) -> Column:
     """Return a column of a request in the form that operators take.
 

@@ -36,45 +36,68 @@ class FirstValues:
     """
 
     def __init__(self, document: Mapping[str, Any], dim: int) -> None:
-        self._kind, self._dim, self._dtype = int(document["kind"]), dim, document["dtype"]
-        self._a, self._b = _F(document["a"]), _F(document["b"])
-        self._low, self._high = _F(document["low"]), _F(document["high"])
-        self._erf_low, self._erf_high = _F(document["erf_low"]), _F(document["erf_high"])
-        self._key = int(document["key"]) % 2**64
-
-    def __call__(self, ids: npt.NDArray[np.int64]) -> Floats:
-        """Return the first values of ids, float32 ``[n, D]``, rounded to the dtype of the table.
-
-        Args:
-            ids: int64 ``[n]``.
-        """
-        if self._kind == 0:
-            return rounded(np.full((len(ids), self._dim), self._a), self._dtype)
-        words = philox(self._key, ids, -(-self._dim // 4)) >> np.uint64(8)
-        if self._kind == 2:
-            values = self._a + self._b * _normal(words)
-        else:
-            unit = words.astype(np.float32) * _UNIT
-            if self._kind == 1:
-                values = self._a + (self._b - self._a) * unit
-            else:
-                x = _inverse_erf(self._erf_low + (self._erf_high - self._erf_low) * unit)
-                x = self._a + self._b * (_F(1.41421356) * x)
-                values = np.where(x < self._low, self._low, np.where(x > self._high, self._high, x))
-        return rounded(values[:, : self._dim], self._dtype)
+        self.form = int(document["kind"]), dim, str(document["dtype"])
+        """Kind, width and dtype; tables of equal ones are drawn together."""
+        numbers = [document[name] for name in ("a", "b", "low", "high", "erf_low", "erf_high")]
+        self.numbers = np.array(numbers, np.float32)
+        key = int(document["key"]) % 2**64
+        self.key = np.array([key & 0xFFFFFFFF, key >> 32], np.uint64)
 
 
-def philox(key: int, ids: npt.NDArray[np.int64], quads: int) -> npt.NDArray[np.uint64]:
-    """Return random words of 32 bits for each id, uint64 ``[n, 4 * quads]``."""
+def first_values(parts: Sequence[tuple[FirstValues, npt.NDArray[np.int64]]]) -> list[Floats]:
+    """Return the first values of ids of several tables, float32 ``[n, D]`` each, rounded to the dtype of the table.
+
+    Args:
+        parts: For each table, the ids, int64 ``[n]``.
+    """
+    # Tables are drawn together: with few ids, the calls of array operations take most of the time.
+    groups: dict[tuple[int, int, str], list[int]] = {}
+    for number, (table, _) in enumerate(parts):
+        groups.setdefault(table.form, []).append(number)
+    results: dict[int, Floats] = {}
+    for (kind, dim, dtype), members in groups.items():
+        ids = np.concatenate([parts[number][1] for number in members])
+        counts = [len(parts[number][1]) for number in members]
+        numbers = np.repeat(np.array([parts[number][0].numbers for number in members]), counts, axis=0)
+        keys = np.repeat(np.array([parts[number][0].key for number in members]), counts, axis=0)
+        drawn = rounded(_drawn(kind, dim, ids, numbers, keys), dtype)
+        ends = np.cumsum(counts)
+        results |= dict(zip(members, np.split(drawn, ends[:-1]), strict=True))
+    return [results[number] for number in range(len(parts))]
+
+
+def _drawn(kind: int, dim: int, ids: npt.NDArray[np.int64], numbers: Floats, keys: npt.NDArray[np.uint64]) -> Floats:
+    a, b, low, high, erf_low, erf_high = (numbers[:, place, None] for place in range(6))
+    if kind == 0:
+        return np.repeat(a, dim, axis=1)
+    words = philox(keys, ids, -(-dim // 4))[:, :dim] if kind == 1 else philox(keys, ids, -(-dim // 4))
+    words = words >> np.uint64(8)
+    if kind == 2:
+        return (a + b * _normal(words))[:, :dim]
+    unit = words.astype(np.float32) * _UNIT
+    if kind == 1:
+        return a + (b - a) * unit
+    x = a + b * (_F(1.41421356) * _inverse_erf(erf_low + (erf_high - erf_low) * unit))
+    return np.where(x < low, low, np.where(x > high, high, x))[:, :dim]
+
+
+def philox(keys: npt.NDArray[np.uint64], ids: npt.NDArray[np.int64], quads: int) -> npt.NDArray[np.uint64]:
+    """Return random words of 32 bits for each id, uint64 ``[n, 4 * quads]``.
+
+    Args:
+        keys: Both halves of the key of each id, uint64 ``[n, 2]``.
+        ids: int64 ``[n]``.
+        quads: Groups of four words.
+    """
     low = np.ascontiguousarray(ids).view(np.uint64)[:, None]
     count = np.arange(quads, dtype=np.uint64)[None, :]
     a, b = np.broadcast_to(low & _LOW, (len(ids), quads)), np.broadcast_to(low >> _SHIFT, (len(ids), quads))
     c, d = np.broadcast_to(count, (len(ids), quads)), np.zeros((len(ids), quads), np.uint64)
-    k0, k1 = key & 0xFFFFFFFF, key >> 32
+    k0, k1 = keys[:, :1], keys[:, 1:]
     for _ in range(10):
         p, q = a * np.uint64(0xD2511F53), c * np.uint64(0xCD9E8D57)
-        a, b, c, d = (q >> _SHIFT) ^ b ^ np.uint64(k0), q & _LOW, (p >> _SHIFT) ^ d ^ np.uint64(k1), p & _LOW
-        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+        a, b, c, d = (q >> _SHIFT) ^ b ^ k0, q & _LOW, (p >> _SHIFT) ^ d ^ k1, p & _LOW
+        k0, k1 = (k0 + np.uint64(0x9E3779B9)) & _LOW, (k1 + np.uint64(0xBB67AE85)) & _LOW
     return np.stack([a, b, c, d], axis=2).reshape(len(ids), 4 * quads)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from recis_hybrid.serving.columns import Array, Column, offsets_of
 from recis_hybrid.serving.errors import InputError, ServingError
-from recis_hybrid.serving.first_values import FirstValues
+from recis_hybrid.serving.first_values import FirstValues, first_values
 
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
 """Combiners of the vectors of a row."""
@@ -25,7 +25,7 @@ class AnyTable(Protocol):
     dim: int
 
     def read(self, ids: npt.NDArray[np.int64]) -> tuple[Array, Array]:
-        """Return embeddings, float32 ``[n, D]``, and whether each id has a row, bool ``[n]``."""
+        """Return new embeddings, float32 ``[n, D]``, and whether each id has a row, bool ``[n]``."""
 
 
 class _Lookup(NamedTuple):
@@ -60,7 +60,6 @@ class Lookups:
 
     def __init__(self, where: str, document: Mapping[str, Any], dims: Mapping[str, int]) -> None:
         self._of_table: dict[str, list[_Lookup]] = {}
-        self._first: dict[str, FirstValues | None] = {}
         for item in document["lookups"]:
             if item["combiner"] not in COMBINERS:
                 raise ServingError(
@@ -72,9 +71,8 @@ class Lookups:
             zeros = item["unknown"] == "zeros"
             lookup = _Lookup(item["feature"], item["combiner"], item["max_length"], item["weights"], zeros)
             self._of_table.setdefault(item["table"], []).append(lookup)
-        for name in self._of_table:
-            first = document["tables"][name]["first_value"]
-            self._first[name] = FirstValues(first, dims[name]) if first is not None else None
+        first = {name: document["tables"][name]["first_value"] for name in self._of_table}
+        self._first = {name: FirstValues(value, dims[name]) for name, value in first.items()}
 
     def run(self, tables: Mapping[str, AnyTable], features: Mapping[str, Column]) -> dict[str, Array]:
         """Return the vectors of each feature, float32 ``[B, D]``, ``[B, L, D]`` without a combiner.
@@ -86,31 +84,42 @@ class Lookups:
         Raises:
             InputError: Weights do not belong to their ids.
         """
+        read = {name: [_bags(lookup, features) for lookup in lookups] for name, lookups in self._of_table.items()}
+        vectors: dict[str, Array] = {}
+        unknown: list[tuple[str, Array, Array]] = []
+        for name, bags in read.items():
+            ids = bags[0].ids if len(bags) == 1 else np.concatenate([each.ids for each in bags])
+            vectors[name], found = tables[name].read(ids)
+            if not found.all():
+                places = np.flatnonzero(~found)
+                unknown.append((name, places, ids[places]))
+        if unknown:
+            self._fill(read, vectors, unknown)
         out: dict[str, Array] = {}
         for name, lookups in self._of_table.items():
-            read = [_bags(lookup, features) for lookup in lookups]
-            ids = read[0].ids if len(read) == 1 else np.concatenate([bags.ids for bags in read])
-            vectors, found = tables[name].read(ids)
-            if not found.all():
-                vectors = self._with_unknown(name, lookups, read, ids, vectors, found)
             first = 0
-            for lookup, bags in zip(lookups, read, strict=True):
-                part = vectors[first : first + len(bags.ids)]
-                first += len(bags.ids)
-                out[lookup.feature] = _pooled(lookup, bags, part)
+            for lookup, each in zip(lookups, read[name], strict=True):
+                part = vectors[name][first : first + len(each.ids)]
+                first += len(each.ids)
+                out[lookup.feature] = _pooled(lookup, each, part)
         return out
 
-    def _with_unknown(
-        self, name: str, lookups: Sequence[_Lookup], read: Sequence[_Bags], ids: Array, vectors: Array, found: Array
-    ) -> Array:
-        """Return vectors in which ids without a row have zeros, or the first values of their rows."""
-        vectors = np.where(found[:, None], vectors, np.float32(0))
-        zeros = np.repeat([lookup.zeros for lookup in lookups], [len(bags.ids) for bags in read])
-        places = np.flatnonzero(~found & ~zeros)
-        first = self._first[name]
-        if len(places) and first is not None:
-            vectors[places] = first(ids[places])
-        return vectors
+    def _fill(
+        self,
+        read: Mapping[str, Sequence[_Bags]],
+        vectors: Mapping[str, Array],
+        unknown: Sequence[tuple[str, Array, Array]],
+    ) -> None:
+        """Write the vectors of ids without a row: the first values of their rows, or zeros."""
+        drawn = first_values([(self._first[name], ids) for name, _, ids in unknown])
+        for (name, places, _), values in zip(unknown, drawn, strict=True):
+            vectors[name][places] = values
+            begin = 0
+            for lookup, bags in zip(self._of_table[name], read[name], strict=True):
+                end = begin + len(bags.ids)
+                if lookup.zeros:
+                    vectors[name][places[(places >= begin) & (places < end)]] = 0
+                begin = end
 
 
 def _bags(lookup: _Lookup, features: Mapping[str, Column]) -> _Bags:

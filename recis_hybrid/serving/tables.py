@@ -52,10 +52,10 @@ class Table:
         return out
 
     def vectors(self, tensors: dict[str, Tensor], rows: Array) -> Array:
-        """Return the embeddings of rows of an open file, float32 or float16 ``[n, D]``."""
+        """Return the embeddings of rows of an open file, a new float32 ``[n, D]``."""
         values = tensors["embedding"].values[rows]
         if self._quantized is None:
-            return widened(values, tensors["embedding"].bfloat16)
+            return widened(values, tensors["embedding"].bfloat16).astype(np.float32, copy=False)
         if self._quantized == "int4":
             values = np.stack([values & 15, values >> 4], axis=2).reshape(len(values), 2 * self._width)[:, : self.dim]
         scale, minimum = (tensors[name].values[rows, None] for name in ("scale", "minimum"))

@@ -199,4 +199,9 @@ def test_narrow_embeddings_have_the_stated_error(trained: Path, dtype: str, bits
         spacing = np.abs(true[found]).max(initial=0) * 2.0**-23
         bound = np.abs(true[found]).max(initial=0) * 2.0**-bits if stated[name] is None else stated[name] + 4 * spacing
         assert error <= bound
+        assert mine.dtype == np.float32
         assert stated[name] is not None or dtype in ("float16", "bfloat16")
+    # Ids without a row have their exact first values, whatever the dtype of the rows.
+    unseen = [10**12 + row for row in range(40)]
+    columns = {**rows_of(), "site": [f"unseen {row}" for row in range(40)], "user": unseen}
+    np.testing.assert_array_equal(narrow.predict(columns)["score"], exact.predict(columns)["score"])

@@ -305,6 +305,52 @@ def test_operators_share_registers_and_columns_pass_through() -> None:
         assert_equal(found[name], served(column))
 
 
+JOINED = [Hash("farm"), Mod(5), Log(plus=0.5), Bucketize([0.5, 2]), Vocabulary(["rome", "oslo"], unknown=2)]
+
+
+@settings(max_examples=60)
+@given(seed=st.integers(0, 2**32 - 1))
+def test_equal_operators_of_several_columns_run_as_one(seed: int) -> None:
+    random = np.random.default_rng(seed)
+    makers = [*INTEGERS, *NUMBERS[6:], *STRINGS]
+    chosen = [makers[random.integers(len(makers))] for _ in range(6)]
+    features, columns = [], {}
+    for number, maker in enumerate(chosen):
+        column = maker(np.random.default_rng(seed + number))
+        rows = column.batch_size if isinstance(column, RaggedTensor) else len(column)
+        text = isinstance(column, RaggedTensor) and column.dtype == torch.uint8
+        real = not text and column.dtype.is_floating_point
+        first = Log(plus=0.5) if real else JOINED[random.choice([0, 4])] if text else JOINED[random.choice([0, 1])]
+        if rows == 4 or number == 0:
+            columns[f"c{number}"] = column
+            features.append(Feature(f"f{number}", ops=[first, Bucketize([0.5, 2])], source=f"c{number}"))
+    rows = {column.batch_size if isinstance(column, RaggedTensor) else len(column) for column in columns.values()}
+    if len(rows) > 1:
+        columns, features = {"c0": columns["c0"]}, features[:1]
+    # Each column twice, so that equal operators have several columns of equal dtypes.
+    columns |= {f"{name}_again": column for name, column in columns.items()}
+    features += [Feature(f"{one.name}_again", ops=one.ops, source=f"{one.source}_again") for one in features]
+    engine = FeatureEngine(features, parallel=False)
+    program = Program("bundle", program_of(engine))
+    served_columns = {name: served(column) for name, column in columns.items()}
+    try:
+        expected = engine(columns)
+    except ValueError:
+        with pytest.raises(InputError, match=r"^feature 'f\d"):
+            program.run(served_columns)
+        return
+    found = program.run(served_columns)
+    for name, column in expected.items():
+        assert_equal(found[name], served(column))
+
+
+def test_a_refused_value_of_joined_columns_names_its_feature() -> None:
+    engine = FeatureEngine([Feature(name, ops=[Log()]) for name in ("a", "b", "c")])
+    columns = {name: Column(np.array([1.0, 2.0])) for name in "abc"} | {"b": Column(np.array([1.0, -2.0]))}
+    with pytest.raises(InputError, match=r"^feature 'b', column 'b', log: row 1: has no logarithm, got -2.0; put Clip"):
+        Program("bundle", program_of(engine)).run(columns)
+
+
 @register_op("add_for_bundles")
 @dataclass(frozen=True)
 class Add:
