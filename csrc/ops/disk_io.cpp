@@ -23,6 +23,11 @@ namespace {
 constexpr size_t kMostOfAThread = 32;  // transfers that a thread takes at a time
 constexpr int kShareOfWait = 4;        // of the transfers in flight, the share that a wait is for
 
+// The longest time in which a thread moves bytes if it only copies memory.
+std::chrono::microseconds longest_copy(int64_t transfers, int64_t bytes) {
+  return std::chrono::microseconds(3 * transfers + bytes / 4096);
+}
+
 }  // namespace
 
 bool TransferBatch::is_done() const {
@@ -247,8 +252,9 @@ bool DiskIo::next(Item& item, bool wait) {
   return true;
 }
 
-// Takes the next transfers for a thread: of many, several at a time, but no more than keeps all threads busy. Returns
-// false once the object is being destroyed.
+// Takes the next transfers for a thread: of many, several at a time, but no more than keeps all threads busy. Another
+// thread is woken for the rest only if transfers wait for a disk: waking it takes longer than copying some records.
+// Returns false once the object is being destroyed.
 bool DiskIo::next(Share& share) {
   std::unique_lock<std::mutex> lock(mutex_);
   submitted_.wait(lock, [this] { return closed_ || !batches_.empty(); });
@@ -259,7 +265,7 @@ bool DiskIo::next(Share& share) {
   share.stop = share.first + std::clamp<size_t>(left / (2 * kThreads), 1, kMostOfAThread);
   share.batch->started_ = share.stop;
   if (share.stop == share.batch->transfers_.size()) batches_.pop_front();
-  if (!batches_.empty()) submitted_.notify_one();
+  if (!batches_.empty() && waits_) submitted_.notify_one();
   return true;
 }
 
@@ -279,14 +285,20 @@ int DiskIo::move_bytes(Transfer rest, bool writes) const {
 }
 
 void DiskIo::run_thread() {
+  using Clock = std::chrono::steady_clock;
   Share share;
   while (next(share)) {
     int error = 0;
+    int64_t bytes = 0;
+    const auto begin = Clock::now();
     for (size_t i = share.first; i < share.stop; ++i) {
       const int result = move_bytes(share.batch->transfers_[i], share.batch->writes_);
       if (error == 0) error = result;
+      bytes += share.batch->transfers_[i].bytes;
     }
-    share.batch->end(static_cast<int64_t>(share.stop - share.first), error);
+    const auto transfers = static_cast<int64_t>(share.stop - share.first);
+    waits_ = Clock::now() - begin > longest_copy(transfers, bytes);
+    share.batch->end(transfers, error);
     share.batch.reset();
   }
 }

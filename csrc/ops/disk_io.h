@@ -94,6 +94,7 @@ class DiskIo {
   int file_;
   std::unique_ptr<Ring> ring_;
   std::atomic<bool> uses_ring_;
+  std::atomic<bool> waits_ = true;  // whether the last transfers of a thread took longer than copies of memory
   std::mutex mutex_;
   std::condition_variable submitted_;
   std::deque<TransferBatchPtr> batches_;

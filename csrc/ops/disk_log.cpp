@@ -2,6 +2,7 @@
 
 #include <fcntl.h>
 #include <sys/stat.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -19,11 +20,29 @@ namespace {
 
 constexpr int64_t kPage = 4096;
 constexpr int64_t kLongestRead = 1 << 20;
-constexpr int64_t kGap = 4 * kPage;  // unneeded bytes that are read rather than starting another transfer
-constexpr size_t kMostWrites = 8;    // segments that wait to be written
-constexpr size_t kKeptFree = 4;      // free segments that keep their space
+// Unneeded bytes that are read rather than starting another transfer: from a disk, and where a read copies memory.
+constexpr int64_t kGap = 4 * kPage;
+constexpr int64_t kGapInMemory = 1 << 10;
+constexpr int64_t kWord = 8;       // a file that is read by copying memory has no longer alignment
+constexpr size_t kMostWrites = 8;  // segments that wait to be written
+constexpr size_t kKeptFree = 4;    // free segments that keep their space
 
-int64_t round_up(int64_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+int64_t round_up(int64_t bytes, int64_t to = kPage) { return (bytes + to - 1) / to * to; }
+
+// The multiple in bytes at which reads of a file must begin and end, in the file and in memory.
+int64_t alignment_of(int file, bool is_direct) {
+  constexpr long kTmpfs = 0x01021994;
+  struct statfs system{};
+  if (!is_direct || (fstatfs(file, &system) == 0 && system.f_type == kTmpfs)) return kWord;
+#if defined(STATX_DIOALIGN)
+  struct statx state{};
+  if (statx(file, "", AT_EMPTY_PATH, STATX_DIOALIGN, &state) == 0 && (state.stx_mask & STATX_DIOALIGN) != 0) {
+    const int64_t least = std::max(state.stx_dio_offset_align, state.stx_dio_mem_align);
+    if (least > 0 && kPage % least == 0) return std::max(least, kWord);
+  }
+#endif
+  return kPage;
+}
 
 }  // namespace
 
@@ -86,6 +105,7 @@ void DiskLog::open_file() {
   }
   // Without the page cache, which would hold the same records twice; not every file system can do without.
   is_direct_ = fcntl(file_, F_SETFL, O_RDWR | O_DIRECT) == 0;
+  alignment_ = alignment_of(file_, is_direct_);
 }
 
 void DiskLog::allocate(int64_t segment) {
@@ -240,14 +260,15 @@ LogRead DiskLog::read(const std::vector<int64_t>& slots, bool urgent) {
   LogRead found;
   std::vector<Transfer> transfers;
   int64_t bytes = 0;
+  const int64_t gap = alignment_ == kWord ? kGapInMemory : kGap;
   for (const int64_t slot : slots) {
     const int64_t offset = slot / slots_ * segment_bytes_ + slot % slots_ * stride_;
-    const int64_t first = offset / kPage * kPage;
-    const int64_t end = round_up(offset + stride_);
+    const int64_t first = offset / alignment_ * alignment_;
+    const int64_t end = round_up(offset + stride_, alignment_);
     if (!transfers.empty()) {
       Transfer& last = transfers.back();
       const int64_t longer = end - last.offset;
-      if (first <= last.offset + last.bytes + kGap && longer <= kLongestRead) {
+      if (first <= last.offset + last.bytes + gap && longer <= kLongestRead) {
         bytes += std::max<int64_t>(longer - last.bytes, 0);
         last.bytes = std::max(last.bytes, longer);
         found.places.push_back(bytes - last.bytes + offset - last.offset);

@@ -191,7 +191,8 @@ class DiskLog {
   int64_t slots_;  // of a segment
   int file_ = -1;
   bool is_direct_ = true;
-  uint64_t mark_;  // of this log, in each record
+  int64_t alignment_;  // of reads
+  uint64_t mark_;      // of this log, in each record
   std::unique_ptr<DiskIo> io_;
   std::vector<Segment> segments_;
   std::vector<int64_t> free_;   // segments with space but without records

@@ -156,6 +156,23 @@ def test_the_log_does_not_outgrow_its_bound_if_a_call_writes_several_segments(
     assert np.array_equal(records.read(written), records.values[written])
 
 
+def test_reads_by_copying_memory_take_the_bytes_of_the_records_alone() -> None:
+    shared = Path("/dev/shm")
+    if not any(line.split()[1:3] == [str(shared), "tmpfs"] for line in Path("/proc/mounts").read_text().splitlines()):
+        pytest.skip("/dev/shm is not a tmpfs")
+    records = Records(shared, rows=4000)
+    values = np.random.default_rng(3).standard_normal((4000, 4))
+    for first in range(0, 4000, 20):
+        rows = list(range(first, first + 20))
+        records.write(rows, values[rows], 1)
+    ops.disk.pin(records.disk, records.locations)  # so that no segment is in a buffer
+    before = records.figures.memory_bytes
+    some = list(range(0, 3600, 100))  # more than a page apart
+    ops.disk.stage(records.disk, records.locations, torch.tensor(some))
+    assert records.figures.memory_bytes - before == 4096  # of 36 records with 56 bytes each
+    assert np.array_equal(records.fetched(some), values[some])
+
+
 def test_what_is_looked_up_often_stays_in_memory(folder: Path) -> None:
     records, random = filled(folder, frames=50), np.random.default_rng(2)
     often = list(range(10))
