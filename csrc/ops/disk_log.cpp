@@ -23,9 +23,8 @@ constexpr int64_t kLongestRead = 1 << 20;
 // Unneeded bytes that are read rather than starting another transfer: from a disk, and where a read copies memory.
 constexpr int64_t kGap = 4 * kPage;
 constexpr int64_t kGapInMemory = 1 << 10;
-constexpr int64_t kWord = 8;       // a file that is read by copying memory has no longer alignment
-constexpr size_t kMostWrites = 8;  // segments that wait to be written
-constexpr size_t kKeptFree = 4;    // free segments that keep their space
+constexpr int64_t kWord = 8;     // a file that is read by copying memory has no longer alignment
+constexpr size_t kKeptFree = 4;  // free segments that keep their space
 
 int64_t round_up(int64_t bytes, int64_t to = kPage) { return (bytes + to - 1) / to * to; }
 

@@ -84,7 +84,7 @@ class DiskLog {
   // Tells that the record in a slot is not needed any more.
   void release(int64_t slot);
 
-  // The record in a slot if it is in memory, or null; valid until the next reserve() or write_all().
+  // The record in a slot if it is in memory, or null; valid until the next reserve(), limit_buffers() or write_all().
   const char* in_memory(int64_t slot) const;
 
   // Changes whenever the segment of a slot is filled again.
@@ -101,6 +101,11 @@ class DiskLog {
 
   // Throws unless a record is that of a row.
   void check(const char* record, int64_t row) const;
+
+  // Waits for writes if many segments are being written, before many records are appended; throws as reserve().
+  void limit_buffers() {
+    if (writing_.size() >= kMostWrites) take_written(true);
+  }
 
   // Writes all records that are in memory, and waits for it.
   void write_all();
@@ -137,6 +142,7 @@ class DiskLog {
 
  private:
   static constexpr int64_t kNone = -1;
+  static constexpr size_t kMostWrites = 8;  // segments that wait to be written
 
   enum class State { kHole, kFree, kReserved, kFilling, kWriting, kWritten };
 

@@ -356,6 +356,7 @@ int64_t DiskRecords::pin(Locations locations, int64_t* slots) {
   log_.reserve(changed);
   frames_.for_each_held([&](int64_t frame) {
     if (frames_.slot(frame) == Frames::kNone) {
+      log_.limit_buffers();
       frames_.set_slot(frame, append(frames_.row(frame), frames_.record(frame)));
       ++figures_[kWrittenBack];
     }

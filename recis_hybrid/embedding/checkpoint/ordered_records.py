@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import IO
 
 import numpy as np
@@ -15,13 +15,33 @@ import torch
 from torch import Tensor
 
 from recis_hybrid import ops
-from recis_hybrid.embedding.table.disk_blocks import DiskSnapshot
+from recis_hybrid.embedding.table.disk_blocks import DiskSnapshot, rows_of_piece
 
-_PIECE_BYTES = 64 << 20
 _READ_BYTES = 4 << 20
 _MOST_SLICES = 1 << 16
+_SORTED_ROWS = 1 << 20
 _CPU = torch.device("cpu")
 _Move = Callable[[int, list[memoryview], int], int]
+
+
+def _by_slice(snapshot: DiskSnapshot, rows: Tensor, most: int) -> Iterator[np.ndarray]:
+    """Yield the indices of rows by slice of the log, at most ``most`` at a time, ascending."""
+    width = max(most, -(-(snapshot.last_slot + 1) // _MOST_SLICES))
+    count = snapshot.last_slot // width + 1
+    orders: list[np.ndarray] = []
+    bounds: list[np.ndarray] = []
+    for some in rows.split(_SORTED_ROWS):  # in parts, because sorting takes four times the memory of its result
+        slices = (snapshot.slots(some).numpy() // width).astype(np.uint16)
+        orders.append(slices.argsort(kind="stable").astype(np.int32))
+        bounds.append(np.bincount(slices, minlength=count).cumsum())
+    for number in range(count):
+        parts = []
+        for part, (order, ends) in enumerate(zip(orders, bounds, strict=True)):
+            begin = ends[number - 1] if number else 0
+            parts.append(order[begin : ends[number]].astype(np.int64) + part * _SORTED_ROWS)
+        index = np.concatenate(parts)
+        for first in range(0, len(index), most):
+            yield index[first : first + most]
 
 
 class OrderedRecords:
@@ -38,7 +58,7 @@ class OrderedRecords:
     def __init__(self, snapshot: DiskSnapshot, rows: Tensor) -> None:
         self._snapshot, self._rows = snapshot, rows
         self._each = snapshot.layout.record_bytes
-        self.piece_rows = max(1, _PIECE_BYTES // self._each)
+        self.piece_rows = rows_of_piece(self._each)
         """Rows of a piece: piece k has the rows from k times this number on."""
         self._file: IO[bytes] | None = None
 
@@ -77,20 +97,13 @@ class OrderedRecords:
 
     def _ordered(self) -> IO[bytes]:
         """Return a file of all records, by piece."""
-        n, starts = self._rows.numel(), np.arange(0, self._rows.numel() + self.piece_rows, self.piece_rows)
-        slots = self._snapshot.slots(self._rows).numpy()
-        slices = slots // max(self.piece_rows, -(-int(slots.max() + 1) // _MOST_SLICES))
-        # Stable, so that rows stay in order within a slice of the log.
-        order = slices.astype(np.uint16).argsort(kind="stable")
-        ends = np.bincount(slices).cumsum()
-        del slots, slices
+        starts = np.arange(0, self._rows.numel() + self.piece_rows, self.piece_rows)
         filled = np.zeros(len(starts), np.int64)
         file = tempfile.TemporaryFile(dir=self._snapshot.path)
         try:
-            for begin, end in zip([0, *ends.tolist()], ends.tolist(), strict=False):
-                for first in range(begin, end, self.piece_rows):
-                    self._distribute(file, order[first : min(end, first + self.piece_rows)], starts, filled)
-            assert int(filled.sum()) == n
+            for index in _by_slice(self._snapshot, self._rows, self.piece_rows):
+                self._distribute(file, index, starts, filled)
+            assert int(filled.sum()) == self._rows.numel()
         except BaseException:
             file.close()
             raise

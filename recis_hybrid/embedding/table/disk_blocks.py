@@ -23,6 +23,7 @@ from recis_hybrid.ops.gather import Bags, RowGroups
 _LEAST_FRAMES = 64
 _PIECE_BYTES = 16 << 20
 _MAX_PIECE = 1 << 16
+_PIECE_BYTES_OF_SAVE = 64 << 20
 _SHIFT = 40  # all rows are in one block
 _CPU = torch.device("cpu")
 
@@ -283,6 +284,8 @@ class DiskSnapshot:
     def __init__(self, name: str, path: str, disk: Tensor, number: int, slots: Tensor, layout: RecordLayout) -> None:
         self.name, self.path, self.layout = name, path, layout
         self._disk, self._slots = disk, slots
+        self.last_slot = int(slots.max()) if slots.numel() else -1
+        """The last place in the log of a record."""
         weakref.finalize(self, ops.disk.unpin, disk, number)
 
     def slots(self, rows: Tensor) -> Tensor:
@@ -318,6 +321,20 @@ def bytes_on_disk(layout: RecordLayout, rows: int, more: int, cache_bytes: int) 
         "locations": 8 * _locations_for(rows + more),
         "disk": ops.disk.most_log_bytes(rows, layout.record_bytes, more),
     }
+
+
+def rows_of_piece(record_bytes: int) -> int:
+    """Return the number of rows whose records a save reads in one go."""
+    return max(1, _PIECE_BYTES_OF_SAVE // record_bytes)
+
+
+def bytes_of_save(record_bytes: int, rows: int) -> int:
+    """Return the bytes on disk that a save takes for a copy of the records of a member table's rows, by piece."""
+    piece = rows_of_piece(record_bytes)
+    if rows <= piece:
+        return 0
+    places = 4 * piece * -(-rows // piece)
+    return places + record_bytes * rows
 
 
 def _locations_for(rows: int) -> int:

@@ -24,6 +24,7 @@ from recis_hybrid.embedding import (
 )
 from recis_hybrid.embedding.checkpoint import ordered_records
 from recis_hybrid.embedding.checkpoint.ordered_records import OrderedRecords
+from recis_hybrid.embedding.table import disk_blocks
 from recis_hybrid.embedding.table.disk_blocks import DiskBlocks, DiskSnapshot
 from recis_hybrid.pipelines import TorchStep, Train, Trainer
 from recis_hybrid.ragged import RaggedTensor
@@ -141,8 +142,9 @@ def test_checkpoints_and_deltas_of_a_moment_are_saved_while_training_goes_on(eng
 def test_a_save_reads_each_record_of_the_log_once_in_bounded_memory(
     engines: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ordered_records, "_PIECE_BYTES", 90 * 112)
+    monkeypatch.setattr(disk_blocks, "_PIECE_BYTES_OF_SAVE", 90 * 112)
     monkeypatch.setattr(ordered_records, "_READ_BYTES", 7 * 112)
+    monkeypatch.setattr(ordered_records, "_SORTED_ROWS", 130)
     monkeypatch.setattr(table_plan, "RANGE_BYTES", 16 * 112)
     (disk, optimizer), (memory, other) = engine_of(placed(tmp_path)), engines[1]
     train(disk, optimizer, range(20)), train(memory, other, range(20))
@@ -177,7 +179,7 @@ def test_a_save_reads_each_record_of_the_log_once_in_bounded_memory(
 def test_a_save_without_space_for_a_copy_of_the_records_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ordered_records, "_PIECE_BYTES", 90 * 112)
+    monkeypatch.setattr(disk_blocks, "_PIECE_BYTES_OF_SAVE", 90 * 112)
     engine, optimizer = engine_of(placed(tmp_path))
     train(engine, optimizer, range(30))
     expected = engine.checkpoint_state().tables["id"].columns
@@ -197,7 +199,7 @@ def test_a_save_without_space_for_a_copy_of_the_records_is_refused(
 
 
 def test_files_are_saved_in_any_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ordered_records, "_PIECE_BYTES", 40 * 112)
+    monkeypatch.setattr(disk_blocks, "_PIECE_BYTES_OF_SAVE", 40 * 112)
     engine, optimizer = engine_of(placed(tmp_path))
     train(engine, optimizer, range(30))
     expected = engine.checkpoint_state().tables
