@@ -21,6 +21,7 @@ from recis_hybrid.embedding import (
     MinFrequency,
     Normal,
     OptimizerSpec,
+    Placement,
     Unused,
     dense_parameters,
 )
@@ -176,6 +177,7 @@ def embeddings_of(config: Config, *, trainable: bool = True) -> dict[str, Embedd
                 optimizer=_own_optimizer(config, feature),
                 optimizer_overrides=None if feature.lr is None else {"lr": feature.lr},
                 admission=MinFrequency(feature.min_frequency) if feature.min_frequency and trainable else None,
+                placement=_placement(feature),
             )
             for name, feature in config.features.items()
             if feature.dim is not None
@@ -201,6 +203,12 @@ def _own_optimizer(config: Config, feature: FeatureConfig) -> OptimizerSpec | No
         return None
     spec: OptimizerSpec = SPARSE[feature.optimizer].spec(lr=config.optimizer.sparse_lr)
     return spec
+
+
+def _placement(feature: FeatureConfig) -> Placement | None:
+    if feature.disk is None or feature.cache_bytes is None:
+        return None
+    return Placement(blocks="disk", path=feature.disk, cache_bytes=feature.cache_bytes)
 
 
 def features_of(config: Config) -> list[Feature]:

@@ -27,6 +27,8 @@ _PARTS = {
     "total": "total",
 }
 """Parts of the memory by heading."""
+_PARTS_ON_DISK = {"cache": "cache", "locations": "locations", "file": "disk", "while saving": "disk_of_save"}
+"""Parts of tables on disk by heading: memory, which is in the total, and bytes of the disk."""
 
 
 def plan_parser() -> Parser:
@@ -134,12 +136,19 @@ def _text(config: Config, ranks: Sequence[RankEstimate]) -> str:
 
 
 def _memory_lines(rank: RankEstimate) -> list[str]:
-    def line(name: str, rows: int, memory: Mapping[str, int]) -> str:
-        return _line(name, f"{rows:,}", [_size(memory[part]) for part in _PARTS.values()])
+    lines = _part_lines("memory of", _PARTS, rank, rank.tables)
+    if on_disk := [table for table in rank.tables if table.memory["disk"]]:
+        lines += ["", *_part_lines("on disk, with a cache", _PARTS_ON_DISK, rank, on_disk)]
+    return lines
 
-    tables = [line(_name(table), table.rows, table.memory) for table in rank.tables]
-    total = line("all tables", sum(table.rows for table in rank.tables), rank.memory)
-    return [_line("memory of", "rows", list(_PARTS)), *tables, total]
+
+def _part_lines(title: str, parts: Mapping[str, str], rank: RankEstimate, tables: Sequence[TableEstimate]) -> list[str]:
+    def line(name: str, rows: int, memory: Mapping[str, int]) -> str:
+        return _line(name, f"{rows:,}", [_size(memory[part]) for part in parts.values()])
+
+    lines = [line(_name(table), table.rows, table.memory) for table in tables]
+    total = line("all tables", sum(table.rows for table in tables), rank.memory)
+    return [_line(title, "rows", list(parts)), *lines, total]
 
 
 def _wire_lines(rank: RankEstimate) -> list[str]:

@@ -30,8 +30,8 @@ _FIXED = {
     "model.batch_norm": "it changes the model",
     "optimizer.sparse": "tables hold the state of the previous optimizer",
 }
-_CHANGEABLE_OF_FEATURES = ("min_frequency", "std", "lr")
-"""Keys of a feature that may change, because they affect only new ids or steps."""
+_CHANGEABLE_OF_FEATURES = ("min_frequency", "std", "lr", "disk", "cache_bytes")
+"""Keys of a feature that may change: those that affect only new ids or steps, or the place of the rows."""
 _FIXED_OF_FEATURES = {"optimizer": _FIXED["optimizer.sparse"]}
 
 _CHANGES_STAGES = "it changes the sequence of stages"

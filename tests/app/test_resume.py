@@ -50,6 +50,8 @@ CHANGES: dict[str, tuple[Any, bool]] = {
     "features.NAME.optimizer": ("adagrad", False),
     "features.NAME.lr": (0.5, False),
     "features.NAME.std": (0.5, True),
+    "features.NAME.disk": ("ssd", True),
+    "features.NAME.cache_bytes": (1 << 40, True),
     "model.kind": ("deepfm", False),
     "model.hidden": ([8], False),
     "model.dropout": (0.5, True),
@@ -99,6 +101,8 @@ def test_each_key_is_accepted_or_refused_by_name(config: Path, key: str) -> None
     other = {name: value}
     if key == "train.checkpoint_whole_every":
         other["train.checkpoint_steps"] = 4
+    if key in ("features.NAME.disk", "features.NAME.cache_bytes"):
+        other = {"features.user.disk": "ssd", "features.user.cache_bytes": 1 << 40}
     if key == "data.label":
         other["features"] = {"user": {"dim": 4}}
         with pytest.raises(ConfigError, match="features.site.dim is 4 in the run, got null"):

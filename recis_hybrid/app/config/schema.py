@@ -35,6 +35,7 @@ class Range:
 
 _MOST = 2**31
 Count: TypeAlias = Annotated[int, Range(1, _MOST)]
+Bytes: TypeAlias = Annotated[int, Range(1, 2**63)]
 Positive: TypeAlias = Annotated[float, Range(0)]
 Sparse: TypeAlias = Literal[
     "adam",
@@ -150,15 +151,24 @@ class FeatureConfig:
     """Optimizer of the table; None: ``optimizer.sparse``."""
     lr: Positive | None = None
     """Learning rate of the table; None: ``optimizer.sparse_lr``."""
+    disk: str | None = None
+    """Existing folder on a local SSD for the records of the table, if it is larger than the memory; None: in memory."""
+    cache_bytes: Bytes | None = None
+    """Memory of each rank for the records of a table on disk that are used most; must hold all rows of a batch."""
 
     def sources(self, name: str) -> list[str]:
         """Return the columns that a feature reads."""
         return self.source if isinstance(self.source, list) else [self.source or name]
 
     def __post_init__(self) -> None:
-        for key in ("table", "combiner", "min_frequency", "evict_unused", "std", "optimizer", "lr"):
+        for key in ("table", "combiner", "min_frequency", "evict_unused", "std", "optimizer", "lr", "disk"):
             if self.dim is None and getattr(self, key) != getattr(FeatureConfig, key):
                 raise ValueError(f"{key} applies to embeddings only; give the feature a dim, or remove {key}")
+        if (self.disk is None) != (self.cache_bytes is None):
+            raise ValueError(
+                f"disk and cache_bytes belong together, got disk={self.disk!r}, cache_bytes={self.cache_bytes}; "
+                f"set both, or neither for a table in memory"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

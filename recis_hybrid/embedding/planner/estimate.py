@@ -6,7 +6,7 @@ Letters: W ranks, U distinct ids of a rank's batch.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +20,7 @@ from recis_hybrid.embedding.placement import Placement, output_device
 from recis_hybrid.embedding.planner.coalesce import TablePlan, layout_on, owners_of, plan_tables
 from recis_hybrid.embedding.planner.sharding import columns_of
 from recis_hybrid.embedding.table.blocks import blocks_for
-from recis_hybrid.embedding.table.disk_blocks import bytes_on_disk
+from recis_hybrid.embedding.table.disk_blocks import bytes_of_save, bytes_on_disk
 from recis_hybrid.embedding.table.id_map import bytes_for
 from recis_hybrid.embedding.table.record_cache import bytes_of_cache
 from recis_hybrid.embedding.table.record_layout import META_BYTES, RecordLayout
@@ -43,7 +43,7 @@ class TableEstimate:
     memory: dict[str, int]
     """Bytes of each part, as ``HashTable.memory``, and of the parts of ``blocks``: ``embedding``, ``optimizer_state``,
     ``metadata``, ``padding`` and ``spare`` (room for further rows). ``disk``, which is not in ``total``, is the most
-    that compaction leaves of the file."""
+    that compaction leaves of the file; nor is ``disk_of_save``, the temporary copy that a save makes beside it."""
     wire: dict[str, int]
     """Bytes that the rank sends to others in a step, by kind of message, as in ``Traffic``, without ``sizes``."""
 
@@ -220,6 +220,7 @@ def _table(
         width = columns_of(dim, ranks)[rank] if sharding == "column" else 0
         answered = sent * width
         given = distinct * (dim - width) if sharding == "column" else sent * dim
+    saved = [] if sharding == "column" else [math.ceil(n * share) for n in rows.values()]
     first, end = owned_buckets(rank, ranks) if sharding == "row" else (0, BUCKETS)
     buckets = end - first
     trained = plan.config.trainable
@@ -229,7 +230,7 @@ def _table(
         members=tuple(member.name for member in plan.members),
         sharding=sharding,
         rows=own,
-        memory=_memory(plan, layout_on(plan, rank, ranks), own, received, waiting, share, buckets, device),
+        memory=_memory(plan, layout_on(plan, rank, ranks), own, saved, received, waiting, share, buckets, device),
         wire={name: round(number) for name, number in wire.items()},
     )
 
@@ -238,13 +239,26 @@ def _memory(
     plan: TablePlan,
     layout: RecordLayout,
     rows: int,
+    saved: Sequence[int],
     looked_up: int,
     waiting: Mapping[int, int],
     share: float,
     buckets: int,
     device: torch.device,
 ) -> dict[str, int]:
-    """Return the bytes of each part of a table with ``rows`` rows, in which ``looked_up`` ids are looked up at once."""
+    """Return the bytes of each part of a table.
+
+    Args:
+        plan: The table.
+        layout: Memory layout of a record.
+        rows: Number of rows.
+        saved: For each member table, the number of rows whose records a save reads from the blocks.
+        looked_up: Number of ids that are looked up at once.
+        waiting: Ids that wait for admission, by number of the member table.
+        share: Share of them on the rank.
+        buckets: Number of the rank's buckets.
+        device: Device of the engine.
+    """
     placement = plan.config.placement or Placement.on(device)
     more = looked_up if plan.config.trainable else 0
     embedding = rows * layout.width("embedding") * layout.part_dtype("embedding").itemsize
@@ -256,8 +270,10 @@ def _memory(
         else:
             admission = len(plan.members) * -(-buckets * rule.sketch_bytes // BUCKETS)
     parts = {"id_map": bytes_for(rows, more), "blocks": 0, "cache": 0, "locations": 0, "disk": 0}
+    of_save = 0
     if placement.blocks == "disk":
         parts |= bytes_on_disk(layout, rows, more, placement.cache_bytes)
+        of_save = sum(bytes_of_save(layout.record_bytes, count) for count in saved)
     else:
         parts["blocks"] = blocks_for(layout, rows + more)
         parts["cache"] = bytes_of_cache(layout.record_bytes, placement.cache_bytes) if more else 0
@@ -272,6 +288,7 @@ def _memory(
     return {
         **parts,
         "total": sum(parts.values()) - parts["disk"],
+        "disk_of_save": of_save,
         **(dict.fromkeys(records, 0) if placement.blocks == "disk" else records),
     }
 

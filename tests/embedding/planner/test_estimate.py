@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
@@ -23,10 +24,12 @@ from recis_hybrid.embedding import (
     RankEstimate,
     plan,
 )
-from recis_hybrid.embedding.table import blocks
+from recis_hybrid.embedding.checkpoint.ordered_records import OrderedRecords
+from recis_hybrid.embedding.table import blocks, disk_blocks
 from recis_hybrid.embedding.table.disk_blocks import DiskBlocks
 from recis_hybrid.embedding.table.id_map import bytes_for
 from recis_hybrid.embedding.table.record_cache import RecordCache, bytes_of_cache
+from recis_hybrid.saver import Saver
 from tests.support.devices import on_accelerators
 from tests.support.rank_processes import Ranks
 
@@ -183,6 +186,31 @@ def test_the_size_of_a_cache(device: str) -> None:
 def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         plan(**{"configs": configs(), "rows": ROWS, "samples": 10, **arguments})
+
+
+def test_the_copy_of_a_save_is_estimated(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(disk_blocks, "_PIECE_BYTES_OF_SAVE", 1 << 12)
+    placement = Placement(blocks="disk", path=tmp_path, cache_bytes=1 << 18)
+    placed = {name: replace(config, placement=placement) for name, config in configs().items()}
+    engine = EmbeddingEngine(placed, optimizer=optim.Adam)
+    trained(engine, 40)
+    sizes: list[int] = []
+    distribute = OrderedRecords._ordered
+
+    def watched(records: OrderedRecords) -> IO[bytes]:
+        file = distribute(records)
+        sizes.append(os.fstat(file.fileno()).st_size)
+        return file
+
+    monkeypatch.setattr(OrderedRecords, "_ordered", watched)
+    Saver(tmp_path / "run").save(1, {"engine": engine})
+    rows = {
+        member.name: table.store.row_counts()[k] for table in engine.tables for k, member in enumerate(table.members)
+    }
+    (rank,) = plan(placed, rows=rows, samples=SAMPLES, optimizer=optim.Adam)
+    assert sum(sizes) == rank.memory["disk_of_save"] > 0
+    in_memory = plan(configs(), rows=rows, samples=SAMPLES, optimizer=optim.Adam)
+    assert in_memory[0].memory["disk_of_save"] == 0
 
 
 def test_memory_of_tables_on_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
