@@ -10,20 +10,90 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from recis_hybrid import ops
+from recis_hybrid.checkpointing import BUCKETS
 from recis_hybrid.embedding.table.store import RowStore
 
 _FEW = 4096
+_PARTS = 256
+_MOST_ADDED = 1 << 16
+_SORTED_PER_ID = 3
+_BUCKETS_OF_A_PART = BUCKETS // _PARTS
+
+
+class _DistinctIds:
+    """Ids without most of their duplicates, which are removed a part at a time, so that no call takes long.
+
+    A part has the ids of some buckets. It is sorted when it has grown to 1.5 to 2.5 times its distinct ids; the factor
+    differs by part, so that the parts are not all sorted in the same call.
+    """
+
+    def __init__(self) -> None:
+        self._added: list[Tensor] = []
+        """Ids in no part yet."""
+        self._added_size = 0
+        self._parts: list[list[np.ndarray]] = [[] for _ in range(_PARTS)]
+        self._sizes = np.zeros(_PARTS, np.int64)
+        self._limits = np.array([self._limit(number, 0) for number in range(_PARTS)])
+        self._distinct = np.zeros(_PARTS, np.int64)
+
+    @property
+    def distinct(self) -> int:
+        """A lower bound of the number of distinct ids."""
+        return int(self._distinct.sum())
+
+    def add(self, ids: Tensor) -> None:
+        """Add ids, int64 ``[m]``."""
+        self._added.append(ids)
+        self._added_size += ids.numel()
+        if self._added_size >= min(max(int(self._sizes.sum()), _FEW), _MOST_ADDED):
+            self._split()
+
+    def sorted(self) -> Tensor:
+        """Return the distinct ids, int64 ``[n]``, ascending."""
+        parts = [torch.from_numpy(each) for part in self._parts for each in part]
+        found: Tensor = torch.cat([torch.empty(0, dtype=torch.int64), *parts, *self._added]).unique()
+        return found
+
+    def _split(self) -> None:
+        """Move the added ids to parts, and remove duplicates from those that have grown."""
+        ids = torch.cat(self._added)
+        self._added, self._added_size = [], 0
+        numbers = (ops.id_map.bucket_of(ids).numpy() // _BUCKETS_OF_A_PART).astype(np.uint8)
+        counts = np.bincount(numbers, minlength=_PARTS)
+        ordered = ids.numpy()[numbers.argsort(kind="stable")]
+        for part, some in zip(self._parts, np.split(ordered, counts.cumsum()[:-1]), strict=True):
+            part.append(some.copy())  # a view would keep the ids of all parts
+        self._sizes += counts
+        # Each id is sorted again twice on the average, so this keeps up and bounds the time of a call.
+        left = _SORTED_PER_ID * ids.numel()
+        for number in (self._limits - self._sizes).argsort(kind="stable").tolist():
+            if left <= 0 or self._sizes[number] <= self._limits[number]:
+                break
+            left -= int(self._sizes[number])
+            self._remove_duplicates(number)
+
+    def _remove_duplicates(self, number: int) -> None:
+        ids = np.sort(np.concatenate(self._parts[number]))
+        distinct = ids[np.concatenate(([True], ids[1:] != ids[:-1]))]
+        self._parts[number] = [distinct]
+        self._sizes[number] = self._distinct[number] = distinct.size
+        self._limits[number] = self._limit(number, distinct.size)
+
+    @staticmethod
+    def _limit(number: int, distinct: int) -> int:
+        return int(max(distinct, _FEW // _PARTS) * (1.5 + number / _PARTS))
 
 
 class ChangeLog:
     """Ids changed since a point in time other than by lookups and updates, 8 bytes each.
 
-    An id is stored once, however often it is inserted and erased. If there were more ids of a member table than the
-    table has rows, the whole member table counts as changed.
+    However often an id is inserted and erased, it is stored a few times at most. If there were more ids of a member
+    table than the table has rows, the whole member table counts as changed.
 
     Args:
         step: Number of steps done on the table at that time.
@@ -35,22 +105,16 @@ class ChangeLog:
         self.admission = admission
         self.whole: set[int] = set()
         """Member tables in which every row may have changed."""
-        self._ids: dict[int, list[Tensor]] = {}
-        self._limits: dict[int, int] = {}
+        self._ids: dict[int, _DistinctIds] = {}
 
     def note(self, member: int, ids: Tensor, rows: int) -> None:
         """Note that ids (int64 ``[m]``) of a member table got, changed or lost rows; it now has ``rows`` rows."""
         if member in self.whole or ids.numel() == 0:
             return
-        parts = self._ids.setdefault(member, [])
-        parts.append(ids.detach().cpu().clone())
-        if sum(part.numel() for part in parts) > self._limits.get(member, _FEW):
-            distinct = torch.cat(parts).unique()
-            if distinct.numel() > max(rows, _FEW):
-                self.note_whole(member)
-                return
-            self._ids[member] = [distinct]
-            self._limits[member] = max(_FEW, 2 * distinct.numel())
+        noted = self._ids.setdefault(member, _DistinctIds())
+        noted.add(ids.detach().cpu().clone())
+        if noted.distinct > max(rows, _FEW):
+            self.note_whole(member)
 
     def note_whole(self, member: int) -> None:
         """Note that every row of a member table may have changed."""
@@ -59,8 +123,7 @@ class ChangeLog:
 
     def ids(self, member: int) -> Tensor:
         """Return the ids of a member table that were noted, int64 ``[m]``, ascending."""
-        noted: Tensor = torch.cat([torch.empty(0, dtype=torch.int64), *self._ids.get(member, [])]).unique()
-        return noted
+        return self._ids.get(member, _DistinctIds()).sorted()
 
 
 def changed_rows(store: RowStore, log: ChangeLog) -> list[tuple[dict[str, Tensor], Tensor | None]]:

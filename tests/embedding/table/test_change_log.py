@@ -6,7 +6,8 @@ from torch import Tensor
 
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, HashTable, MinFrequency
-from recis_hybrid.embedding.table.change_log import _FEW, ChangeLog, changed_admission
+from recis_hybrid.embedding.table import change_log
+from recis_hybrid.embedding.table.change_log import _FEW, ChangeLog, _DistinctIds, changed_admission
 from tests.support.devices import EDGE_IDS, on_devices
 from tests.support.tables import feature, make_table
 
@@ -70,11 +71,35 @@ def test_changed_rows_by_member_table(device: str) -> None:
     assert not make_table().watches(since)
 
 
+def test_duplicates_are_removed_a_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    removed: list[int] = []
+    remove = _DistinctIds._remove_duplicates
+
+    def watched(ids: _DistinctIds, number: int) -> None:
+        removed.append(int(ids._sizes[number]))
+        remove(ids, number)
+
+    monkeypatch.setattr(_DistinctIds, "_remove_duplicates", watched)
+    monkeypatch.setattr(change_log, "_MOST_ADDED", 1000)
+    ids, generator = torch.randperm(400_000), torch.Generator().manual_seed(1)
+    changes, most, size = ChangeLog(0, {}), 0, 0
+    for part in ids.split(1000):
+        again = ids[torch.randint(0, 400_000, (100,), generator=generator)]
+        removed.clear()
+        changes.note(0, torch.cat([part, again]), rows=10**9)
+        size = max([size, *removed])
+        most = max(most, sum(removed))
+    assert size < 3 * 440_000 / change_log._PARTS
+    assert 0 < most < 3 * 1100 + size
+    assert changes.ids(0).equal(ids.sort().values)
+
+
 def test_logged_ids_are_bounded() -> None:
     changes = ChangeLog(0, {})
     for begin in range(0, 40 * _FEW, _FEW):
         changes.note(0, torch.arange(begin, begin + _FEW) % (3 * _FEW), rows=10 * _FEW)
-        assert sum(part.numel() for part in changes._ids[0]) <= 6 * _FEW + _FEW
+        logged = changes._ids[0]
+        assert logged._added_size + logged._sizes.sum() <= 2 * 2.5 * 3 * _FEW + _FEW
     assert changes.ids(0).tolist() == list(range(3 * _FEW))
     changes.note(0, torch.arange(100 * _FEW), rows=10 * _FEW)
     assert changes.whole == {0}
