@@ -22,7 +22,7 @@ from starlette.routing import Route
 
 from recis_hybrid.serving.errors import InputError
 from recis_hybrid.serving.server.batching import Batcher
-from recis_hybrid.serving.server.body import Receive, read_body
+from recis_hybrid.serving.server.body import Memory, Receive, read_body
 from recis_hybrid.serving.server.errors import DisconnectedError, RequestError
 from recis_hybrid.serving.server.layout import Layout
 from recis_hybrid.serving.server.live import LiveBundle
@@ -34,6 +34,8 @@ Scope = dict[str, Any]
 Send = Callable[[Any], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 _JSON = (b"content-type", b"application/json")
+# Number of bodies of the largest size that memory is for; there may be many more small ones.
+_BODIES = 8
 # Smaller answers are not compressed.
 _COMPRESSED_SIZE = 4096
 # After an error the rest of a body is discarded for this long, because a client that still sends would lose the answer.
@@ -57,7 +59,7 @@ class Service:
         self._options = options
         self._metrics = metrics
         self._batcher = Batcher(options.threads, options.max_batch, options.max_queue, metrics)
-        self._held_bytes = 0
+        self._memory = Memory(_BODIES * options.max_request_bytes)
 
     def app(self) -> Starlette:
         """Return the application, which also looks for newer bundles while it runs."""
@@ -145,18 +147,13 @@ class Service:
         self._check_model(layout, path.get("name"), path.get("version"))
         headers = dict(scope["headers"])
         limit = self._options.max_request_bytes
-        # Together, the bodies in memory are limited too.
-        if self._held_bytes > 8 * limit:
-            raise RequestError(503, "the server is overloaded by large requests. Try again later.", close=True)
-        held = int(headers.get(b"content-length", b"0")) if headers.get(b"content-length", b"").isdigit() else limit
-        held = min(held, limit)
-        self._held_bytes += held
         is_read = False
         try:
-            async with asyncio.timeout(self._options.timeout):
-                body = await read_body(receive, headers, limit)
-                is_read = True
-                return await run(layout, body, headers)
+            with self._memory.share() as take:
+                async with asyncio.timeout(self._options.timeout):
+                    body = await read_body(receive, headers, limit, take)
+                    is_read = True
+                    return await run(layout, body, headers)
         except TimeoutError as error:
             seconds = self._options.timeout
             if not is_read:
@@ -166,8 +163,6 @@ class Service:
             raise RequestError(400, str(error)) from error
         except RecursionError as error:
             raise RequestError(400, "the lists of the body are nested too deeply.") from error
-        finally:
-            self._held_bytes -= held
 
     def count(self, route: str, code: int, seconds: float) -> None:
         """Count an answer in the metrics."""

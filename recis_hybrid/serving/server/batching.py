@@ -62,8 +62,8 @@ class Batcher:
         self._waiting: deque[_Request] = deque()
         self._running = 0
         self._is_scheduled = False
-        # Smoothed seconds a row; infinite until the first run.
-        self._seconds_a_row = float("inf")
+        # Seconds a row of the latest runs. Their minimum is not disturbed by other programs on the machine.
+        self._seconds_a_row: deque[float] = deque([float("inf")], 8)
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="run")
         metrics.queue.set_function(lambda: len(self._waiting))
 
@@ -106,7 +106,7 @@ class Batcher:
         if not batch:
             return
         rows = sum(request.rows.rows for request in batch)
-        if self._threads == 1 and self._seconds_a_row * max(rows, _FIXED_ROWS) < _SHORT_RUN:
+        if self._threads == 1 and min(self._seconds_a_row) * max(rows, _FIXED_ROWS) < _SHORT_RUN:
             self._finish(batch, *_timed_run(batch))
         else:
             self._running += 1
@@ -143,8 +143,7 @@ class Batcher:
 
     def _finish(self, batch: Sequence[_Request], answers: list[Outputs | Exception], seconds: float) -> None:
         rows = sum(request.rows.rows for request in batch)
-        each = seconds / max(rows, _FIXED_ROWS)
-        self._seconds_a_row = each if self._seconds_a_row == float("inf") else 0.8 * self._seconds_a_row + 0.2 * each
+        self._seconds_a_row.append(seconds / max(rows, _FIXED_ROWS))
         self._metrics.run_seconds.observe(seconds)
         self._metrics.batch_rows.observe(rows)
         self._metrics.batch_requests.observe(len(batch))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from typing import Any
 
 from recis_hybrid.serving.server.errors import DisconnectedError, RequestError
@@ -13,19 +14,51 @@ Receive = Callable[[], Awaitable[Any]]
 _GZIP, _ZLIB = 31, 15
 
 
-async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int) -> bytes:
+class Memory:
+    """The memory for the bodies of all requests.
+
+    Args:
+        limit: Number of bytes.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._left = limit
+
+    @contextlib.contextmanager
+    def share(self) -> Iterator[Callable[[int], None]]:
+        """Yield a function that takes a number of bytes, until the end of the context.
+
+        The function raises RequestError if there are not as many.
+        """
+        taken = 0
+
+        def take(size: int) -> None:
+            nonlocal taken
+            if size > self._left:
+                raise RequestError(503, "the server is overloaded by large requests. Try again later.", close=True)
+            self._left -= size
+            taken += size
+
+        try:
+            yield take
+        finally:
+            self._left += taken
+
+
+async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int, take: Callable[[int], None]) -> bytes:
     """Read and decompress the body of a request.
 
     Args:
         receive: Source of the request's ASGI messages.
         headers: Headers by name in lower case.
         limit: Largest number of bytes, before and after decompression. Reading stops beyond it.
+        take: Takes memory for a number of bytes.
 
     Returns:
         The decompressed body.
 
     Raises:
-        RequestError: The body is too large, or cannot be decompressed.
+        RequestError: The body is too large, cannot be decompressed, or there is no memory for it.
         DisconnectedError: The connection was closed before the end of the body.
     """
     encoding = headers.get(b"content-encoding", b"identity").strip().lower()
@@ -40,6 +73,7 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int
     if message["type"] != "http.request":
         raise DisconnectedError
     body: bytes = message.get("body", b"")
+    take(len(body))
     if message.get("more_body", False):
         parts, size = [body], len(body)
         while message.get("more_body", False):
@@ -49,13 +83,16 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int
             if message["type"] != "http.request":
                 raise DisconnectedError
             parts.append(message.get("body", b""))
+            take(len(parts[-1]))
             size += len(parts[-1])
         body = b"".join(parts)
     if len(body) > limit:
         raise _too_large(limit)
     if encoding in (b"identity", b""):
         return body
-    return _decompressed(body, encoding == b"deflate", limit)
+    unpacked = _decompressed(body, encoding == b"deflate", limit)
+    take(len(unpacked))
+    return unpacked
 
 
 def _decompressed(body: bytes, deflate: bool, limit: int) -> bytes:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import difflib
+import gc
 import logging
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         bundle = server.live.layout.bundle
         version = f"step {bundle.step}, digest {bundle.digest}"
         print(f"recis-hybrid: serving {server.name} at {server.url} ({version})", flush=True)
+        # What has been loaded stays: the garbage collector need not look at it during requests.
+        gc.collect()
+        gc.freeze()
         server.run()
     except (ServingError, OSError, ImportError) as error:
         print(f"recis-hybrid: {error}", file=sys.stderr)

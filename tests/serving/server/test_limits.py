@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import socket
@@ -71,6 +72,21 @@ def test_a_body_that_does_not_arrive_times_out(tmp_path: Path) -> None:
     with running(tmp_path, timeout=0.5) as server:
         status, body = raw(server, post("Content-Length: 100"), b"{")
     assert (status, json.loads(body)["error"]) == (408, "the body did not arrive within 0.5 s.")
+
+
+def test_bodies_in_memory_are_limited_together(server: Server) -> None:
+    address = urlsplit(server.url)
+    with contextlib.ExitStack() as stack:
+        for _ in range(8):
+            connection = socket.create_connection((address.hostname, address.port), timeout=60)
+            stack.enter_context(connection)
+            connection.sendall(post(f"Content-Length: {LIMIT}") + b" " * (LIMIT - 1))
+        while predict(server)[0] != 503:
+            pass
+        status, body = raw(server, post(f"Content-Length: {len(BODY)}"), BODY)
+        assert (status, "overloaded by large requests" in body) == (503, True)
+    while predict(server)[0] != 200:
+        pass
 
 
 def test_a_client_may_disconnect_within_a_body(server: Server) -> None:

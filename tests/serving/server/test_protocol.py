@@ -199,7 +199,7 @@ def test_ids_of_64_bits_are_exact(server: Server) -> None:
         ({"user": {"parameters": {"binary_data_size": 16}}}, "must not have both 'data' and 'binary_data_size'"),
         ({"price": {"data": [[1, 2], [3]]}}, "the lists of 'data' must be of the shape [2, 2]"),
         ({"price": {"data": [[1, 2], 3]}}, "the lists of 'data' must be of the shape [2, 2]"),
-        ({"price": {"shape": [4], "data": [1, 2, 3, 4]}}, "'price': takes a list of 2 float32 values for each row"),
+        ({"price": {"shape": [4], "data": [1, 2, 3, 4]}}, "'price': takes a list of 2 float32"),
         ({"items__lengths": None}, "there must be an input 'items.lengths'"),
         ({"items": None}, "input 'items.lengths': there is no input 'items' with the values"),
         ({"items__lengths": {"data": [2, 2]}}, "'items': the lengths add up to 4, but there are 2 values"),

@@ -75,6 +75,26 @@ def test_the_command_serves_until_a_signal(folder: Path, number: signal.Signals)
         assert process.stderr.read() == ""
 
 
+def test_sighup_looks_for_a_newer_bundle(folder: Path, tmp_path: Path) -> None:
+    bundle = Bundle(folder / "bundles" / "first")
+    place = tmp_path / "bundles" / "first"
+    shutil.copytree(bundle.path.parent, place)
+    with command(tmp_path, "--poll", "0") as (process, line):
+        newer = place / f"step_{bundle.step + 1:06d}"
+        shutil.copytree(bundle.path, newer)
+        with open(newer / "manifest.json", "r+b") as manifest:
+            manifest.truncate(1000)
+        # An answer shows that signals are handled.
+        address = line.split("http://")[1].split()[0]
+        assert post(address, "/predict", {"columns": ROW})[0] == 200
+        process.send_signal(signal.SIGHUP)
+        assert process.stderr is not None
+        said = process.stderr.readline()
+        where = f"bundles/first/{newer.name}"
+        assert f"cannot be loaded, step {bundle.step} stays in use: {where}" in said
+        assert post(address, "/predict", {"columns": ROW})[0] == 200
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "said"),
     [
