@@ -19,9 +19,10 @@ from recis_hybrid.app.model import ConfigModel, logits_of
 from recis_hybrid.publish import PublishError, table_vectors, write_bundle, write_index
 from recis_hybrid.publish.index import KINDS, METRICS
 from recis_hybrid.saver import CheckpointError, Location, cli as saver_cli
-from recis_hybrid.saver.checkpoint.chain import link_to, open_checkpoint
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint, link_to, open_checkpoint
 from recis_hybrid.saver.export import EXPORT_DTYPES
 from recis_hybrid.saver.storage.resolve import storage_of
+from recis_hybrid.saver.storage.step_directory import STEP
 
 _ROWS = 64
 
@@ -41,6 +42,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for option, only in (("data", "bundle"), ("table", "index"), ("kind", "index"), ("metric", "index")):
         if getattr(args, option) is not None and getattr(args, only) is None:
             parser.error(f"--{option} is for --{only}")
+    if args.update and args.bundle is None:
+        parser.error("--update is for --bundle")
     if sum(target is not None for target in (args.out, args.bundle, args.index)) != 1:
         parser.error("name one target: OUT, --bundle DIR or --index FILE")
     if args.out is not None:
@@ -61,8 +64,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _export_bundle(args: argparse.Namespace) -> dict[str, Any]:
-    path = export_bundle(args.path, args.bundle, step=args.step, dtype=args.dtype, data=args.data)
-    return {"path": str(path), "text": f"{path} is written"}
+    path = export_bundle(args.path, args.bundle, step=args.step, dtype=args.dtype, data=args.data, update=args.update)
+    if not args.update:
+        return {"path": str(path), "text": f"{path} is written"}
+    step = STEP.fullmatch(path.name)
+    assert step is not None
+    tables = StoredCheckpoint(path.parent, int(step[1])).manifest.parts["engine"].tables.values()
+    rows = sum(table.rows for table in tables)
+    removed = sum(0 if table.removed is None else table.removed.rows for table in tables)
+    text = f"{path} is written: {rows:,} changed and {removed:,} removed rows"
+    return {"path": str(path), "rows": rows, "removed": removed, "text": text}
 
 
 def _export_index(args: argparse.Namespace) -> dict[str, Any]:
@@ -87,9 +98,15 @@ def _export_index(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def export_bundle(
-    run: str, out: str, *, step: int | None = None, dtype: str | None = None, data: str | None = None
+    run: str,
+    out: str,
+    *,
+    step: int | None = None,
+    dtype: str | None = None,
+    data: str | None = None,
+    update: bool = False,
 ) -> Location:
-    """Write a bundle of a run.
+    """Write a bundle of a run, or an update of one.
 
     Args:
         run: The run's folder or URL, or one of its checkpoints ``step_…``.
@@ -97,9 +114,10 @@ def export_bundle(
         step: Step of the checkpoint; None for the latest.
         dtype: Dtype of the embeddings; None keeps that of each table.
         data: Files from which dtypes and shapes of the columns are read; None for the run's training data.
+        update: Whether to write only what has changed since the latest bundle or update in ``out``.
 
     Returns:
-        The bundle's folder.
+        The folder of the bundle or update.
 
     Raises:
         CheckpointError: The checkpoint does not exist or is damaged, or the bundle cannot be written.
@@ -107,7 +125,8 @@ def export_bundle(
         PublishError: The model cannot be a bundle.
         FileNotFoundError: The run or its data do not exist.
     """
-    loaded = load_run(run, step="latest" if step is None else step, device="cpu")
+    # The rows of an update are read from the checkpoints.
+    loaded = load_run(run, step="latest" if step is None else step, device="cpu", tables=not update)
     paths: Any = loaded.config.data.train if data is None else data
     try:
         dataset = loaded.data(paths, batch_size=_ROWS)
@@ -130,6 +149,8 @@ def export_bundle(
         columns=dataset.columns,
         dtype=dtype,
         source={"run": loaded.path, "step": loaded.step, "sha256": digest},
+        update=update,
+        checkpoint=open_checkpoint(loaded.path, loaded.step) if update else None,
     )
 
 
@@ -154,6 +175,7 @@ def _parser() -> saver_cli.Parser:
     parser.add_argument("path", help="directory or URL of a run (its latest checkpoint), or a step_… in it")
     parser.add_argument("out", nargs="?", help="directory or URL to write to, as step_…")
     parser.add_argument("--bundle", metavar="DIR", help="write a bundle to DIR: features, tables and tower of a run")
+    parser.add_argument("--update", action="store_true", help="write to DIR what changed since the latest bundle there")
     parser.add_argument("--index", metavar="FILE", help="write the rows of one table to a vector index of faiss")
     parser.add_argument("--table", metavar="NAME", help="table of the items, for --index")
     parser.add_argument("--kind", choices=KINDS, help="kind of index (hnsw)")

@@ -171,7 +171,11 @@ class LoadedRun:
 
 
 def load_run(
-    path: str | os.PathLike[str], *, step: int | Literal["latest"] = "latest", device: str | None = None
+    path: str | os.PathLike[str],
+    *,
+    step: int | Literal["latest"] = "latest",
+    device: str | None = None,
+    tables: bool = True,
 ) -> LoadedRun:
     """Load a run of ``recis-hybrid train`` for evaluation and prediction.
 
@@ -181,6 +185,7 @@ def load_run(
         path: The run's folder or URL, or one of its checkpoints ``step_…``.
         step: Step of the checkpoint, the latest by default.
         device: Device of model and tables. None uses the device of the training.
+        tables: False to leave the tables empty, for a caller that needs the features and the tower only.
 
     Raises:
         CheckpointError: The checkpoint does not exist or is damaged.
@@ -209,7 +214,7 @@ def load_run(
         # The tables are read-only, so optimizer state and admission counts are intentionally not loaded.
         warnings.filterwarnings("ignore", ".*is loaded into tables of another kind", UserWarning)
         parts = scorer.parts()
-        loaded = saver.load({name: parts[name] for name in ("engine", "model")}, step)
+        loaded = saver.load({name: parts[name] for name in (("engine", "model") if tables else ("model",))}, step)
     features = FeatureEngine(features_of(config), parallel=False)
     return LoadedRun(
         path=place, step=loaded, config=config, model=scorer.model.eval(), features=features, scorer=scorer

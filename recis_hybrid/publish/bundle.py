@@ -17,8 +17,10 @@ from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine
 from recis_hybrid.features import FeatureEngine
 from recis_hybrid.publish.features import PublishError, program_of
 from recis_hybrid.publish.towers import written_tower
+from recis_hybrid.publish.updates import PART, changed_tables, latest_bundle
 from recis_hybrid.ragged import Batch, RaggedTensor
 from recis_hybrid.saver.actions.write import CapturedPart, Target, publish
+from recis_hybrid.saver.checkpoint.chain import StoredCheckpoint
 from recis_hybrid.saver.export import exported_tables
 from recis_hybrid.saver.format.location import Location
 
@@ -50,6 +52,8 @@ def write_bundle(
     columns: Mapping[str, ColumnSpec | None] | None = None,
     dtype: str | None = None,
     source: Mapping[str, JSON] | None = None,
+    update: bool = False,
+    checkpoint: StoredCheckpoint | None = None,
 ) -> Location:
     """Write a bundle, which ``recis_hybrid.serving.Bundle`` scores without torch.
 
@@ -70,6 +74,11 @@ def write_bundle(
         dtype: Dtype of the embeddings: ``float32``, ``bfloat16``, ``float16``, ``int8`` or ``int4``; None keeps that of
             each table.
         source: The checkpoint of the model: its ``step`` and the ``sha256`` of its manifest.
+        update: Whether to write only what has changed since the latest bundle or update in ``out``: rows, removed ids,
+            and the tower; see ``docs/updates.md``.
+        checkpoint: Checkpoint to read the tables from, with the engine as its part ``engine``; None for those of the
+            engine. An update from an incremental checkpoint reads only the changed rows, if ``source`` of the latest
+            bundle or update names a checkpoint that it builds on.
 
     Returns:
         Directory of the bundle.
@@ -83,6 +92,9 @@ def write_bundle(
             "write_bundle: ranks share the tables. Save a checkpoint, load it in one process, and write the bundle "
             "there"
         )
+    if update and dtype is not None:
+        raise PublishError("write_bundle: an update has the dtypes of its bundle; omit dtype")
+    latest = latest_bundle(out, step) if update else None
     embedded = [name for name in inputs if name in engine.configs]
     if unused := [name for name in engine.configs if name not in inputs]:
         raise PublishError(f"write_bundle: inputs must name all features of the engine, {unused} are missing")
@@ -114,15 +126,12 @@ def write_bundle(
             f"write_bundle: the tower must return {list(outputs)}, [B] or [B, k] each, got "
             f"{[list(result.shape) for result in results]} for {expected} rows"
         )
-    tables, errors = exported_tables(engine.checkpoint_state().tables, dtype)
     document: dict[str, JSON] = {
         "version": VERSION,
         "inputs": described,
         "program": program,
         "lookups": [_lookup(name, engine.configs[name]) for name in embedded],
-        "tables": {
-            name: {"first_value": first, "error": errors.get(name)} for name, first in _first_values(engine).items()
-        },
+        "tables": {name: {"first_value": first, "error": None} for name, first in _first_values(engine).items()},
         "tower": {
             "kind": written.kind,
             "logits": logits,
@@ -135,12 +144,22 @@ def write_bundle(
         },
         "source": dict(source or {}),
     }
+    if latest is not None:
+        latest.refuse_changed(document)
+    now = engine.checkpoint_state().tables if checkpoint is None else checkpoint
+    if latest is not None:
+        tables, errors = changed_tables(latest, now)
+    else:
+        whole = now.read(PART).tables if isinstance(now, StoredCheckpoint) else now
+        tables, errors = exported_tables({n: s for n, s in whole.items() if "embedding" in s.columns}, dtype)
+    for name, error in errors.items():
+        document["tables"][name]["error"] = error  # type: ignore[call-overload,index]
     parts = {
         "engine": CapturedPart("saveable", partial(PartState, tables)),
         "tower": CapturedPart("saveable", partial(PartState, tensors=written.tensors)),
         "bundle": CapturedPart("json", partial(PartState, meta={"value": document})),
     }
-    return publish(out, step, parts)
+    return publish(out, step, parts, None if latest is None else latest.link)
 
 
 def _refuse_optional(features: FeatureEngine | None, engine: EmbeddingEngine) -> None:

@@ -200,6 +200,7 @@ class Bundle:
         digest: str,
         tables: Mapping[str, AnyTable],
         tower: Mapping[str, Tensor] | None = None,
+        document: Mapping[str, Any] | None = None,
     ) -> Bundle:
         """Return a bundle with newer tables and, optionally, a newer tower, which shares everything else.
 
@@ -209,6 +210,7 @@ class Bundle:
             digest: SHA-256 of its manifest.
             tables: The tables that changed, by name.
             tower: The tensors of the part ``tower`` if it changed, see :func:`tower_tensors`; None keeps it.
+            document: The part ``bundle`` of the update, whose source and errors of tables are new.
 
         Raises:
             ServingError: The runtime refuses the tower.
@@ -218,6 +220,11 @@ class Bundle:
         newer._tables = {**self._tables, **tables}
         if tower is not None:
             newer._tower = load_tower(str(path), self._tower_kind, tower, self._threads)
+        if document is not None:
+            newer.source = document["source"]
+            newer.errors = {
+                name: _greater(self.errors[name], document["tables"][name]["error"]) for name in self.errors
+            }
         return newer
 
 
@@ -247,6 +254,10 @@ def _document(where: str, reader: Reader) -> dict[str, Any]:
         )
     result: dict[str, Any] = document
     return result
+
+
+def _greater(a: float | None, b: float | None) -> float | None:
+    return max((each for each in (a, b) if each is not None), default=None)
 
 
 def _sigmoid(logits: Array) -> Array:

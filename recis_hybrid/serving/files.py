@@ -7,6 +7,7 @@ import mmap
 import os
 import re
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +57,26 @@ def read_manifest(path: Path) -> dict[str, Any]:
     """Return a manifest after checking its CRC-32 and the paths in it."""
     if path.stat().st_size > _MOST_MANIFEST:
         raise ServingError(f"{path}: must have at most {_MOST_MANIFEST} bytes, has {path.stat().st_size}.")
-    raw = path.read_bytes()
+    document = parse_manifest(path, path.read_bytes())
+    if "previous" in document:
+        raise ServingError(
+            f"{path}: contains only the changes since step {document['previous']['step']}. Read it with "
+            "`recis_hybrid.serving.Follower`, export a full one with `recis-hybrid export`, or make it full with "
+            "`recis-hybrid compact`."
+        )
+    return document
+
+
+def parse_manifest(path: Path, raw: bytes) -> dict[str, Any]:
+    """Return the manifest of a checkpoint, incremental or not, after checking its CRC-32 and the paths in it.
+
+    Args:
+        path: The file, for messages.
+        raw: Its contents.
+
+    Raises:
+        ServingError: The manifest is damaged, or of another format version.
+    """
     match = _SEAL.fullmatch(raw)
     if match is None or int(match[2], 16) != zlib.crc32(match[1]):
         raise ServingError(f"{path}: is damaged: the CRC-32 at its end does not match its text. Export it again.")
@@ -67,19 +87,22 @@ def read_manifest(path: Path) -> dict[str, Any]:
             raise ServingError(f"{path}: format must be {_FORMAT!r}, version {_VERSION}, got {found}. Export it again.")
         if document["buckets"] != _BUCKETS:
             raise ServingError(f"{path}: must have {_BUCKETS} buckets, got {document['buckets']}.")
-        if "previous" in document:
-            raise ServingError(
-                f"{path}: contains only the changes since step {document['previous']['step']}. Export it with "
-                "`recis-hybrid export`, or make it full with `recis-hybrid compact`."
-            )
-        for part in document["parts"].values():
-            files = [part["file"], *(r["file"] for table in part["tables"].values() for r in table["ranges"])]
-            for file in files:
-                if file is not None and not _PATH.fullmatch(file["path"]):
-                    raise ServingError(f"{path}: a path must lead to a file in this folder, got {file['path']!r}.")
+        for file in files_of(document):
+            if not _PATH.fullmatch(file["path"]):
+                raise ServingError(f"{path}: a path must lead to a file in this folder, got {file['path']!r}.")
     except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ServingError(f"{path}: is not a manifest: {error!r}. Export it again.") from error
     return document
+
+
+def files_of(document: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yield the entries of all files in a manifest, those of removed ids included."""
+    for part in document["parts"].values():
+        if part["file"] is not None:
+            yield part["file"]
+        for table in part["tables"].values():
+            removed = table.get("removed") or {"ranges": []}
+            yield from (item["file"] for item in (*table["ranges"], *removed["ranges"]))
 
 
 def map_tensors(root: Path, file: dict[str, Any]) -> dict[str, Tensor]:

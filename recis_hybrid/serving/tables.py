@@ -108,7 +108,8 @@ class IndexedTable:
     def __init__(self, table: Table) -> None:
         if not table.dim:
             raise ServingError(f"{table.where} has no embeddings. Export it again.")
-        self._table = table
+        self.table = table
+        """The files."""
         self.dim = table.dim
         """Width of the embeddings, D."""
         self._files = table.open()
@@ -119,6 +120,11 @@ class IndexedTable:
         if bool((self._ids[1:] == self._ids[:-1]).any()):
             raise ServingError(f"{table.where} has an id twice. Export it again.")
         self._ends = np.cumsum([len(part) for part in ids])
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return len(self._ids)
 
     def read(self, ids: npt.NDArray[np.int64]) -> tuple[Array, Array]:
         """Return the embeddings of ids.
@@ -138,13 +144,13 @@ class IndexedTable:
         found = self._ids[at] == ids
         rows = self._order[at]
         if len(self._files) == 1:
-            return self._table.vectors(self._files[0], rows), found
+            return self.table.vectors(self._files[0], rows), found
         out = np.empty((len(ids), self.dim), np.float32)
         numbers = self._ends.searchsorted(rows, side="right")
         for number in np.unique(numbers).tolist():
             places = np.flatnonzero(numbers == number)
             first = self._ends[number - 1] if number else 0
-            out[places] = self._table.vectors(self._files[number], rows[places] - first)
+            out[places] = self.table.vectors(self._files[number], rows[places] - first)
         return out, found
 
 
