@@ -154,17 +154,17 @@ def test_two_processes_cannot_write_the_same_update(tmp_path: Path, monkeypatch:
     training.train()
     training.export()
     training.train()
-    written = module.written_tower
+    changed = module.changed_tables
 
     def meanwhile(*args: Any) -> Any:
         monkeypatch.undo()
         step, training.step = training.step, 2
         training.export(update=True)
         training.step = step
-        return written(*args)
+        return changed(*args)
 
     training.train()
-    monkeypatch.setattr(module, "written_tower", meanwhile)
+    monkeypatch.setattr(module, "changed_tables", meanwhile)
     with pytest.raises(CheckpointError, match="builds on step 1, but the latest step in .* is 2"):
         training.export(update=True)
 

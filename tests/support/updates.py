@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from recis_hybrid import optim
 from recis_hybrid.embedding import EmbeddingConfig, EmbeddingEngine, dense_parameters
 from recis_hybrid.publish import write_bundle
+from recis_hybrid.publish.towers import WrittenTower, written_tower
 from recis_hybrid.saver import Saver
 from recis_hybrid.saver.checkpoint.chain import open_checkpoint
 from recis_hybrid.serving import Bundle
@@ -47,6 +49,7 @@ class Training:
         }
         self.folder, self.step = folder, 0
         self.saver = Saver(folder / "run", keep=None)
+        self._towers: dict[int, WrittenTower] = {}
         self.random = np.random.default_rng(seed)
 
     def train(self, rows: int = 30) -> None:
@@ -79,23 +82,27 @@ class Training:
         """
         digest = self.saver.digest(self.step)
         batch = {"user": torch.arange(2), "items": torch.arange(4).view(2, 2)}
-        return Path(
-            str(
-                write_bundle(
-                    str(self.folder / "bundles" if out is None else out),
-                    self.step,
-                    features=None,
-                    engine=self.engine,
-                    tower=self.tower.eval(),
-                    inputs=["user", "items"],
-                    batch=batch,
-                    source={"step": self.step, "sha256": digest},
-                    update=update,
-                    checkpoint=None if live else open_checkpoint(self.folder / "run", self.step),
-                    **options,
-                )
+        with mock.patch("recis_hybrid.publish.bundle.written_tower", self._written):
+            path = write_bundle(
+                str(self.folder / "bundles" if out is None else out),
+                self.step,
+                features=None,
+                engine=self.engine,
+                tower=self.tower.eval(),
+                inputs=["user", "items"],
+                batch=batch,
+                source={"step": self.step, "sha256": digest},
+                update=update,
+                checkpoint=None if live else open_checkpoint(self.folder / "run", self.step),
+                **options,
             )
-        )
+        return Path(str(path))
+
+    def _written(self, *args: Any) -> WrittenTower:
+        """Convert the tower once for all bundles of a step, because that takes a second."""
+        if self.step not in self._towers:
+            self._towers[self.step] = written_tower(*args)
+        return self._towers[self.step]
 
 
 def columns() -> dict[str, Any]:

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -174,8 +175,9 @@ class _Remote:
             raise ServingError(
                 f"{url} cannot be opened: {error}. Install fsspec and its package for the URL."
             ) from error
-        self._temporary = tempfile.TemporaryDirectory(prefix="recis-hybrid-") if cache is None else None
-        self._cache = Path(cache if self._temporary is None else self._temporary.name)  # type: ignore[arg-type]
+        self._cache = Path(tempfile.mkdtemp(prefix="recis-hybrid-") if cache is None else cache)
+        if cache is None:
+            weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
 
     def steps(self) -> list[int]:
         self._fs.invalidate_cache()
