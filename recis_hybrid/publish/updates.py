@@ -188,16 +188,17 @@ def _windows(
 def _difference(earlier: TableState, later: TableState) -> TableState:
     """Return the rows of the later state ``[m]`` that differ from those of the earlier one ``[n]``, and removed ids."""
     old, new = earlier.columns["ids"].numpy(), later.columns["ids"].numpy()
-    differs = np.ones(new.size, bool)
+    differs, stays = np.ones(new.size, bool), np.zeros(old.size, bool)
     if old.size:
         order = np.argsort(old, kind="stable")
         place = order[np.minimum(np.searchsorted(old, new, sorter=order), old.size - 1)]
         differs = old[place] != new
+        stays[place[~differs]] = True
         for name, column in later.columns.items():
             if name != "ids":
                 differs |= (_bytes(earlier.columns[name])[place] != _bytes(column)).any(axis=1)
     rows = torch.from_numpy(np.flatnonzero(differs))
-    gone = torch.from_numpy(np.flatnonzero(~np.isin(old, new)))
+    gone = torch.from_numpy(np.flatnonzero(~stays))
     removed = TableState({"ids": earlier.columns["ids"][gone]}, earlier.buckets[gone], {})
     columns = {name: column[rows] for name, column in later.columns.items()}
     return TableState(columns, later.buckets[rows], later.meta, removed=removed)

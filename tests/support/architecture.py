@@ -96,7 +96,7 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
     },
     "pipelines": {"steps": set(), "callbacks": {"steps"}, "data": {"steps"}},
     "app": {"config": set()},
-    "serving": {"features": set(), "server": {"features"}},
+    "serving": {"features": set(), "server": {"features"}, "updates": {"features"}},
     "bridge": {
         "exchange": set(),
         "tower": {"exchange"},
@@ -116,7 +116,17 @@ OUTSIDE: dict[str, set[str]] = {
     "pipelines": {"mlflow", "numpy", "pyarrow", "tqdm", "wandb"},
     "app": {"numpy", "pyarrow", "yaml"},
     "publish": {"faiss", "numpy", "onnxruntime", "onnxscript", "safetensors"},
-    "serving": {"numpy", "onnxruntime", "jax", "orjson", "prometheus_client", "starlette", "uvicorn"},
+    "serving": {
+        "fsspec",
+        "jax",
+        "numpy",
+        "onnxruntime",
+        "orjson",
+        "prometheus_client",
+        "redis",
+        "starlette",
+        "uvicorn",
+    },
     "bridge": {"numpy", "jax", "jaxlib", "flax", "equinox", "orbax", "safetensors"},
     "towers": {"huggingface_hub", "peft", "pyarrow", "safetensors", "tqdm", "transformers"},
 }

@@ -76,7 +76,7 @@ def _sorted(files: list[dict[str, Tensor]], where: str) -> Level:
 
 def merged(older: Level, newer: Level) -> Level:
     """Return the rows of two levels; those of the newer one replace those of the older one."""
-    kept = ~_find(newer.ids, older.ids)[1]
+    kept = ~find(newer.ids, older.ids)[1]
     ids = np.concatenate([older.ids[kept], newer.ids])
     order = np.argsort(ids, kind="stable")
     columns = {
@@ -86,7 +86,7 @@ def merged(older: Level, newer: Level) -> Level:
     return Level(ids[order], columns, np.concatenate([older.exists[kept], newer.exists])[order])
 
 
-def _find(within: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> tuple[Array, Array]:
+def find(within: npt.NDArray[np.int64], ids: npt.NDArray[np.int64]) -> tuple[Array, Array]:
     """Return the place of each id among ascending ids, any place for others, and whether each is there."""
     if len(within) == 0:
         return np.zeros(len(ids), np.int64), np.zeros(len(ids), bool)
@@ -131,7 +131,7 @@ class UpdatedTable:
             read, found = self._base.read(ids)
             vectors, levels = read.astype(np.float32, copy=False), self._levels
         for level in levels:
-            at, hit = _find(level.ids, ids)
+            at, hit = find(level.ids, ids)
             places = np.flatnonzero(hit)
             if len(places):
                 rows = at[places]

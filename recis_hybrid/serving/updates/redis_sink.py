@@ -14,7 +14,7 @@ from recis_hybrid.serving.errors import ServingError
 from recis_hybrid.serving.files import Array
 from recis_hybrid.serving.tables import Table
 from recis_hybrid.serving.updates.chain import Chain, Link, Position
-from recis_hybrid.serving.updates.overlay import read_level
+from recis_hybrid.serving.updates.overlay import find, read_level
 
 _ROWS = 2000
 """Rows of one MSET or UNLINK."""
@@ -116,7 +116,7 @@ class RedisSink:
                 self._write(name, ids[rows], table.vectors(tensors, rows))
         present = np.sort(np.concatenate([np.empty(0, np.int64), *kept]))
         for found in self._ids(name):
-            self._remove(name, found[~np.isin(found, present)])
+            self._remove(name, found[~find(present, found)[1]])
 
     def _ids(self, name: str) -> Iterator[npt.NDArray[np.int64]]:
         """Yield the ids of a table's keys in Redis."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -184,3 +185,29 @@ def test_a_missing_package_is_an_error_that_names_the_extra(tmp_path: Path, monk
     monkeypatch.setitem(sys.modules, "redis", None)
     with pytest.raises(ServingError, match=r"install recis_hybrid\[redis\]"):
         RedisSink(tmp_path, "redis://localhost", "ctr")
+
+
+def test_the_code_blocks_of_the_guide_run(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, client: Any, socket: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    training = Training(tmp_path)
+    training.train(rows=4000)
+    training.export(tmp_path / "live")
+
+    def update() -> None:
+        training.train(rows=4000)
+        training.export(tmp_path / "live", update=True)
+
+    blocks = re.findall(r"^```python\n(.*?)^```$", (root / "docs" / "updates.md").read_text(), re.MULTILINE | re.DOTALL)
+    assert len(blocks) == 4
+    names: dict[str, Any] = {"__name__": "guide", "publish_an_update": update, "redis_url": f"unix://{socket}"}
+    try:
+        for block in blocks:
+            exec(compile(block, "docs/updates.md", "exec"), names)
+        vectors, exists = names["follower"].bundle.tables["item"].read(np.array([7]))
+        assert exists.tolist() == [True]
+        assert names["vector"].tobytes() == vectors[0].tobytes()
+    finally:
+        names["client"].close()
+        names["sink"]._client.close()
