@@ -60,9 +60,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
     document = parse_manifest(path, path.read_bytes())
     if "previous" in document:
         raise ServingError(
-            f"{path}: contains only the changes since step {document['previous']['step']}. Read it with "
-            "`recis_hybrid.serving.Follower`, export a full one with `recis-hybrid export`, or make it full with "
-            "`recis-hybrid compact`."
+            f"{path}: contains only the changes since step {document['previous']['step']}. Export it with "
+            "`recis-hybrid export`, make it full with `recis-hybrid compact`, or read updates of a bundle with "
+            "`recis_hybrid.serving.Follower`."
         )
     return document
 
