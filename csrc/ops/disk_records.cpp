@@ -28,6 +28,28 @@ size_t frame_bytes(const DiskOptions& options) {
   return (bytes + kHugePage - 1) / kHugePage * kHugePage;
 }
 
+// Sorts by key(value), which is not negative; values with the same key stay in order.
+template <class T, class Key>
+void radix_sort(std::vector<T>& values, Key&& key) {
+  constexpr int kBits = 11;
+  constexpr size_t kDigits = size_t{1} << kBits;
+  if (values.size() < kDigits / 8) {
+    std::stable_sort(values.begin(), values.end(), [&](const T& a, const T& b) { return key(a) < key(b); });
+    return;
+  }
+  uint64_t all = 0;
+  for (const T& value : values) all |= static_cast<uint64_t>(key(value));
+  std::vector<T> sorted(values.size());
+  for (int shift = 0; shift < 64 && all >> shift != 0; shift += kBits) {
+    size_t next[kDigits + 1] = {};
+    const auto digit = [&](const T& value) { return static_cast<uint64_t>(key(value)) >> shift & (kDigits - 1); };
+    for (const T& value : values) ++next[digit(value) + 1];
+    for (size_t d = 0; d < kDigits; ++d) next[d + 1] += next[d];
+    for (const T& value : values) sorted[next[digit(value)]++] = value;
+    values.swap(sorted);
+  }
+}
+
 }  // namespace
 
 DiskRecords::DiskRecords(const DiskOptions& options)
@@ -67,9 +89,10 @@ std::vector<DiskRecords::Missing> DiskRecords::missing_of(Locations locations, c
       missing.push_back({location, row, nullptr});
     }
   }
-  std::sort(missing.begin(), missing.end(), [](const Missing& a, const Missing& b) {
-    return a.location != b.location ? a.location < b.location : a.row < b.row;
-  });
+  radix_sort(missing, [](const Missing& each) { return each.location; });
+  const auto stored =
+      std::find_if(missing.begin(), missing.end(), [](const Missing& each) { return each.location != kNoRecord; });
+  std::sort(missing.begin(), stored, [](const Missing& a, const Missing& b) { return a.row < b.row; });
   const auto same = [](const Missing& a, const Missing& b) { return a.row == b.row; };
   missing.erase(std::unique(missing.begin(), missing.end(), same), missing.end());
   return missing;
@@ -249,7 +272,7 @@ void DiskRecords::stage(Locations locations, const int64_t* rows, int64_t n) {
     const int64_t location = locations.words[rows[i]];
     if (in_log(location) && log_.in_memory(slot_of(location)) == nullptr) slots.push_back(slot_of(location));
   }
-  std::sort(slots.begin(), slots.end());
+  radix_sort(slots, [](int64_t slot) { return slot; });
   slots.erase(std::unique(slots.begin(), slots.end()), slots.end());
   Stage next;
   std::vector<int64_t> reads;

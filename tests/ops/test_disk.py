@@ -173,6 +173,22 @@ def test_reads_by_copying_memory_take_the_bytes_of_the_records_alone() -> None:
     assert np.array_equal(records.fetched(some), values[some])
 
 
+def test_calls_with_many_missing_rows(folder: Path) -> None:
+    records, random = Records(folder, frames=700, rows=4000), np.random.default_rng(5)
+    known = np.zeros(4000, bool)
+    for step in range(30):
+        rows = random.choice(4000, 600, replace=False).tolist()
+        if step % 2:
+            ops.disk.stage(records.disk, records.locations, torch.tensor(rows * 2))
+        again = random.choice(rows, 900).tolist()  # rows without a record are among them, several times
+        assert np.array_equal(records.fetched(again), np.where(known[again, None], records.values[again], 0))
+        records.write(rows, random.standard_normal((600, 4)), step, counts=True)
+        known[rows] = True
+    assert records.figures.prefetched > 0
+    everything = random.permutation(np.flatnonzero(known)).tolist()
+    assert np.array_equal(records.read(everything), records.values[everything])
+
+
 def test_what_is_looked_up_often_stays_in_memory(folder: Path) -> None:
     records, random = filled(folder, frames=50), np.random.default_rng(2)
     often = list(range(10))

@@ -14,13 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from recis_hybrid import ops
 from recis_hybrid.embedding.table.disk_blocks import DiskSnapshot, rows_of_piece
 
 _READ_BYTES = 4 << 20
 _MOST_SLICES = 1 << 16
 _SORTED_ROWS = 1 << 20
-_CPU = torch.device("cpu")
 _Move = Callable[[int, list[memoryview], int], int]
 
 
@@ -74,7 +72,8 @@ class OrderedRecords:
             return self._snapshot.read(rows)
         if self._file is None:
             self._file = self._ordered()
-        records = ops.memory.empty((rows.numel(), self._each), torch.uint8, _CPU)
+        # The last piece also gets memory for a whole one, which the others have left in the pool.
+        records = self._snapshot.memory(self.piece_rows)[: rows.numel()]
         target, step = records.numpy(), max(1, _READ_BYTES // self._each)
         for at in range(0, rows.numel(), step):
             n = min(step, rows.numel() - at)
@@ -99,19 +98,22 @@ class OrderedRecords:
         """Return a file of all records, by piece."""
         starts = np.arange(0, self._rows.numel() + self.piece_rows, self.piece_rows)
         filled = np.zeros(len(starts), np.int64)
+        memory = self._snapshot.memory(self.piece_rows)
         file = tempfile.TemporaryFile(dir=self._snapshot.path)
         try:
             for index in _by_slice(self._snapshot, self._rows, self.piece_rows):
-                self._distribute(file, index, starts, filled)
+                self._distribute(file, index, starts, filled, memory)
             assert int(filled.sum()) == self._rows.numel()
         except BaseException:
             file.close()
             raise
         return file
 
-    def _distribute(self, file: IO[bytes], index: np.ndarray, starts: np.ndarray, filled: np.ndarray) -> None:
+    def _distribute(
+        self, file: IO[bytes], index: np.ndarray, starts: np.ndarray, filled: np.ndarray, memory: Tensor
+    ) -> None:
         """Append the records of some rows, given by ascending index, to the pieces that they belong to."""
-        records = self._snapshot.read(self._rows[torch.from_numpy(index)]).numpy()
+        records = self._snapshot.read(self._rows[torch.from_numpy(index)], memory).numpy()
         bounds = np.searchsorted(index, starts)
         for piece in np.flatnonzero(np.diff(bounds)).tolist():
             some = slice(bounds[piece], bounds[piece + 1])

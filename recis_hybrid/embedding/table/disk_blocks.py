@@ -292,15 +292,27 @@ class DiskSnapshot:
         """Return the places of the records of rows in the log, int64 ``[n]``: their order there."""
         return self._slots[rows]
 
-    def read(self, rows: Tensor) -> Tensor:
-        """Return the records of rows (int64 ``[n]``), uint8 ``[n, record_bytes]``; in any thread.
+    def read(self, rows: Tensor, memory: Tensor | None = None) -> Tensor:
+        """Return the records of rows; in any thread.
+
+        Args:
+            rows: int64 ``[n]``.
+            memory: uint8 ``[n or more, record_bytes]`` for the result; None: new memory.
+
+        Returns:
+            uint8 ``[n, record_bytes]``.
 
         Raises:
             RuntimeError: If the disk fails.
         """
-        records = ops.memory.empty((rows.numel(), self.layout.record_bytes), torch.uint8, _CPU)
+        n = rows.numel()
+        records = self.memory(n) if memory is None else memory[:n]
         ops.disk.read_pinned(self._disk, rows, self._slots[rows], records)
         return records
+
+    def memory(self, n: int) -> Tensor:
+        """Return memory for ``n`` records, uint8 ``[n, record_bytes]``."""
+        return ops.memory.empty((n, self.layout.record_bytes), torch.uint8, _CPU)
 
 
 def bytes_on_disk(layout: RecordLayout, rows: int, more: int, cache_bytes: int) -> dict[str, int]:

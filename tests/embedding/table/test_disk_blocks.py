@@ -152,9 +152,9 @@ def test_a_save_reads_each_record_of_the_log_once_in_bounded_memory(
     pieces: list[int] = []
     read, read_piece = DiskSnapshot.read, OrderedRecords.read
 
-    def watched(snapshot: DiskSnapshot, rows: Tensor) -> Tensor:
+    def watched(snapshot: DiskSnapshot, rows: Tensor, memory: Tensor | None = None) -> Tensor:
         log.append(rows.numel())
-        return read(snapshot, rows)
+        return read(snapshot, rows, memory)
 
     def watched_piece(records: OrderedRecords, piece: int) -> Tensor:
         found = read_piece(records, piece)
