@@ -22,6 +22,7 @@ DTYPES: tuple[Dtype, ...] = ("int64", "int32", "float32", "float64", "bool", "st
 """Dtypes of input columns."""
 _DECIMAL = re.compile(r"-?[0-9]{1,20}")
 _EXACT = 2**53
+_HUGE = 2**1023
 _SHOWN = 40
 
 
@@ -207,8 +208,7 @@ def _read_dense(where: str, column: InputColumn, given: Any) -> Column:
         return Column(values)
     if isinstance(given, Ragged):
         raise InputError(f"{where}: takes {_shape(column)}, got lists of any length; send an array or a list")
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise InputError(f"{where}: must be a list or an array with an element for each row, got {_short(given)}")
+    given = _elements(where, given, "must be a list or an array with an element for each row")
     if column.length is not None:
         return _read_fixed(where, column, given)
     if isinstance(given, np.ndarray) and given.ndim != 1:
@@ -250,6 +250,14 @@ def _read_fixed(where: str, column: InputColumn, given: Any) -> Column:
     return Column(_numbers(where, column, listed, lambda place: place // length).reshape(-1, length))
 
 
+def _elements(where: str, given: Any, rule: str) -> Any:
+    """Return a list or an array of at least one dimension."""
+    no_list = isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable)
+    if no_list or (isinstance(given, np.ndarray) and given.ndim == 0):
+        raise InputError(f"{where}: {rule}, got {_short(given)}")
+    return given if isinstance(given, list | np.ndarray) else list(given)
+
+
 def _flattened(where: str, column: InputColumn, given: Any) -> tuple[Any, list[Array], Any]:
     """Return the values of lists, the offsets of each level, and weights if there are any."""
     if isinstance(given, Ragged):
@@ -260,8 +268,7 @@ def _flattened(where: str, column: InputColumn, given: Any) -> tuple[Any, list[A
             np.arange(count + 1, dtype=np.int64) * width for count, width in zip(counts, given.shape[1:], strict=True)
         ]
         return given.reshape(-1), levels, None
-    if isinstance(given, str | bytes | Mapping) or not isinstance(given, Iterable):
-        raise InputError(f"{where}: must be a list with a list for each row, got {_short(given)}")
+    given = _elements(where, given, "must be a list with a list for each row")
     flat: list[Any] = list(given)
     levels = []
     for level in range(column.levels):
@@ -283,6 +290,7 @@ def _flattened(where: str, column: InputColumn, given: Any) -> tuple[Any, list[A
 
 
 def _flattened_ragged(where: str, column: InputColumn, given: Ragged) -> tuple[Any, list[Array], Any]:
+    given = given._replace(values=_elements(where, given.values, "values must be a list or an array [N]"))
     given_lengths = given.lengths if isinstance(given.lengths, tuple) else (given.lengths,)
     if len(given_lengths) != column.levels:
         raise InputError(f"{where}: takes {column.levels} levels of lists, got {len(given_lengths)} arrays of lengths")
@@ -316,18 +324,23 @@ def _flattened_ragged(where: str, column: InputColumn, given: Ragged) -> tuple[A
 
 def _weights(where: str, weights: Any, count: int) -> Array:
     try:
-        numbers = np.asarray(weights, np.float32)
-    except (TypeError, ValueError, OverflowError) as error:
+        numbers = np.asarray(weights)
+    except ValueError as error:
         raise InputError(f"{where}: weights must be numbers, got {_short(weights)}") from error
     if numbers.shape != (count,):
         raise InputError(f"{where}: there must be one weight for each of {count} values, got {list(numbers.shape)}")
-    return numbers
+    if count and numbers.dtype.kind not in "iuf":
+        raise InputError(f"{where}: weights must be numbers, got {_short(weights)}")
+    with np.errstate(over="ignore"):
+        return numbers.astype(np.float32)
 
 
 def _numbers(where: str, column: InputColumn, given: Any, row_of: Callable[[int], int]) -> Array:
     """Return values as an array ``[N]`` in the column's dtype."""
     values = given if isinstance(given, np.ndarray) else _as_array(given)
     kind = values.dtype.kind
+    if values.ndim != 1 and len(values) == 0:
+        raise InputError(f"{where}: takes {_shape(column)}, got an array {list(values.shape)}; send [] for no rows")
     if values.ndim != 1:
         place = next((place for place, value in enumerate(given) if _is_list(value)), 0)
         raise InputError(
@@ -340,7 +353,8 @@ def _numbers(where: str, column: InputColumn, given: Any, row_of: Callable[[int]
         values = _replace_nulls(where, column, values, row_of)
         kind = values.dtype.kind
     if kind == "O" or kind in "US":
-        return _from_objects(where, column, values, row_of).astype(target, copy=False)
+        with np.errstate(over="ignore"):
+            return _from_objects(where, column, values, row_of).astype(target, copy=False)
     if target.kind == "b":
         if kind == "b":
             return values
@@ -349,9 +363,11 @@ def _numbers(where: str, column: InputColumn, given: Any, row_of: Callable[[int]
         raise _wrong(where, column, values, row_of, "send 1 or 0")
     if target.kind == "f":
         if kind in "iuf":
-            return values.astype(target, copy=False)
+            with np.errstate(over="ignore"):
+                return values.astype(target, copy=False)
         raise _wrong(where, column, values, row_of, "send numbers")
     if kind == "f":
+        values = values.astype(np.float64)
         whole = (values == np.trunc(values)) & (np.abs(values) <= _EXACT)
         if not whole.all():
             bad = int(np.argmin(whole))
@@ -425,6 +441,8 @@ def _from_objects(where: str, column: InputColumn, values: Array, row_of: Callab
             value = int(value) if fits else value
             value = value - 2**64 if fits and value >= 2**63 else value
             fits = fits and (column.dtype == "int64" or -(2**31) <= value < 2**31)
+        elif fits and isinstance(value, int):
+            fits = abs(value) < _HUGE
         if not fits or column.dtype == "bool":
             hint = f"send {_shape(column)}"
             if column.dtype == "int64" and isinstance(value, str):
@@ -484,5 +502,8 @@ def _shape(column: InputColumn) -> str:
 
 
 def _short(value: Any) -> str:
-    text = repr(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
+    try:
+        text = repr(value.tolist() if isinstance(value, np.ndarray | np.generic) else value)
+    except ValueError:  # Python refuses to write integers of thousands of digits
+        return "a huge integer"
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
