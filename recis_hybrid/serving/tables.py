@@ -11,6 +11,8 @@ import numpy.typing as npt
 from recis_hybrid.serving.errors import ServingError
 from recis_hybrid.serving.files import Array, Tensor, map_tensors, widened
 
+_MANY = 64
+
 
 class Table:
     """A table that opens its files on first use.
@@ -138,7 +140,13 @@ class IndexedTable:
         """
         if not len(self._ids):
             return np.zeros((len(ids), self.dim), np.float32), np.zeros(len(ids), bool)
-        at = self._ids.searchsorted(ids)
+        if len(ids) > _MANY:
+            # In ascending order, so that neighbors share cache lines.
+            order = np.argsort(ids)
+            at = np.empty(len(ids), np.int64)
+            at[order] = self._ids.searchsorted(ids[order])
+        else:
+            at = self._ids.searchsorted(ids)
         # An id above all others has no row, which the comparison finds out.
         at[at == len(self._ids)] = 0
         found = self._ids[at] == ids
