@@ -98,7 +98,7 @@ class Table:
 class IndexedTable:
     """A table whose files are open and whose ids are sorted in memory, so that a lookup is one binary search.
 
-    The index has 16 bytes a row; embeddings stay in the memory-mapped files.
+    The index has 12 bytes a row; embeddings stay in the memory-mapped files.
 
     Args:
         table: The table.
@@ -117,8 +117,9 @@ class IndexedTable:
         self._files = table.open()
         ids = [tensors["ids"].values for tensors in self._files]
         joined = np.concatenate(ids) if ids else np.empty(0, np.int64)
-        self._order = np.argsort(joined, kind="stable")
-        self._ids = joined[self._order]
+        order = np.argsort(joined, kind="stable")
+        self._ids = joined[order]
+        self._order = order.astype(np.int32) if len(order) < 2**31 else order
         if bool((self._ids[1:] == self._ids[:-1]).any()):
             raise ServingError(f"{table.where} has an id twice. Export it again.")
         self._ends = np.cumsum([len(part) for part in ids])
