@@ -96,7 +96,7 @@ PACKAGES: dict[str, dict[str, set[str]]] = {
     },
     "pipelines": {"steps": set(), "callbacks": {"steps"}, "data": {"steps"}},
     "app": {"config": set()},
-    "serving": {"features": set(), "server": {"features"}, "updates": {"features"}},
+    "serving": {"features": set(), "updates": {"features"}, "server": {"features", "updates"}},
     "bridge": {
         "exchange": set(),
         "tower": {"exchange"},

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import signal
 import socket
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 from recis_hybrid.serving.server.options import ServerOptions
+
+if TYPE_CHECKING:
+    from recis_hybrid.serving.server.live import Source
 
 
 class Server:
     """An HTTP server of a bundle. It listens from its creation on, and answers in :meth:`run`.
 
     Args:
-        path: A bundle, or a folder of bundles, of which the newest is served, also if it comes later.
+        path: A bundle ``step_…``, or a folder or URL of bundles and updates, of which the newest is served, also if it
+            comes later.
         options: Settings. None takes the defaults.
-        load: Opens what the path names: an object with the interface of ``Bundle``. None opens bundles.
+        source: Source of bundles, or of objects with their interface. None reads the path.
 
     Raises:
         ServingError: There is no bundle, or it is damaged.
@@ -33,13 +38,13 @@ class Server:
         path: str | os.PathLike[str],
         options: ServerOptions | None = None,
         *,
-        load: Callable[[Path], Any] | None = None,
+        source: Source | None = None,
     ) -> None:
         try:
             import uvicorn
 
             from recis_hybrid.serving.server.app import Service
-            from recis_hybrid.serving.server.live import LiveBundle
+            from recis_hybrid.serving.server.live import LiveBundle, source_of
             from recis_hybrid.serving.server.metrics import Metrics
         except ModuleNotFoundError as error:
             raise ModuleNotFoundError(
@@ -47,10 +52,10 @@ class Server:
                 name=error.name,
             ) from error
         settings = options or ServerOptions()
-        self.name = settings.name or _model_name(Path(path))
+        self.name = settings.name or _model_name(os.fspath(path))
         """Name of the model."""
         metrics = Metrics()
-        self.live = LiveBundle(path, load or _load, self.name, metrics)
+        self.live = LiveBundle(source or source_of(path), path, self.name, metrics)
         """The bundle in use."""
         config = uvicorn.Config(
             Service(self.live, self.name, settings, metrics).app(),
@@ -78,16 +83,10 @@ class Server:
         self._server.should_exit = True
 
 
-def _load(path: Path) -> Any:
-    from recis_hybrid.serving.bundle import Bundle
-
-    return Bundle(path)
-
-
-def _model_name(path: Path) -> str:
+def _model_name(path: str) -> str:
     """Return the name of the bundle's folder in the form that URLs take."""
-    place = path.resolve()
-    if place.name.startswith("step_") and (place / "manifest.json").is_file():
+    place = PurePosixPath(path) if "://" in path else Path(path).resolve()
+    if re.fullmatch(r"step_\d+", place.name):
         place = place.parent
     return "".join(c if c.isascii() and (c.isalnum() or c in "_-.~") else "-" for c in place.name)[:200] or "model"
 

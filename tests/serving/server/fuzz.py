@@ -299,10 +299,12 @@ def resident_mb(process: int) -> float:
 
 SERVER = """
 import logging, sys
+from pathlib import Path
 from recis_hybrid.serving.server import Server, ServerOptions
-from tests.serving.server.stand_in import SumModel
+from tests.serving.server.stand_in import SumSource
 logging.disable(logging.WARNING)
-server = Server(sys.argv[1], ServerOptions(port=0, max_request_bytes=int(sys.argv[2]), timeout=5), load=SumModel)
+options = ServerOptions(port=0, max_request_bytes=int(sys.argv[2]), timeout=5)
+server = Server(sys.argv[1], options, source=SumSource(Path(sys.argv[1])))
 print(server.url, flush=True)
 server.run()
 """

@@ -12,7 +12,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from recis_hybrid.serving.server import Server, ServerOptions
-from tests.serving.server.stand_in import SumModel
+from tests.serving.server.stand_in import SumSource
 
 GOOD: dict[str, Any] = {"user": [1, 2], "items": [[1, 2], []], "text": ["ab", "c"], "price": [[1, 2], [3, 4]]}
 SCORES = {"score": [1 + 3 + 2, 2 + 0 + 1], "pair": [[1, 2], [3, 4]]}
@@ -21,7 +21,7 @@ SCORES = {"score": [1 + 3 + 2, 2 + 0 + 1], "pair": [[1, 2], [3, 4]]}
 @contextlib.contextmanager
 def running(folder: Path, **options: Any) -> Iterator[Server]:
     """Serve the newest model of a folder on another thread."""
-    server = Server(folder, ServerOptions(port=0, **{"poll": 0.05, **options}), load=SumModel)
+    server = Server(folder, ServerOptions(port=0, **{"poll": 0.05, **options}), source=SumSource(folder))
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

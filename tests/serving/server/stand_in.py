@@ -70,6 +70,21 @@ class SumModel:
         return {"score": score, "pair": price.values * np.float32(self.factor)}
 
 
+class SumSource:
+    """The newest model of a folder."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self.bundle = SumModel(folder)
+
+    def poll(self) -> SumModel | None:
+        newest = SumModel(self._folder)
+        if newest.digest == self.bundle.digest:
+            return None
+        self.bundle = newest
+        return newest
+
+
 def write_model(folder: Path, step: int, factor: float | None) -> None:
     """Write a model; without a factor it is damaged."""
     place = folder / f"step_{step:06d}"

@@ -68,7 +68,7 @@ def test_a_damaged_bundle_leaves_the_old_one_in_use(folder: Path, caplog: pytest
         assert server.live.poll()
         status, answer = predict(server)
         assert (status, answer["step"], answer["outputs"]["score"]) == (200, 8, [3 * n for n in SCORES["score"]])
-        # The folder in use may go: files are open.
+        # The folder in use may go: the bundle is in memory.
         shutil.rmtree(folder)
         assert not server.live.poll()
         assert predict(server)[0] == 200

@@ -11,6 +11,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ import numpy as np
 import pytest
 
 from recis_hybrid.app import cli
-from recis_hybrid.serving import Bundle, Rows
+from recis_hybrid.serving import Bundle, Follower, Rows
+from recis_hybrid.serving.server import Server, ServerOptions
 
 ROW = {"user": [7, 7], "item": [3, 5], "site": ["s1", "s2"], "price": [2.5, None], "hour": [20, 21]}
 
@@ -93,6 +95,32 @@ def test_sighup_looks_for_a_newer_bundle(folder: Path, tmp_path: Path) -> None:
         where = f"bundles/first/{newer.name}"
         assert f"cannot be loaded, step {bundle.step} stays in use: {where}" in said
         assert post(address, "/predict", {"columns": ROW})[0] == 200
+
+
+def test_an_update_is_applied(folder: Path, tmp_path: Path) -> None:
+    place = tmp_path / "copy"
+    shutil.copytree(folder, place)
+    with contextlib.chdir(place):
+        server = Server("bundles/first", ServerOptions(port=0, poll=0))
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        try:
+            address = server.url.removeprefix("http://")
+            before = post(address, "/predict", {"columns": ROW})[1]
+            changes = ["data.batch_size=2048", "train.epochs=4"]
+            assert cli.main(["train", "first/config.yaml", "--quiet", "--resume", *changes]) == 0
+            assert not server.live.poll()
+            assert cli.main(["export", "first/run", "--bundle", "bundles/first", "--update"]) == 0
+            assert server.live.poll()
+            newest = Follower("bundles/first").bundle
+            status, after = post(address, "/predict", {"columns": ROW})
+        finally:
+            server.stop()
+            thread.join(60)
+    assert (status, after["step"]) == (200, newest.step)
+    assert newest.step > before["step"]
+    assert np.array_equal(np.float32(after["outputs"]["score"]), newest.predict(ROW)["score"])
+    assert after["outputs"] != before["outputs"]
 
 
 @pytest.mark.parametrize(
