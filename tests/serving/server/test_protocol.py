@@ -159,6 +159,12 @@ def test_flat_and_nested_json_and_the_choice_of_outputs(server: Server) -> None:
     assert (status, answer["outputs"][0]["data"]) == (200, [1 + 3 + 4, 2])
 
 
+def test_numbers_beyond_float32_are_infinite(server: Server) -> None:
+    status, answer = predict(server, price=[[1e300, -1e300], [1, 2]])
+    # JSON has no infinities.
+    assert (status, answer["outputs"]["pair"]) == (200, [[None, None], [1, 2]])
+
+
 def test_an_empty_batch_has_empty_scores(server: Server, client: Any) -> None:
     empty = {name: (datatype, values[:0]) for name, (datatype, values) in TENSORS.items()}
     assert client.infer("shop", inputs(**empty)).as_numpy("score").shape == (0,)
