@@ -227,8 +227,9 @@ class Capacity:
 
     With ``by="lru"``, rows are ranked by the step of their last training lookup. With ``by="lfu"``, they are ranked by
     ``(frequency + 1) * 2 ** (-age / half_life)``, where the age is the number of steps since the last lookup; without
-    ``half_life``, by frequency. Of rows that tie, those with the lowest ids go first. The number is that of the whole
-    table: the selection over all ranks is exact, and the same for any number of ranks.
+    ``half_life``, by frequency. Of rows that tie, those with the lowest ids go first; scores that are not equal tie if
+    their base-2 logarithms are equal in float64. The number is that of the whole table: the selection over all ranks is
+    exact, and the same for any number of ranks.
 
     If an eviction is spread over calls, all rows are ranked once, when it begins. That fixes which rows are erased,
     except that those are kept which a training lookup has seen since. So the table ends with that number of rows, and
@@ -290,7 +291,13 @@ class Capacity:
             return rows.seen_step
         if self.half_life is None:
             return rows.frequency
-        score = (rows.frequency + 1).double().log2() + rows.seen_step / self.half_life
+        # log2(frequency + 1) + seen_step / half_life. Two rows have the same score only if frequency + 1 = odd * 2^k
+        # with the same odd factor and the same k * half_life + seen_step, which is exact then: so they tie, whatever
+        # log2 and the division round to.
+        _, exponents = torch.frexp(((rows.frequency + 1) & -(rows.frequency + 1)).double())
+        doublings = exponents.long() - 1
+        odd = (rows.frequency + 1) >> doublings
+        score = odd.double().log2() + (doublings.double() * self.half_life + rows.seen_step) / self.half_life
         return score.view(torch.int64)  # in the same order, because scores are not negative
 
 

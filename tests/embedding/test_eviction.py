@@ -86,6 +86,31 @@ def test_the_most_used_rows_of_each_table_remain(device: str, rule: Capacity) ->
     assert ties or rule.rows in (0, 1000) or rule.half_life is not None
 
 
+@on_devices
+@pytest.mark.parametrize("half_life", [3.0, 2.5, 1e6])
+def test_equal_scores_of_different_frequencies_tie(device: str, half_life: float) -> None:
+    # (frequency + 1) * 2 ** (seen_step / half_life) is 2 ** 12 * odd * 2 ** (100 / half_life) for all pairs of an odd.
+    for odd in (7, 1_234_567):
+        doublings = range(0, 13, 2)  # so that 2.5 yields whole steps
+        frequency = [(odd << 12 - k) - 1 for k in doublings]
+        seen = [100 + int(k * half_life) for k in doublings]
+        more, newer = [*frequency, frequency[0] + 1, frequency[-1]], [*seen, seen[0], seen[-1] + 1]
+        rows = Rows(
+            "t",
+            ids=torch.tensor([40, 10, 70, 20, 60, 30, 50, 80, 90], device=device),
+            updated_step=torch.zeros(9, dtype=torch.int64, device=device),
+            seen_step=torch.tensor(newer, device=device),
+            frequency=torch.tensor(more, device=device),
+            step=max(newer),
+        )
+        for kept in (2, 4, 8):
+            unwanted = Capacity(rows=kept, by="lfu", half_life=half_life).unwanted(rows)
+            left = set(rows.ids[~unwanted].tolist())
+            assert len(left) == kept
+            # The two higher scores remain first, and then the greatest ids.
+            assert left - {80, 90} == set(range(10, 80, 10)[7 - max(kept - 2, 0) :])
+
+
 def test_a_capacity_in_bytes_counts_whole_records() -> None:
     engine = trained(3)
     record = engine.tables[0].layout.record_bytes
