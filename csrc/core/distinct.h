@@ -16,7 +16,6 @@ namespace recis {
 // Ids as keys that need no row. The `member` of a feature is its kind.
 struct IdsAsKeys {
   static uint64_t hash(int64_t id, int64_t) { return mix64(static_cast<uint64_t>(id)); }
-  void prefetch(uint64_t) const {}
 };
 
 struct DistinctInputs {

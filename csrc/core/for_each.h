@@ -84,7 +84,7 @@ namespace detail {
 // easily into an L1 cache of 32 KiB.
 template <class Kernel>
 int64_t distance(const Kernel& kernel) {
-  return std::clamp<int64_t>(8192 / kernel.fetched_bytes(), 4, 32);
+  return std::clamp<int64_t>(8192 / kernel.fetched_bytes(), 4, 64);
 }
 
 // Iterates over a segmented range: the part is looked up once and then advanced.

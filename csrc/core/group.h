@@ -48,15 +48,15 @@ struct GroupOutputs {
   int64_t* count;            // [1]
 };
 
-// Keys that are rows. A key type defines the hash of a key and the rows of distinct keys; positions with row -1 belong
-// to no group. It may also gather the embeddings of a part once all rows of the part are known.
+// Keys that are rows. A key type defines the hash of a key and the rows of distinct keys: rows(keys, count, member,
+// found) replaces keys by their rows, and may call found(end) when those before `end` are known. Positions with row -1
+// belong to no group. If gathers() is true, gather(row, feature, i) then writes the vector of position i of a feature.
 struct RowsAsKeys {
   static uint64_t hash(int64_t row, int64_t) { return static_cast<uint64_t>(row) * 0x9e3779b97f4a7c15ull; }
-  void prefetch(uint64_t) const {}
-  static constexpr int64_t gathered_at_once() { return 0; }
-  void fetch(int64_t) const {}
+  bool gathers() const { return false; }
+  template <class Found>
+  void rows(int64_t*, int64_t, int64_t, Found&&) const {}
   void gather(int64_t, int64_t, int64_t) const {}
-  void rows(int64_t*, int64_t, int64_t) const {}
 };
 
 namespace detail {
@@ -165,32 +165,52 @@ struct PartGroups {
   explicit PartGroups(int64_t n) : local(room<int32_t>(n)), keys(room<int64_t>(n)), sizes(room<int32_t>(n)) {}
 };
 
-// Gathers the vectors of a part's positions. `local` is the group of each position; groups are numbered by first
-// position.
-template <class Keys>
-void gather_part(const Keys& keys, const GroupInputs& in, const Parts& parts, int64_t part, const int32_t* local,
-                 const int64_t* rows, int64_t groups) {
-  const int64_t at_once = keys.gathered_at_once();
-  const int64_t begin = parts.begins[part];
-  const int64_t length = parts.begins[part + 1] - begin;
-  size_t feature = 0;
-  int64_t first = 0;  // position of the feature
-  int64_t i = 0;
-  for (int64_t group = 0; group < groups;) {
-    const int64_t end = std::min(groups, group + at_once);
-    for (; group < end; ++group) keys.fetch(rows[group]);
-    for (; i < length && local[i] < end; ++i) {
-      const int64_t position = parts.position(begin + i);  // positions ascend within a part
-      while (position >= first + in.features[feature].length) first += in.features[feature++].length;
-      keys.gather(rows[local[i]], static_cast<int64_t>(feature), position - first);
+// Gathers the vectors of a part's positions, in input order, as far as the rows of their groups are known: groups are
+// numbered by first position.
+class PartVectors {
+ public:
+  PartVectors(const GroupInputs& in, const Parts& parts, int64_t part, const int32_t* local)
+      : in_(in), parts_(parts), local_(local), begin_(parts.begins[part]), end_(parts.begins[part + 1]) {
+    at_ = begin_;
+    if (parts.order == nullptr) {
+      feature_ = static_cast<size_t>(part);
+      first_ = begin_;
     }
   }
-}
+
+  // `groups`: the number of groups whose rows are known.
+  template <class Keys>
+  __attribute__((always_inline)) void operator()(const Keys& keys, const int64_t* rows, int64_t groups) {
+    int64_t at = at_;
+    if (parts_.order == nullptr) {
+      for (; at < end_ && local_[at - begin_] < groups; ++at) {
+        keys.gather(rows[local_[at - begin_]], static_cast<int64_t>(feature_), at - first_);
+      }
+    } else {
+      for (; at < end_ && local_[at - begin_] < groups; ++at) {
+        const int64_t position = parts_.order[at];  // positions ascend within a part
+        while (position >= first_ + in_.features[feature_].length) first_ += in_.features[feature_++].length;
+        keys.gather(rows[local_[at - begin_]], static_cast<int64_t>(feature_), position - first_);
+      }
+    }
+    at_ = at;
+  }
+
+ private:
+  const GroupInputs& in_;
+  const Parts& parts_;
+  const int32_t* local_;
+  int64_t begin_;
+  int64_t end_;
+  int64_t at_;
+  size_t feature_ = 0;
+  int64_t first_ = 0;  // position of the feature
+};
 
 // Groups the keys of each part. finish(part, count) is called as soon as the groups of a part are known, by the thread
 // that has them in its cache.
 template <class Executor, class Keys, class Finish>
-void group_parts(const Executor& executor, const Parts& parts, const Keys& keys, const PartGroups& out,
+void group_parts(const Executor& executor, const Parts& parts, const Keys&, const PartGroups& out,
                  const Finish& finish) {
   executor(parts.count(), 1, [&](int64_t first, int64_t last) {
     std::vector<int32_t> table;
@@ -212,22 +232,23 @@ void group_parts(const Executor& executor, const Parts& parts, const Keys& keys,
       for (int64_t i = 0; i < length; ++i) hashes[i] = Keys::hash(part_keys[i], member);
       for (int64_t i = 0; i < length; ++i) {
         const int64_t key = part_keys[i];
+        // A group is prepared for each key, whether the key is new or not, and then used or not without a branch:
+        // whether it is new is unpredictable.
+        group_keys[count] = key;
+        group_sizes[count] = 0;
         // The highest bits chose the part, so use lower ones.
-        for (uint64_t at = hashes[i] >> 20 & mask;; at = (at + 1) & mask) {
-          const int32_t group = table[at];
-          if (group < 0) {
-            table[at] = part_local[i] = count;
-            group_keys[count] = key;
-            group_sizes[count++] = 1;
-            keys.prefetch(hashes[i]);
-            break;
-          }
-          if (group_keys[group] == key) {
-            part_local[i] = group;
-            ++group_sizes[group];
-            break;
-          }
+        uint64_t at = hashes[i] >> 20 & mask;
+        int32_t absent = table[at] >> 31;  // -1 for an empty place, otherwise 0
+        int32_t group = (table[at] & ~absent) | (count & absent);
+        while (__builtin_expect(group_keys[group] != key, 0)) {
+          at = (at + 1) & mask;
+          absent = table[at] >> 31;
+          group = (table[at] & ~absent) | (count & absent);
         }
+        table[at] = group;
+        part_local[i] = group;
+        ++group_sizes[group];
+        count -= absent;
       }
       finish(part, count);
     }
@@ -254,14 +275,14 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
     int64_t* part_rows = rows.get() + parts.begins[part];
     const int32_t* part_sizes = part_groups.sizes.get() + parts.begins[part];
     counts[part] = count;
-    keys.rows(part_rows, count, parts.members[part]);
+    detail::PartVectors vectors(in, parts, part, part_groups.local.get() + parts.begins[part]);
+    keys.rows(part_rows, count, parts.members[part], [&](int64_t known) {
+      if (keys.gathers()) vectors(keys, part_rows, known);
+    });
     for (int32_t g = 0; g < count; ++g) {
       if (part_rows[g] < 0) continue;
       ++groups[part + 1];
       places[part + 1] += part_sizes[g];
-    }
-    if (keys.gathered_at_once() > 0) {
-      detail::gather_part(keys, in, parts, part, part_groups.local.get() + parts.begins[part], part_rows, count);
     }
   });
   for (int64_t part = 0; part < parts.count(); ++part) {
@@ -283,13 +304,16 @@ void group_cpu(const Executor& executor, const GroupInputs& in, const Keys& keys
         out.offsets[group++] = place;
         place += part_groups.sizes[begin + g];
       }
+      const int32_t* RECIS_RESTRICT local = part_groups.local.get() + begin;
+      const int64_t* RECIS_RESTRICT part_rows = rows.get() + begin;
+      int64_t* RECIS_RESTRICT next_place = next.data();
       for (int64_t i = 0; i < length; ++i) {
-        const int32_t g = part_groups.local[begin + i];
-        const int64_t row = rows[begin + g];
+        const int32_t g = local[i];
+        const int64_t row = part_rows[g];
         const int64_t position = parts.position(begin + i);
         if (out.rows != nullptr) out.rows[position] = row;
         if (row < 0) continue;
-        const int64_t to = next[g]++;
+        const int64_t to = next_place[g]++;
         out.grouped_sources[to] = plain ? source_of(part, i) : sources[position];
         if (in.scales != nullptr) out.grouped_scales[to] = in.scales[position];
       }

@@ -181,48 +181,80 @@ RECIS_HD Probe find_or_claim(const IdMapRef& map, int64_t id, int64_t member, co
   return {nullptr, 0, false};
 }
 
-// Finds ids on the CPU, up to kIds at once, as find_slot does.
+// Finds ids on the CPU, as find_slot does, in a pipeline over blocks of ids.
 //
-// The first lines of all ids are prefetched and then compared without a branch. Ids in later lines, a tenth at usual
-// loads, are collected and follow while their second lines are loaded. So an unpredictable length of the probe costs
-// neither a mispredicted branch nor the wait for a line.
-struct FindBlock {
-  static constexpr int kIds = 64;
+// While the ids of a block are compared, without a branch, with the first lines of their probes, those of the next
+// block are being loaded. Ids in later lines, a tenth at usual loads, are collected and follow a block later, while
+// their second lines are loaded. So an unpredictable length of the probe costs neither a mispredicted branch nor the
+// wait for a line.
+struct FindPipeline {
+  static constexpr int kIds = 32;  // of a block
 
   IdMapRef map;
 
-  // Calls write(k, slot, row) for each k below count, for some twice, the last call counting: the number of the slot
-  // that holds id(k) of a member table, and its row, or -1 and -1.
-  template <class Id, class Write>
-  void operator()(int count, int64_t member, Id&& id, Write&& write) const {
+  // Calls found(k, slot, row) for each k below count, for some twice, the last call counting: the number of the slot
+  // that holds id(k) of a member table, and its row, or -1 and -1. In between, calls done(end) for growing `end`, the
+  // last of them `count`: the calls for all k below `end` have been made, most of them a block or more ago.
+  template <class Id, class Found, class Done>
+  void operator()(int64_t count, int64_t member, Id&& id, Found&& found, Done&& done) const {
     const LineOrder order = map.order();
-    uint64_t hashes[kIds];
-    uint64_t numbers[kIds];
-    const uint64_t* lines[kIds];
-    int late[kIds];
-    for (int k = 0; k < count; ++k) hashes[k] = slot_hash(id(k), member);
-    for (int k = 0; k < count; ++k) {
-      numbers[k] = order.first_line(hashes[k]);
-      lines[k] = order.line(numbers[k]);
-      __builtin_prefetch(lines[k], 0, 3);
-    }
-    int late_count = 0;
-    for (int k = 0; k < count; ++k) {
-      const int match = match_mask(lines[k], static_cast<uint64_t>(id(k)), key_of(hashes[k], member));
-      const int at = __builtin_ctz(match | 1 << (kLineSlots - 1));
-      const int64_t none = match == 0 ? -1 : 0;
-      write(k, (static_cast<int64_t>(kLineSlots * numbers[k]) + at) | none,
-            entry_row(load_acquire(lines[k] + 2 * at + 1)) | none);
-      late[late_count] = k;
-      // A claimed slot in the last place counts as full, as in find_slot.
-      late_count += match == 0 && load_acquire(lines[k] + 2 * kLineSlots - 1) != 0 ? 1 : 0;
-    }
-    for (int j = 0; j < late_count; ++j) __builtin_prefetch(order.line(order.next_line(numbers[late[j]])), 0, 3);
-    for (int j = 0; j < late_count; ++j) {
-      const FoundSlot found = find_slot(map, id(late[j]), member);
-      if (found.slot != nullptr) write(late[j], found.number, entry_row(load_acquire(found.slot + 1)));
+    Block blocks[2];
+    for (int64_t first = 0; first < count + 3 * kIds; first += kIds) {
+      Block& next = blocks[first / kIds % 2];
+      Block& loaded = blocks[first / kIds % 2 ^ 1];
+      // The late ids of the block before the loaded one, which `next` still holds.
+      for (int j = 0; j < next.late_count; ++j) {
+        const FoundSlot slot = find_slot(map, id(next.late[j]), member);
+        if (slot.slot != nullptr) found(next.late[j], slot.number, entry_row(load_acquire(slot.slot + 1)));
+      }
+      if (first > 2 * kIds) done(std::min(first - 2 * kIds, count));
+      next.start(order, first, static_cast<int>(std::clamp<int64_t>(count - first, 0, kIds)), member, id);
+      if (first > 0) loaded.compare(order, id, found);
     }
   }
+
+ private:
+  struct Block {
+    int64_t first = 0;
+    int count = 0;
+    int late_count = 0;
+    uint64_t keys[kIds];
+    uint64_t numbers[kIds];
+    const uint64_t* lines[kIds];
+    int64_t late[kIds];
+
+    template <class Id>
+    void start(const LineOrder& order, int64_t first_id, int ids, int64_t member, Id&& id) {
+      first = first_id;
+      count = ids;
+      late_count = 0;
+      uint64_t hashes[kIds];
+      for (int k = 0; k < count; ++k) hashes[k] = slot_hash(id(first + k), member);
+      for (int k = 0; k < count; ++k) {
+        keys[k] = key_of(hashes[k], member);
+        numbers[k] = order.first_line(hashes[k]);
+        lines[k] = order.line(numbers[k]);
+        __builtin_prefetch(lines[k], 0, 3);
+      }
+    }
+
+    template <class Id, class Found>
+    void compare(const LineOrder& order, Id&& id, Found&& found) {
+      for (int k = 0; k < count; ++k) {
+        const int match = match_mask(lines[k], static_cast<uint64_t>(id(first + k)), keys[k]);
+        const int at = __builtin_ctz(match | 1 << (kLineSlots - 1));
+        const int64_t none = match == 0 ? -1 : 0;
+        found(first + k, (static_cast<int64_t>(kLineSlots * numbers[k]) + at) | none,
+              entry_row(load_acquire(lines[k] + 2 * at + 1)) | none);
+        late[late_count] = first + k;
+        // A claimed slot in the last place counts as full, as in find_slot.
+        late_count += match == 0 && load_acquire(lines[k] + 2 * kLineSlots - 1) != 0 ? 1 : 0;
+      }
+      for (int j = 0; j < late_count; ++j) {
+        __builtin_prefetch(order.line(order.next_line(numbers[late[j] - first])), 0, 3);
+      }
+    }
+  };
 };
 
 // The row of allocation `number` since the last commit: from the free list first, then from the end.
@@ -267,13 +299,10 @@ struct FindIds : LookUpIds {
   void run(int32_t part, int64_t begin, int64_t end) const {
     const IdSpan& span = segments[part];
     const int64_t used = span.used == nullptr ? end : std::clamp(span.first + *span.used, begin, end);
-    for (int64_t first = begin; first < used; first += FindBlock::kIds) {
-      const int64_t* ids = span.ids + (first - span.first);
-      FindBlock{map}(
-          static_cast<int>(std::min<int64_t>(FindBlock::kIds, used - first)), span.member,
-          [ids](int k) { return ids[k]; },
-          [this, first](int k, int64_t slot, int64_t row) { rows[first + k] = kSlots ? slot : row; });
-    }
+    const int64_t* ids = span.ids + (begin - span.first);
+    FindPipeline{map}(
+        used - begin, span.member, [ids](int64_t k) { return ids[k]; },
+        [this, begin](int64_t k, int64_t slot, int64_t row) { rows[begin + k] = kSlots ? slot : row; }, [](int64_t) {});
     std::fill(rows + used, rows + end, -1);
   }
 };

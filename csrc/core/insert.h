@@ -1,8 +1,8 @@
 // Training lookups on the CPU: ids are grouped first, and only the distinct ones are looked up in the IDMap.
 //
-// An id that occurs many times in a batch is looked up once, and while a part of the ids is being grouped, the slots of
-// its distinct ids are loaded. Where each id yields one vector, the vectors of the part are written next, while its
-// records are in the cache: one loop prefetches all of them before the first is read.
+// An id that occurs many times in a batch is looked up once. Where each id yields one vector, the vectors are written
+// in the same pipeline: while the slots of a block of ids are being loaded, so are the records of the block before it,
+// and the vectors of the block before that are written.
 //
 // On CUDA all positions are looked up in parallel, and rows are grouped afterwards.
 #pragma once
@@ -33,8 +33,6 @@ struct InsertCommit {
   ~InsertCommit() { CommitInserts{counters}(0, OneLane{}); }
 };
 
-inline constexpr int64_t kGathered = 256 << 10;  // bytes of embeddings to prefetch at once
-
 // Ids as keys of group_cpu, for types that derive from this one: insert(id, member) returns the row of an id that may
 // have none.
 struct IdKeys {
@@ -44,21 +42,26 @@ struct IdKeys {
 
   static uint64_t hash(int64_t id, int64_t member) { return slot_hash(id, member); }
 
-  void prefetch(uint64_t hash) const { prefetch_bytes<false>(map.start(hash), 1); }
-
-  // Replaces distinct ids of a member table by their rows.
-  template <class Insert>
-  void find_rows(int64_t* keys, int64_t count, int64_t member, const Insert& insert) const {
-    int64_t ids[FindBlock::kIds];
-    for (int64_t first = 0; first < count; first += FindBlock::kIds) {
-      const int n = static_cast<int>(std::min<int64_t>(FindBlock::kIds, count - first));
-      int64_t* found = keys + first;
-      std::copy_n(found, n, ids);
-      FindBlock{map}(n, member, [&](int k) { return ids[k]; }, [&](int k, int64_t, int64_t row) { found[k] = row; });
-      for (int k = 0; k < n; ++k) {
-        if (__builtin_expect(found[k] < 0, 0)) found[k] = insert(ids[k], member);
-      }
-    }
+  // Replaces distinct ids of a member table by their rows; insert(id, member) is called for an id that has none. Calls
+  // fetch(row) for each as soon as its row is known, and found(end) for growing `end`, the last of them `count`: the
+  // rows before `end` are known, and fetch was called a block ago.
+  template <class Insert, class Fetch, class Found>
+  void find_rows(int64_t* keys, int64_t count, int64_t member, const Insert& insert, const Fetch& fetch,
+                 Found&& found) const {
+    const auto ids = detail::room<int64_t>(count);
+    std::copy_n(keys, count, ids.get());
+    int64_t known = 0;
+    FindPipeline{map}(
+        count, member, [&ids](int64_t k) { return ids[k]; }, [&](int64_t k, int64_t, int64_t row) { keys[k] = row; },
+        [&](int64_t end) {
+          const int64_t before = known;
+          for (; known < end; ++known) {
+            if (__builtin_expect(keys[known] < 0, 0)) keys[known] = insert(ids[known], member);
+            fetch(keys[known]);
+          }
+          found(before);
+        });
+    found(count);
   }
 
   // The row of an id, which gets one if it has none: created(probe, number) is called then, with the number of rows
@@ -87,24 +90,22 @@ struct InsertKeys : IdKeys {
   RecordStart start;
   PlainOutputs outputs;
 
-  void rows(int64_t* keys, int64_t count, int64_t member) const {
-    find_rows(keys, count, member, [this](int64_t id, int64_t table) { return insert(id, table); });
-  }
+  bool gathers() const { return outputs.parts != nullptr; }
 
-  // The number of records to prefetch before the first is read; all of them fit into the L2 cache. 0: nothing is
-  // gathered.
-  int64_t gathered_at_once() const {
-    if (outputs.parts == nullptr) return 0;
-    return std::max<int64_t>(64, kGathered / (outputs.dim * static_cast<int64_t>(sizeof(E))));
+  template <class Found>
+  void rows(int64_t* keys, int64_t count, int64_t member, Found&& found) const {
+    const auto make = [this](int64_t id, int64_t table) { return insert(id, table); };
+    if (gathers()) {
+      find_rows(keys, count, member, make, [this](int64_t row) __attribute__((always_inline)) { fetch(row); }, found);
+    } else {
+      find_rows(keys, count, member, make, [](int64_t) {}, found);
+    }
   }
 
   // Always inlined, because the compiler treats a function that only prefetches as free of side effects and drops its
   // calls.
   __attribute__((always_inline)) void fetch(int64_t row) const {
-    const char* record = blocks.record(row);
-    const int64_t bytes = outputs.dim * static_cast<int64_t>(sizeof(E));
-    prefetch_bytes<false>(record, bytes);
-    prefetch_bytes<false>(record + bytes - 1, 1);  // small records do not start at a cache line
+    prefetch_bytes<false>(blocks.record(row), outputs.dim * static_cast<int64_t>(sizeof(E)));
   }
 
   __attribute__((always_inline)) void gather(int64_t row, int64_t feature, int64_t i) const {
@@ -133,16 +134,18 @@ struct CreatedRow {
 struct ListKeys : IdKeys {
   CreatedRow* created;  // [ids] upper bound
 
-  void rows(int64_t* keys, int64_t count, int64_t member) const {
-    find_rows(keys, count, member, [this](int64_t id, int64_t table) {
+  bool gathers() const { return false; }
+
+  template <class Found>
+  void rows(int64_t* keys, int64_t count, int64_t member, Found&& found) const {
+    const auto make = [this](int64_t id, int64_t table) {
       return find_or_create(id, table, [&](const Probe& probe, int64_t number) {
         created[number] = {id, table, entry_row(probe.entry), probe.slot};
       });
-    });
+    };
+    find_rows(keys, count, member, make, [](int64_t) {}, found);
   }
 
-  static constexpr int64_t gathered_at_once() { return 0; }
-  void fetch(int64_t) const {}
   void gather(int64_t, int64_t, int64_t) const {}
 
   // Takes the rows back that were created since the last commit; nothing else may have used the map since.

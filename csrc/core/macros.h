@@ -50,11 +50,11 @@ RECIS_HD int64_t min64(int64_t a, int64_t b) { return a < b ? a : b; }
 template <bool kWrite>
 RECIS_HD void prefetch_bytes(const void* start, int64_t bytes) {
 #if !defined(__CUDA_ARCH__)
-  // From the start of the first line: bytes that start within a line may end in one line more than their number fills.
-  const auto first = reinterpret_cast<uintptr_t>(start);
-  for (uintptr_t line = first & ~uintptr_t{63}; line < first + static_cast<uintptr_t>(bytes); line += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(line), kWrite ? 1 : 0, 3);
-  }
+  // The last byte may be in one line more. Its line is prefetched whether it is or not, because whether the bytes begin
+  // near the end of a line is unpredictable.
+  const char* first = static_cast<const char*>(start);
+  for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(first + at, kWrite ? 1 : 0, 3);
+  if (bytes > 1) __builtin_prefetch(first + bytes - 1, kWrite ? 1 : 0, 3);
 #endif
 }
 
