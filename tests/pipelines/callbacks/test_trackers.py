@@ -77,7 +77,7 @@ def wandb_history(folder: Path) -> list[dict[str, Any]]:
     from wandb.proto.wandb_internal_pb2 import Record
 
     rows = []
-    for path in folder.glob("wandb/offline-run-*/*.wandb"):
+    for path in folder.glob("**/offline-run-*/*.wandb"):
         for data in leveldb_log(path.read_bytes()):
             record = Record()
             record.ParseFromString(data)
@@ -194,16 +194,21 @@ def test_mlflow_has_figures_configuration_and_digests_across_a_restart(tmp_path:
 def test_wandb_has_figures_configuration_and_digests_across_a_restart(
     tmp_path: Path, wandb_options: dict[str, Any]
 ) -> None:
+    import wandb
+
     run, records = tmp_path / "run", Records()
     first = WandB("clicks", config=CONFIG, **wandb_options)
     interrupted = trainer_of(run, [first, Crash()])
     with pytest.raises(KeyboardInterrupt):
         interrupted.fit([Train(), Evaluate()])
     interrupted.saver = None
-    second = WandB("clicks", config=CONFIG, **wandb_options)
+    # Runs of one id that begin within a second would share a folder.
+    (tmp_path / "second").mkdir()
+    second = WandB("clicks", config=CONFIG, **{**wandb_options, "dir": str(tmp_path / "second")})
     trainer = trainer_of(run, [second, records])
     trainer.fit([Train(), Evaluate()], resume="latest")
     assert second.run_id == first.run_id is not None
+    wandb.teardown()  # files are complete once wandb's service has ended
     history = wandb_history(tmp_path)
     # Each of the two trainings has a file.
     assert sorted(row["step"] for row in history if "train/loss" in row) == [1, 2, 3, 4, 5, 5, 6]
