@@ -176,6 +176,7 @@ class _Remote:
                 f"{url} cannot be opened: {error}. Install fsspec and its package for the URL."
             ) from error
         self._cache = Path(tempfile.mkdtemp(prefix="recis-hybrid-") if cache is None else cache)
+        self._is_temporary, self._applied = cache is None, list[Path]()
         if cache is None:
             weakref.finalize(self, shutil.rmtree, self._cache, ignore_errors=True)
 
@@ -193,6 +194,10 @@ class _Remote:
 
     def fetch(self, step: int, raw: bytes, document: dict[str, Any]) -> Path:
         path = self._cache / _name(step)
+        for old in self._applied:
+            shutil.rmtree(old, ignore_errors=True)
+        # Updates are read into memory before the next one is fetched; a full bundle stays memory-mapped.
+        self._applied = [path] if self._is_temporary and "previous" in document else []
         if path.is_dir() and (path / MANIFEST).read_bytes() == raw:
             return path
         partial = self._cache / f".{_name(step)}.partial"

@@ -72,6 +72,7 @@ class Follower:
         Raises:
             ServingError: The next update is missing, damaged, out of order, or belongs to another chain; the message
                 has steps and digests. :attr:`bundle` stays as it is, and a later full bundle is applied nevertheless.
+            OSError: The folder or the object store cannot be read. Call again later.
         """
         with self._lock:
             return self._poll()

@@ -275,6 +275,9 @@ def test_object_stores(written: Path, tmp_path: Path) -> None:
     assert follower.poll() is None
     upload(3)
     assert follower.poll() is not None
+    # A temporary cache holds the full bundle and the last update.
+    temporary = follower.bundle.path.parent
+    assert sorted(path.name for path in temporary.iterdir()) == [name(1), name(3)]
     cached = Follower(url, cache=tmp_path)
     assert_same(cached.bundle, Bundle(written / "3"))
     assert sorted(path.name for path in tmp_path.iterdir()) == [name(1), name(2), name(3)]
