@@ -151,8 +151,13 @@ build/peers/interop/ready: requirements/peers-interop.txt | $(DEPENDENCIES)
 	$(PIP_INSTALL) --quiet --no-deps --upgrade --target $(@D)/site -r $<
 	@touch $@
 
-wheel: setup  ## Build an sdist, and a wheel from it, into dist/
-	$(PY) -m build --no-isolation
+# torch's libraries come with torch. auditwheel refuses a library that needs a newer system than the tag says.
+wheel: setup  ## Build an sdist, and a wheel from it for Linux with glibc 2.28 or newer, into dist/
+	$(PY) -m build --no-isolation --outdir build/dist
+	mkdir -p dist && mv build/dist/*.tar.gz dist/
+	PATH="$(abspath $(VENV))/bin:$$PATH" $(PY) -m auditwheel repair --plat manylinux_2_28_$$(uname -m) --only-plat \
+	  --exclude 'libtorch*' --exclude 'libc10*' --wheel-dir dist build/dist/*.whl
+	rm -r build/dist
 
 clean:  ## Remove build outputs and caches, but not the environment
 	rm -rf build dist *.egg-info recis_hybrid/lib/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -242,14 +242,14 @@ class BuildNative(build_ext):
         is_x86 = platform.machine() in ("x86_64", "AMD64")
         for level, flags in (LEVELS if is_x86 else {"generic": []}).items():
             folder, command = objects / f"cpu_{level}", [cxx, *CXX_FLAGS, prefix, *flags, *common]
-            header, command = compiled_first(folder, ["ops/common.h", "ops/device.h"], command)
+            header, command = compiled_first(folder, ["core/glibc.h", "ops/common.h", "ops/device.h"], command)
             jobs = jobs_of("csrc/ops/*.cpp", folder, command)
             linker = [cxx, "-shared", "-pthread", *torch_link]
             libraries.append(Library(target / f"librecis_cpu_{level}.so", header, jobs, linker))
 
         includes = xla_flags()
         if includes is not None:
-            command = [cxx, *CXX_FLAGS, prefix, f"-I{ROOT / 'csrc'}", *includes]
+            command = [cxx, *CXX_FLAGS, prefix, f"-I{ROOT / 'csrc'}", *includes, "-include", "core/glibc.h"]
             # One object folder for each Python, of which each has its own ABI.
             jobs = jobs_of("csrc/xla/*.cpp", objects / f"xla-{sys.implementation.cache_tag}", command)
             libraries.append(Library(target.parent / XLA_MODULE, None, jobs, [cxx, "-shared", "-pthread"]))
@@ -259,7 +259,7 @@ class BuildNative(build_ext):
             archs = os.environ.get("RECIS_CUDA_ARCHS", "80;90").replace(";", " ").split()
             gencode = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             gencode.append(f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}")
-            command = [nvcc, *NVCC_FLAGS, f"-Xcompiler={prefix}", *gencode, *common]
+            command = [nvcc, *NVCC_FLAGS, f"-Xcompiler={prefix}", *gencode, *common, "-include", "core/glibc.h"]
             jobs = jobs_of("csrc/cuda/*.cu", objects / "cuda", command)
             # The CUDA runtime is linked statically, so that the library loads wherever there is a driver.
             linker = [nvcc, "-shared", "-cudart=static", *gencode, *cuda_link_flags(lib, objects, cxx), *torch_link]

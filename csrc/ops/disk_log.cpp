@@ -114,9 +114,9 @@ void DiskLog::allocate(int64_t segment) {
       fail("no space for " + std::to_string(segment_bytes_) + " more bytes of records", errno);
     }
     // Only writes find a full disk here.
-    struct stat state{};
     const int64_t end = (segment + 1) * segment_bytes_;
-    if (fstat(file_, &state) != 0 || (state.st_size < end && ftruncate(file_, end) != 0)) {
+    const int64_t size = lseek(file_, 0, SEEK_END);
+    if (size < 0 || (size < end && ftruncate(file_, end) != 0)) {
       fail("no space for more records", errno);
     }
     break;
