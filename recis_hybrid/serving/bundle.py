@@ -123,8 +123,8 @@ class Bundle:
         """Return the rows of a request, validated and in the form that :meth:`run` takes.
 
         Args:
-            columns: Columns by name: arrays ``[B]`` or ``[B, k]``, lists of values or of lists, or :class:`Ragged`. Ids
-                may be decimal strings.
+            columns: Columns by name: arrays ``[B]`` or ``[B, k]``, lists of values or of lists, or
+                :class:`Ragged`.
 
         Raises:
             InputError: A column is missing or unknown, or its values do not fit; the message names the remedy.

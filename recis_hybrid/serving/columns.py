@@ -5,7 +5,6 @@ Letters: B rows of a request, N values over all rows, M strings, k values of eac
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -20,7 +19,6 @@ Array = npt.NDArray[Any]
 Dtype: TypeAlias = Literal["int64", "int32", "float32", "float64", "bool", "string"]
 DTYPES: tuple[Dtype, ...] = ("int64", "int32", "float32", "float64", "bool", "string")
 """Dtypes of input columns."""
-_DECIMAL = re.compile(r"-?[0-9]{1,20}")
 _EXACT = 2**53
 _HUGE = 2**1023
 _SHOWN = 40
@@ -372,8 +370,8 @@ def _numbers(where: str, column: InputColumn, given: Any, row_of: Callable[[int]
         if not whole.all():
             bad = int(np.argmin(whole))
             raise InputError(
-                f"{where}: row {row_of(bad)}: must be an integer, got {values[bad]!s}; send integers, those above 2^53 "
-                f"as integers or decimal strings"
+                f"{where}: row {row_of(bad)}: must be an integer, got {values[bad]!s}; send integers, which "
+                f"are exact in JSON up to 64 bits"
             )
         values = values.astype(np.int64)
     elif kind == "u" and values.dtype.itemsize == 8:
@@ -427,13 +425,11 @@ def _default(where: str, column: InputColumn, row: int) -> Any:
 
 
 def _from_objects(where: str, column: InputColumn, values: Array, row_of: Callable[[int], int]) -> Array:
-    """Return values of mixed types, such as integers of 64 bits and decimal strings, in the column's dtype."""
+    """Return values of mixed types, such as integers of 64 bits and floats, in the column's dtype."""
     converted: list[Any] = []
     for place, value in enumerate(values.tolist()):
         if isinstance(value, bytes):
             value = value.decode("utf-8", "replace")
-        if isinstance(value, str) and column.dtype in ("int64", "int32") and _DECIMAL.fullmatch(value):
-            value = int(value)
         fits = isinstance(value, int | float) and not isinstance(value, bool)
         if fits and column.dtype in ("int64", "int32"):
             fits = isinstance(value, int) or (value == value and abs(value) <= _EXACT and value == int(value))
@@ -446,7 +442,7 @@ def _from_objects(where: str, column: InputColumn, values: Array, row_of: Callab
         if not fits or column.dtype == "bool":
             hint = f"send {_shape(column)}"
             if column.dtype == "int64" and isinstance(value, str):
-                hint = "send integers, as numbers or decimal strings"
+                hint = "send integers, which are exact in JSON up to 64 bits"
             raise InputError(f"{where}: row {row_of(place)}: must be {column.dtype}, got {_short(value)}; {hint}")
         converted.append(value)
     return np.array(converted, np.int64 if column.dtype in ("int64", "int32") else np.float64)

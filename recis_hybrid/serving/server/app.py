@@ -9,7 +9,7 @@ import logging
 import signal
 import time
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from importlib import metadata
 from typing import Any
 
@@ -20,6 +20,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from recis_hybrid.serving.columns import Rows
 from recis_hybrid.serving.errors import InputError
 from recis_hybrid.serving.server.batching import Batcher
 from recis_hybrid.serving.server.body import Memory, Receive, read_body
@@ -115,7 +116,7 @@ class Service:
     async def _infer(self, layout: Layout, body: bytes, headers: dict[bytes, bytes]) -> tuple[bytes, Headers]:
         bundle = layout.bundle
         request = parse_infer(body, headers.get(b"inference-header-content-length"), bundle.outputs)
-        rows = bundle.check(layout.columns(request.tensors))
+        rows = _checked(bundle, layout.columns(request.tensors))
         outputs = await self._batcher.run(bundle, rows)
         return render_infer(self._name, layout.version, request, outputs)
 
@@ -124,7 +125,7 @@ class Service:
         columns = document.get("columns")
         if type(columns) is not dict or len(document) != 1:
             raise RequestError(400, 'the body must be {"columns": {"NAME": [VALUE, ...], ...}}.')
-        outputs = await self._batcher.run(layout.bundle, layout.bundle.check(columns))
+        outputs = await self._batcher.run(layout.bundle, _checked(layout.bundle, columns))
         answer = {"step": layout.bundle.step, "outputs": {name: values.copy() for name, values in outputs.items()}}
         return orjson.dumps(answer, option=orjson.OPT_SERIALIZE_NUMPY), [_JSON]
 
@@ -238,6 +239,14 @@ class _Scoring:
         if close:
             await _discard(receive)
             await send({"type": "http.response.body", "body": b""})
+
+
+def _checked(bundle: Any, columns: Mapping[str, Any]) -> Rows:
+    """Return the validated rows of a request, of which there must be some."""
+    rows: Rows = bundle.check(columns)
+    if len(rows) == 0:
+        raise InputError("the request has no rows; send at least one element in every column")
+    return rows
 
 
 async def _discard(receive: Receive) -> None:

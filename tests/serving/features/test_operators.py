@@ -247,7 +247,7 @@ def assert_equal(found: Column, expected: Column) -> None:
             assert mine[kept].tobytes() == theirs[kept].tobytes()
 
 
-@pytest.mark.parametrize(("ops", "makers"), CASES, ids=lambda value: ",".join(map(str, value))[:40])
+@pytest.mark.parametrize(("ops", "makers"), CASES, ids=[",".join(map(str, ops))[:40] for ops, _ in CASES])
 def test_the_operator_equals_the_native_one(ops: list[Any], makers: Sequence[Any]) -> None:
     engines: dict[int, tuple[FeatureEngine, Program]] = {}
 

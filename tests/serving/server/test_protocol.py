@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from tritonclient.utils import InferenceServerException
 
 from recis_hybrid.serving.server import Server
 from tests.serving.server.servers import GOOD, SCORES, connect, predict, request, running
@@ -165,11 +166,12 @@ def test_numbers_beyond_float32_are_infinite(server: Server) -> None:
     assert (status, answer["outputs"]["pair"]) == (200, [[None, None], [1, 2]])
 
 
-def test_an_empty_batch_has_empty_scores(server: Server, client: Any) -> None:
+def test_an_empty_batch_is_refused(server: Server, client: Any) -> None:
     empty = {name: (datatype, values[:0]) for name, (datatype, values) in TENSORS.items()}
-    assert client.infer("shop", inputs(**empty)).as_numpy("score").shape == (0,)
+    with pytest.raises(InferenceServerException, match="the request has no rows; send at least one element"):
+        client.infer("shop", inputs(**empty))
     status, answer = predict(server, user=[], items=[], text=[], price=[])
-    assert (status, answer["outputs"]) == (200, {"score": [], "pair": []})
+    assert (status, answer["error"]) == (400, "the request has no rows; send at least one element in every column")
 
 
 def test_ids_of_64_bits_are_exact(server: Server) -> None:
@@ -301,11 +303,12 @@ def test_unknown_routes_and_models(server: Server) -> None:
 
 def test_predict_takes_columns(server: Server) -> None:
     assert predict(server) == (200, {"step": 7, "outputs": SCORES})
-    status, answer = predict(server, user=["12", 2])
+    status, answer = predict(server, user=[12, 2])
     assert (status, answer["outputs"]["score"]) == (200, [12 + 3 + 2, 3])
-    status, answer = predict(server, user=[[1], [2]])
-    assert status == 400
-    assert "column 'user'" in answer["error"]
+    for bad in (["12", 2], [[1], [2]]):
+        status, answer = predict(server, user=bad)
+        assert status == 400
+        assert "column 'user'" in answer["error"]
     for body in ({}, {"columns": []}, {"columns": GOOD, "rows": []}):
         assert request(server, "/predict", body)[0] == 400
 
