@@ -2,11 +2,11 @@
 
     python -m benchmarks.serving [--quick] [--cases "1 row"]
 
-The model has 26 features with 20,000 rows of width 16 each, and an MLP 416 → 256 → 128 → 1; both servers have the same
-weights and get the same requests, JSON in the form of ``/predict``, and their scores are compared. The peer
-(``benchmarks/peers/fastapi_server.py``) is a pydantic model of the request and ``nn.Embedding``, with the same HTTP
-parser and event loop (uvicorn, httptools, uvloop). Each server is one process with one thread, and the clients are
-another process; if there are several cores, servers and clients have different ones.
+The model has 26 features with 20,000 ids of 64 bits and vectors of width 16 each, and an MLP 416 → 256 → 128 → 1. Both
+servers have the same weights and get the same requests, JSON in the form of ``/predict``; their scores are compared.
+The peer (``benchmarks/peers/fastapi_server.py``) is a pydantic model of the request, a dictionary from ids to rows and
+``nn.Embedding``, with the same HTTP parser and event loop (uvicorn, httptools, uvloop). Each server is one process with
+one thread, and the clients are another process; if there are several cores, servers and clients have different ones.
 
 Cases are the rows of a request and the number of clients, each with one request in flight. Metrics:
 
@@ -45,6 +45,7 @@ from recis_hybrid.serving import Bundle
 
 FEATURES, ROWS, DIM = 26, 20_000, 16
 NAMES = [f"feature{number:02d}" for number in range(FEATURES)]
+IDS = np.random.default_rng(0).permutation(np.unique(np.random.default_rng(1).integers(-(2**63), 2**63, ROWS)))
 PEER = "FastAPI + torch"
 CASES = [(1, 1), (1, 16), (1, 64), (64, 1), (64, 16), (64, 64)]
 
@@ -82,7 +83,7 @@ def write_model(folder: Path) -> None:
     """Write the bundle, and the same weights for the peer."""
     torch.manual_seed(0)
     engine = EmbeddingEngine({name: EmbeddingConfig(dim=DIM) for name in NAMES})
-    ids = torch.arange(ROWS)
+    ids = torch.from_numpy(IDS)
     vectors = engine({name: ids for name in NAMES})
     tower = mlp(FEATURES * DIM)
 
@@ -98,7 +99,7 @@ def write_model(folder: Path) -> None:
     batch = {name: ids[:2] for name in NAMES}
     write_bundle(folder / "ranker", 1, features=None, engine=engine, tower=Tower().eval(), inputs=NAMES, batch=batch)
     tables = {f"table.{name}": vectors[name].detach().contiguous().clone() for name in NAMES}
-    save_file({**tables, **tower.state_dict()}, folder / "peer.safetensors")
+    save_file({"ids": ids, **tables, **tower.state_dict()}, folder / "peer.safetensors")
 
 
 @contextlib.contextmanager
@@ -145,7 +146,7 @@ def is_ready(server: Server) -> bool:
 def json_requests(rows: int, number: int = 32) -> tuple[list[bytes], list[dict[str, list[int]]]]:
     """Return requests and their columns; the ids of a request are random."""
     random = np.random.default_rng(rows)
-    columns = [{name: random.integers(0, ROWS, rows).tolist() for name in NAMES} for _ in range(number)]
+    columns = [{name: random.choice(IDS, rows).tolist() for name in NAMES} for _ in range(number)]
     bodies = [json.dumps({"columns": each}, separators=(",", ":")).encode() for each in columns]
     return [post("/predict", body, ["Content-Type: application/json"]) for body in bodies], columns
 

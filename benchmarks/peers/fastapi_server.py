@@ -2,8 +2,8 @@
 
     python -m benchmarks.peers.fastapi_server WEIGHTS PORT
 
-WEIGHTS is a safetensors file: ``table.NAME`` for each feature, and the state of :func:`mlp`. The handler is ``async``,
-which answers more requests in a second here than one in FastAPI's thread pool.
+WEIGHTS is a safetensors file: ``ids``, ``table.NAME`` with a row for each id, and the state of :func:`mlp`. The handler
+is ``async``, which answers more requests in a second here than one in FastAPI's thread pool.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ def mlp(width: int) -> nn.Sequential:
 
 
 class Ranker(nn.Module):
-    def __init__(self, tables: dict[str, Tensor]) -> None:
+    def __init__(self, ids: list[int], tables: dict[str, Tensor]) -> None:
         super().__init__()
+        self.rows = {name: {each: row for row, each in enumerate(ids)} for name in tables}
         self.tables = nn.ModuleDict({name: nn.Embedding.from_pretrained(table) for name, table in tables.items()})
         self.tower = mlp(sum(table.shape[1] for table in tables.values()))
 
     def forward(self, columns: dict[str, list[int]]) -> Tensor:
-        vectors = [table(torch.tensor(columns[name])) for name, table in self.tables.items()]
+        vectors = [
+            table(torch.tensor([self.rows[name][each] for each in columns[name]]))
+            for name, table in self.tables.items()
+        ]
         scores: Tensor = self.tower(torch.cat(vectors, 1))
         return scores
 
@@ -46,7 +50,7 @@ def main() -> None:
     torch.set_num_threads(1)
     state = load_file(sys.argv[1])
     tables = {name.removeprefix("table."): state.pop(name) for name in list(state) if name.startswith("table.")}
-    model = Ranker(tables).eval()
+    model = Ranker(state.pop("ids").tolist(), tables).eval()
     model.tower.load_state_dict(state)
     app = FastAPI()
 

@@ -71,6 +71,12 @@ class Lookups:
             zeros = item["unknown"] == "zeros"
             lookup = _Lookup(item["feature"], item["combiner"], item["max_length"], item["weights"], zeros)
             self._of_table.setdefault(item["table"], []).append(lookup)
+        # Most lookups of a request are of one id a row in a table of its own, and need no pooling.
+        self._alone = {
+            name
+            for name, (lookup, *others) in self._of_table.items()
+            if not others and lookup.weights is None and lookup.combiner != "tile"
+        }
         first = {name: document["tables"][name]["first_value"] for name in self._of_table}
         self._first = {name: FirstValues(value, dims[name]) for name, value in first.items()}
 
@@ -84,19 +90,27 @@ class Lookups:
         Raises:
             InputError: Weights do not belong to their ids.
         """
-        read = {name: [_bags(lookup, features) for lookup in lookups] for name, lookups in self._of_table.items()}
+        out: dict[str, Array] = {}
+        read: dict[str, list[_Bags]] = {}
+        for name, lookups in self._of_table.items():
+            if name in self._alone and (ids := _plain(features[lookups[0].feature])) is not None:
+                rows, found = tables[name].read(ids)
+                if np.count_nonzero(found) == len(ids):
+                    out[lookups[0].feature] = rows
+                    continue
+            read[name] = [_bags(lookup, features) for lookup in lookups]
         vectors: dict[str, Array] = {}
         unknown: list[tuple[str, Array, Array]] = []
         for name, bags in read.items():
             ids = bags[0].ids if len(bags) == 1 else np.concatenate([each.ids for each in bags])
             vectors[name], found = tables[name].read(ids)
-            if not found.all():
+            if np.count_nonzero(found) < len(found):
                 places = np.flatnonzero(~found)
                 unknown.append((name, places, ids[places]))
         if unknown:
             self._fill(read, vectors, unknown)
-        out: dict[str, Array] = {}
-        for name, lookups in self._of_table.items():
+        for name in read:
+            lookups = self._of_table[name]
             first = 0
             for lookup, each in zip(lookups, read[name], strict=True):
                 part = vectors[name][first : first + len(each.ids)]
@@ -120,6 +134,12 @@ class Lookups:
                 if lookup.zeros:
                     vectors[name][places[(places >= begin) & (places < end)]] = 0
                 begin = end
+
+
+def _plain(column: Column) -> npt.NDArray[np.int64] | None:
+    """Return the ids of a column with one id a row and nothing else, or None."""
+    is_plain = column.offsets is None and column.weights is None and column.values.ndim == 1
+    return column.values if is_plain and column.values.dtype == np.int64 else None
 
 
 def _bags(lookup: _Lookup, features: Mapping[str, Column]) -> _Bags:

@@ -55,7 +55,7 @@ class Table:
 
     def vectors(self, tensors: dict[str, Tensor], rows: Array) -> Array:
         """Return the embeddings of rows of an open file, a new float32 ``[n, D]``."""
-        values = tensors["embedding"].values[rows]
+        values = tensors["embedding"].values.take(rows, axis=0)
         if self._quantized is None:
             return widened(values, tensors["embedding"].bfloat16).astype(np.float32, copy=False)
         if self._quantized == "int4":
@@ -118,8 +118,10 @@ class IndexedTable:
         ids = [tensors["ids"].values for tensors in self._files]
         joined = np.concatenate(ids) if ids else np.empty(0, np.int64)
         order = np.argsort(joined, kind="stable")
-        self._ids = joined[order]
-        self._order = order.astype(np.int32) if len(order) < 2**31 else order
+        # An id above all others is searched for after the last, where one that differs from it must be.
+        self._padded = joined[np.append(order, order[:1])]
+        self._ids = self._padded[: len(order)]
+        self._order = np.append(order, order[:1]).astype(np.int32 if len(order) < 2**31 else np.int64)
         if bool((self._ids[1:] == self._ids[:-1]).any()):
             raise ServingError(f"{table.where} has an id twice. Export it again.")
         self._ends = np.cumsum([len(part) for part in ids])
@@ -148,10 +150,8 @@ class IndexedTable:
             at[order] = self._ids.searchsorted(ids[order])
         else:
             at = self._ids.searchsorted(ids)
-        # An id above all others has no row, which the comparison finds out.
-        at[at == len(self._ids)] = 0
-        found = self._ids[at] == ids
-        rows = self._order[at]
+        found = self._padded.take(at) == ids
+        rows = self._order.take(at)
         if len(self._files) == 1:
             return self.table.vectors(self._files[0], rows), found
         out = np.empty((len(ids), self.dim), np.float32)
