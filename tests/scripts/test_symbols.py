@@ -1,4 +1,4 @@
-"""Versions of symbols that the built libraries need: none that manylinux_2_28 lacks."""
+"""Versions of symbols that the libraries for the CPU need: none that manylinux_2_28 lacks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ OWN_COPY = ("exception_ptrC1ERKS0_", "exception_ptrD1Ev")
 
 def libraries(root: Path) -> list[Path]:
     package = root / "recis_hybrid"
-    return [*package.glob("lib/librecis_*.so"), *package.glob("_xla.*.so")]
+    # The static CUDA runtime takes the versions of the machine that links it: build wheels with CUDA on an old one.
+    return [*package.glob("lib/librecis_cpu_*.so"), *package.glob("_xla.*.so")]
 
 
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="the versions are those of x86-64")

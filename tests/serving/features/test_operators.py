@@ -40,7 +40,6 @@ from recis_hybrid.features import (
     TopK,
     Truncate,
     Vocabulary,
-    register_op,
 )
 from recis_hybrid.features.op import Column as TorchColumn
 from recis_hybrid.features.ops.times import PARTS
@@ -351,7 +350,6 @@ def test_a_refused_value_of_joined_columns_names_its_feature() -> None:
         Program("bundle", program_of(engine)).run(columns)
 
 
-@register_op("add_for_bundles")
 @dataclass(frozen=True)
 class Add:
     n: int
