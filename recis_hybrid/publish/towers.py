@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from recis_hybrid.publish.features import PublishError
 
-_INSTALL = "Install it with: pip install 'recis_hybrid[serve]'"
+_INSTALL = "Install it with: pip install 'recis_hybrid[onnx]'"
 _DIFFERENCE = 1e-5
 
 

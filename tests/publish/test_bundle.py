@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,6 +231,28 @@ def test_models_that_cannot_be_bundles_are_refused(tmp_path: Path) -> None:
         with pytest.raises(PublishError, match=message):
             write(*arguments, **changes)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("module", ["onnxscript", "onnxruntime"])
+def test_a_missing_exporter_names_the_extra_that_has_it(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str
+) -> None:
+    extras = tomllib.loads((root / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(PublishError, match=f"needs {module} to be exported") as raised:
+        write_bundle(
+            tmp_path / "b",
+            1,
+            features=None,
+            engine=EmbeddingEngine({"item": EmbeddingConfig(dim=4)}),
+            tower=Everything(),
+            inputs=["item"],
+            batch={"item": torch.tensor([1, 2])},
+            outputs=("score", "inputs"),
+        )
+    named = re.search(r"pip install 'recis_hybrid\[(\w+)\]'", str(raised.value))
+    assert named is not None
+    assert any(each.startswith(module) for each in extras[named[1]])
 
 
 class Untraceable(nn.Module):
