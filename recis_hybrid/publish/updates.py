@@ -68,7 +68,7 @@ def latest_bundle(out: Target, step: int) -> Latest:
 
     Raises:
         CorruptCheckpoint: It is damaged, or one that it builds on is missing.
-        PublishError: There is none, or it is not older.
+        PublishError: The folder has no bundle, or its latest is not older than ``step``.
     """
     if not storage_of(out).steps():
         raise PublishError(f"{out} holds no bundle to update; write one first, without --update")

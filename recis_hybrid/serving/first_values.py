@@ -127,7 +127,8 @@ def _log(x: Floats) -> Floats:
     s = (m - _F(1)) / (m + _F(1))
     z = s * s
     tail = s * z * _polynomial(z, (0.2958039581, 0.3998800962, 0.6666669621))
-    return exponent * _F(0.693145751953125) + (_F(2) * s + (tail + exponent * _F(1.42860677e-6)))
+    logarithm: Floats = exponent * _F(0.693145751953125) + (_F(2) * s + (tail + exponent * _F(1.42860677e-6)))
+    return logarithm
 
 
 def _turn(u: Floats) -> tuple[Floats, Floats]:

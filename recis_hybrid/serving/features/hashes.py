@@ -49,7 +49,8 @@ class Bytes:
 
     def byte(self, at: Any) -> Words:
         """Return the byte at each address."""
-        return self._bytes[at].astype(np.uint64)
+        found: Words = self._bytes[at].astype(np.uint64)
+        return found
 
 
 def hash_strings(kind: str, values: npt.NDArray[np.uint8], offsets: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -229,7 +229,11 @@ def date_part(part: str, unit: str, utc_offset: int, missing: int | None) -> Ker
 
 
 def _parts(times: Array, part: str, per_second: int, utc_offset: int) -> Array:
-    days, seconds = times, np.zeros_like(times)
+    days: Array = times
+    seconds: Array = np.zeros_like(times)
+    weekdays: Array
+    months: Array
+    years: Array
     if per_second:
         whole = times // per_second
         days, seconds = whole // _DAY, whole % _DAY
@@ -256,14 +260,16 @@ def _parts(times: Array, part: str, per_second: int, utc_offset: int) -> Array:
     from_march = (5 * in_year + 2) // 153
     months = (from_march + 2) % 12 + 1
     if part == "day_of_month":
-        return in_year - (153 * from_march + 2) // 5 + 1
+        in_month: Array = in_year - (153 * from_march + 2) // 5 + 1
+        return in_month
     if part == "month":
         return months
     years = years + (months <= 2) + 400 * (eras + cycles)
     if part == "year":
         return years
     leap = ((years % 4 == 0) & (years % 100 != 0)) | (years % 400 == 0)
-    return np.where(months <= 2, in_year - 305, in_year + 60 + leap)
+    in_calendar: Array = np.where(months <= 2, in_year - 305, in_year + 60 + leap)
+    return in_calendar
 
 
 def age(unit: str, until: int | str | None, missing: int | None) -> Kernel:

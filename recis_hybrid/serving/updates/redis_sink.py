@@ -65,7 +65,7 @@ class RedisSink:
         """Copy the bundles and updates that have appeared.
 
         Returns:
-            The step of the last one; None if there is none.
+            The step of the last one copied, or None if nothing is new.
 
         Raises:
             ServingError: The next update is missing, damaged, out of order, or belongs to another chain; those before
