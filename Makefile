@@ -32,7 +32,7 @@ NATIVE := build/native.stamp
 NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 # TFRA has wheels only for Python 3.11 and older; without such a Python the benchmarks report it as absent.
 PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready build/peers/keras_rs/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
-CXX_FILES = $(shell find csrc -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
+CXX_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
 .PHONY: help demo test test-quick emulated soak mutants faults agreement rehearsal lint format docs cuda-build sanitize \
   bench bench-peers wheel clean setup FORCE

@@ -7,12 +7,19 @@ one JSON line a figure: rates, hit rate, misses a step, the disk's rate of rando
 the memory that saving takes.
 
     python -m benchmarks.disk --path /local_ssd [--rows 20000000] [--quick]
+
+``--reads-per-second`` simulates a disk, by holding the reads from a file system in memory to a rate. (Their copies take
+about as much of the CPU as requests to a disk.)
+
+    python -m benchmarks.disk --path /dev/shm --reads-per-second 450000
 """
 
 from __future__ import annotations
 
 import os
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -34,6 +41,7 @@ DIM, RECORD = 20, 256
 IDS = 65_536
 EXPONENT = 1.05
 CHUNK = 1 << 16
+RATE = "PACED_READS_PER_SECOND"
 
 
 class Side:
@@ -94,13 +102,27 @@ def _memory(name: str) -> int:
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith(name))
 
 
+def run_paced(reads_per_second: int) -> int:
+    """Run this program again with its reads held to a rate, and return its exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "paced_reads.so")
+        source = Path(__file__).with_name("paced_reads.cpp")
+        subprocess.run(["g++", "-O2", "-shared", "-fPIC", str(source), "-o", str(library)], check=True)
+        rate = {RATE: str(reads_per_second), "LD_PRELOAD": str(library)}
+        command = [sys.executable, "-m", "benchmarks.disk", *sys.argv[1:]]
+        return subprocess.run(command, env={**os.environ, **rate}, check=False).returncode
+
+
 def main() -> None:
     """Run the benchmark."""
     options = parser(__doc__ or "", ["cpu"])
     options.add_argument("--path", type=Path, default=tempfile.gettempdir(), help="folder on a local SSD")
     options.add_argument("--rows", type=int, default=20_000_000)
     options.add_argument("--bursts", type=int, default=8)
+    options.add_argument("--reads-per-second", type=int, help="hold a file system in memory to this rate (Linux)")
     args = options.parse_args()
+    if args.reads_per_second and RATE not in os.environ:
+        sys.exit(run_paced(args.reads_per_second))
     torch.set_num_threads(args.threads)
     rows = 1_000_000 if args.quick else args.rows
     bursts, length = (4, 6) if args.quick else (args.bursts, 12)
@@ -130,7 +152,8 @@ def main() -> None:
     hits, misses = after.hits - before.hits, after.misses - before.misses
     rate = reads_per_second(blocks, rows)
     bound = max(seconds["memory"], misses / steps / rate)
-    case = f"{rows:,} rows, cache of 1/8"
+    disk_name = f"simulated disk of {args.reads_per_second:,} reads/s" if args.reads_per_second else str(args.path)
+    case = f"{rows:,} rows, cache of 1/8, {disk_name}"
 
     def show(metric: str, unit: str, ours: float, peer: float | None, peer_name: str) -> None:
         Result("disk", case, metric, unit, ours, peer, peer_name, None if peer is None else ours / peer).print()
