@@ -6,8 +6,9 @@ Each step looks up 65,536 new ids of width 16, runs backward from a fixed gradie
 timed by process CPU time, and each run is repeated: the figure of a step is its best time. Bytes are the growth of the
 process's resident memory. The peers are a table of a Python dict and torch tensors that double (``dict``), and TFRA's
 cuckoo table (``tfra``). From a million rows on, the cases are ``pause``, the longest step over the median one;
-``speed``, the mean over all steps; ``bytes``, the most bytes a row; for ours, also ``map_pause`` and ``map_peak``, the
-IDMap alone, and its peak memory over its final memory. A ratio above 1 means that ours is better.
+``speed``, the mean over all steps; ``bytes``, the most bytes a row; for ours, also ``map_pause``,
+``map_bytes`` and ``map_peak``, the IDMap alone, and, on the CPU, the most memory that its process has taken at any
+moment over the final size of the map. A ratio above 1 means that ours is better.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -103,7 +106,8 @@ def run(name: str, rows: int, threads: int, device: torch.device) -> None:
             torch.accelerator.synchronize(device)
         times.append(now() - begin)
         sizes.append(resident() * page - before if size is None else size())
-    print(json.dumps({"times": times, "bytes": sizes}))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    print(json.dumps({"times": times, "bytes": sizes, "peak": peak}))
 
 
 def resident() -> int:
@@ -111,8 +115,19 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1])
 
 
-def measure(name: str, rows: int, args: argparse.Namespace) -> tuple[list[float], list[float]] | None:
-    """Return the best CPU time of each step in seconds, and the bytes after it; None if the contender is absent."""
+class Growth(NamedTuple):
+    """Figures of a contender's runs."""
+
+    times: list[float]
+    """The best CPU time of each step, in seconds."""
+    sizes: list[float]
+    """Bytes after each step."""
+    peak: float | None
+    """The most bytes at any moment; None for peers."""
+
+
+def measure(name: str, rows: int, args: argparse.Namespace) -> Growth | None:
+    """Run a contender; None if it is absent."""
     if name not in CONTENDERS and not (installed(name) and args.device == "cpu"):
         return None
     command = [sys.executable, "-m", "benchmarks.growth", "--run", name]
@@ -123,24 +138,25 @@ def measure(name: str, rows: int, args: argparse.Namespace) -> tuple[list[float]
     for _ in range(1 if args.quick else REPEATS):
         answer = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True).stdout
         runs.append(json.loads(answer.splitlines()[-1]))
-    return [min(times) for times in zip(*(run["times"] for run in runs), strict=True)], runs[0]["bytes"]
+    times = [min(times) for times in zip(*(run["times"] for run in runs), strict=True)]
+    return Growth(times, runs[0]["bytes"], runs[0].get("peak"))
 
 
-def figures(times: list[float], sizes: list[float]) -> dict[str, float]:
+def figures(growth: Growth) -> dict[str, float]:
     """Return the figures of each case."""
-    large = range(min(LARGE // STEP, len(times) - 1), len(times))
-    late = [times[k] for k in large]
+    large = range(min(LARGE // STEP, len(growth.times) - 1), len(growth.times))
+    late = [growth.times[k] for k in large]
     return {
         "pause": max(late) / statistics.median(late),
-        "speed": STEP * len(times) / sum(times) / 1e6,
-        "bytes": max(sizes[k] / (STEP * (k + 1)) for k in large),
+        "speed": STEP * len(growth.times) / sum(growth.times) / 1e6,
+        "bytes": max(growth.sizes[k] / (STEP * (k + 1)) for k in large),
     }
 
 
 UNITS = {"pause": "max/median", "speed": "M ids/s", "bytes": "B/row"}
 
 
-def results(args: argparse.Namespace) -> tuple[list[harness.Result], dict[str, tuple[list[float], list[float]]]]:
+def results(args: argparse.Namespace) -> tuple[list[harness.Result], dict[str, Growth]]:
     """Measure all contenders, each to its own number of rows; ours is compared at the peer's number."""
     found: list[harness.Result] = []
     curves = {}
@@ -149,7 +165,7 @@ def results(args: argparse.Namespace) -> tuple[list[harness.Result], dict[str, t
         harness.progress(f"ours and {peer}, {args.peer_rows:,} rows")
         theirs, own = measure(peer, args.peer_rows, args), measure("ours", args.peer_rows, args)
         assert own is not None
-        mine, other = figures(*own), figures(*theirs) if theirs else {}
+        mine, other = figures(own), figures(theirs) if theirs else {}
         if theirs:
             curves[peer] = theirs
         for case, unit in UNITS.items():
@@ -162,10 +178,12 @@ def results(args: argparse.Namespace) -> tuple[list[harness.Result], dict[str, t
     assert alone is not None
     curves["ours"] = own
     size = f"{prefix}{args.rows // 1_000_000}M"
-    for case, value in figures(*own).items():
+    for case, value in figures(own).items():
         found.append(_result(f"{size}/{case}", UNITS[case], value))
-    found.append(_result(f"{size}/map_pause", UNITS["pause"], figures(*alone)["pause"]))
-    found.append(_result(f"{size}/map_bytes", UNITS["bytes"], figures(*alone)["bytes"]))
+    found.append(_result(f"{size}/map_pause", UNITS["pause"], figures(alone)["pause"]))
+    found.append(_result(f"{size}/map_bytes", UNITS["bytes"], figures(alone)["bytes"]))
+    if args.device == "cpu" and alone.peak:
+        found.append(_result(f"{size}/map_peak", "max/final", alone.peak / alone.sizes[-1]))
     return found, curves
 
 
@@ -181,15 +199,17 @@ def _result(
     return harness.Result("growth", case, "growth", unit, rounded[0], rounded[1], peer, rounded[2])
 
 
-def plot(curves: dict[str, tuple[list[float], list[float]]]) -> str:
+def plot(curves: dict[str, Growth]) -> str:
     """Return a page with step time and bytes a row against rows."""
     from recis_hybrid.app import svg
 
     def points(values: list[float], scale: Callable[[int], float]) -> list[tuple[float, float | None]]:
         return [(STEP * (k + 1) / 1e6, value * scale(k)) for k, value in enumerate(values)]
 
-    times = {name: points(curve[0], lambda _: 1e3) for name, curve in curves.items()}
-    sizes = {name: points(curve[1], lambda k: 1 / (STEP * (k + 1)))[LARGE // STEP :] for name, curve in curves.items()}
+    times = {name: points(curve.times, lambda _: 1e3) for name, curve in curves.items()}
+    sizes = {
+        name: points(curve.sizes, lambda k: 1 / (STEP * (k + 1)))[LARGE // STEP :] for name, curve in curves.items()
+    }
     charts = [
         f"<h2>{title}</h2>{svg.lines(series, x_label='M rows', from_zero=True)}"
         for title, series in (("CPU time of a step, ms", times), ("Bytes a row", sizes))
