@@ -15,7 +15,8 @@ from tests.support.near import assert_near
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
 PAGES = sorted(DOCS.rglob("*.md"))
-TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+TEXTS = [*PAGES, *(ROOT / name for name in ("README.md", "README.zh.md", "CONTRIBUTING.md", "CHANGELOG.md"))]
+CODE = re.compile(r"^```.*?^```$|^    [^\n]*$", re.MULTILINE | re.DOTALL)  # fenced and indented
 
 
 def navigation() -> set[str]:
@@ -44,6 +45,27 @@ def test_links_and_file_names_exist(path: Path) -> None:
     # Files and folders of the repository that are mentioned without a link.
     for named in re.findall(r"`((?:docs|examples|benchmarks|scripts|requirements|csrc|tests)/[\w./]+)`", text):
         assert (ROOT / named).exists(), named
+
+
+def sections(text: str) -> list[tuple[int, str]]:
+    """Return level and text of the sections, the code apart."""
+    prose = CODE.sub("", text)
+    parts = re.split(r"^(#+) .*$", prose, flags=re.MULTILINE)
+    return [(len(marks), body) for marks, body in zip(parts[1::2], parts[2::2], strict=True)]
+
+
+def test_the_chinese_readme_is_in_step() -> None:
+    english, chinese = ((ROOT / name).read_text() for name in ("README.md", "README.zh.md"))
+    assert [level for level, _ in sections(chinese)] == [level for level, _ in sections(english)]
+    for (_, theirs), (_, ours) in zip(sections(chinese), sections(english), strict=True):
+        # Figures, names in code and links are the same in each section; their order depends on the language.
+        for pattern in (r"\d[\d,.]*\d|\d", r"`[^`]+`", r"\]\(([^)]+)\)", r"\w+/[\w/]+\.\w+", r"^(?:\||- |!)"):
+            found, expected = (sorted(re.findall(pattern, text, re.MULTILINE)) for text in (theirs, ours))
+            if "README.md" in found:  # the link to the other language
+                found.remove("README.md")
+                expected.remove("README.zh.md")
+            assert found == expected
+    assert CODE.findall(chinese) == CODE.findall(english)
 
 
 @pytest.mark.jax
