@@ -34,7 +34,7 @@ NATIVE_SOURCES := setup.py $(shell find csrc -type f 2>/dev/null)
 PEERS := build/peers/fbgemm/ready build/peers/fbgemm/torchrec build/peers/interop/ready build/peers/keras_rs/ready $(if $(shell $(TFRA_PYTHON) -V 2>/dev/null),build/peers/tfra/ready)
 CXX_FILES = $(shell find csrc benchmarks -name '*.h' -o -name '*.cuh' -o -name '*.cpp' -o -name '*.cu')
 
-.PHONY: help demo test test-quick emulated soak mutants faults agreement rehearsal lint format docs cuda-build sanitize \
+.PHONY: help demo test test-quick emulated soak mutants faults agreement rehearsal lint format docs cuda-build aarch64 sanitize \
   bench bench-peers wheel clean setup FORCE
 
 help:  ## List the targets and settings
@@ -111,6 +111,9 @@ cuda-build: $(DEPENDENCIES)  ## Compile and link the CUDA library, if nvcc is fo
 	  echo "skipped the CUDA library: nvcc is neither in NVCC nor on PATH nor in /usr/local/cuda/bin"; \
 	fi
 
+aarch64:  ## Run the native tests for aarch64 in an emulator, and compile the operators for it
+	scripts/aarch64.sh
+
 sanitize:  ## Run the native tests under the thread, address and undefined-behavior sanitizers
 	scripts/sanitize.sh
 
@@ -160,7 +163,7 @@ wheel: setup  ## Build an sdist, and a wheel from it for Linux with glibc 2.28 o
 	rm -r build/dist
 
 clean:  ## Remove build outputs and caches, but not the environment
-	rm -rf build dist *.egg-info recis_hybrid/lib/*.so .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info recis_hybrid/lib/*.so recis_hybrid/lib/*.dylib .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 setup: $(EDITABLE) $(NATIVE)

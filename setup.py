@@ -2,9 +2,9 @@
 
 The libraries do not depend on Python's ABI: they are loaded by ``torch.ops.load_library`` and use torch's stable ABI,
 so one build works with every supported Python and every torch from 2.11 on. The CPU library is built once for each
-x86-64 level (``librecis_cpu_v2.so``, ``..._v3.so``, ``..._v4.so``; on other machines ``librecis_cpu_generic.so``), and
-the best one is chosen when the package is loaded. The CUDA library (``librecis_cuda.so``) is separate and needs only
-``nvcc``.
+x86-64 level (``librecis_cpu_v2.so``, ``..._v3.so``, ``..._v4.so``; on other machines ``librecis_cpu_generic.so``; on
+macOS, the names end in ``.dylib``), and the best one is chosen when the package is loaded. The CUDA library
+(``librecis_cuda.so``) is separate and needs only ``nvcc``.
 
 The module ``recis_hybrid._xla``, for lookups inside ``jax.jit``, is built if jaxlib, with the headers of XLA's FFI, and
 pybind11 are installed. It uses Python's ABI and needs neither torch nor jax to link; it calls the kernels of the
@@ -44,8 +44,6 @@ TARGET = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # the stable ABI of torch 
 CXX_FLAGS = [
     "-std=c++20",
     "-O3",
-    # GCC's unroll-and-jam merges the loop over gradients into the loop over elements, and then vectorizes neither.
-    "-fno-loop-unroll-and-jam",
     "-fPIC",
     "-fno-math-errno",
     "-fno-trapping-math",
@@ -57,6 +55,14 @@ CXX_FLAGS = [
     "-Wno-unknown-pragmas",
     "-pthread",
 ]
+SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
+if sys.platform == "darwin":
+    # Python's functions are found when the module is loaded.
+    MODULE_LINK_FLAGS = ["-undefined", "dynamic_lookup"]
+else:
+    MODULE_LINK_FLAGS = []
+    # GCC's unroll-and-jam merges the loop over gradients into the loop over elements, and then vectorizes neither.
+    CXX_FLAGS.append("-fno-loop-unroll-and-jam")
 NVCC_FLAGS = [
     "-std=c++20",
     "-O3",
@@ -245,14 +251,15 @@ class BuildNative(build_ext):
             header, command = compiled_first(folder, ["core/glibc.h", "ops/common.h", "ops/device.h"], command)
             jobs = jobs_of("csrc/ops/*.cpp", folder, command)
             linker = [cxx, "-shared", "-pthread", *torch_link]
-            libraries.append(Library(target / f"librecis_cpu_{level}.so", header, jobs, linker))
+            libraries.append(Library(target / f"librecis_cpu_{level}{SUFFIX}", header, jobs, linker))
 
         includes = xla_flags()
         if includes is not None:
             command = [cxx, *CXX_FLAGS, prefix, f"-I{ROOT / 'csrc'}", *includes, "-include", "core/glibc.h"]
             # One object folder for each Python, of which each has its own ABI.
             jobs = jobs_of("csrc/xla/*.cpp", objects / f"xla-{sys.implementation.cache_tag}", command)
-            libraries.append(Library(target.parent / XLA_MODULE, None, jobs, [cxx, "-shared", "-pthread"]))
+            linker = [cxx, "-shared", "-pthread", *MODULE_LINK_FLAGS]
+            libraries.append(Library(target.parent / XLA_MODULE, None, jobs, linker))
 
         nvcc = find_nvcc(torch_has_cuda)
         if nvcc is not None:
@@ -284,7 +291,7 @@ class BuildNative(build_ext):
     def get_outputs(self) -> list[str]:
         """Return the libraries that were built, for setuptools' record of files."""
         base = Path(self.build_lib) / "recis_hybrid"
-        return [str(path) for path in [*base.glob("lib/*.so"), *base.glob(XLA_MODULE)]]
+        return [str(path) for path in [*base.glob(f"lib/*{SUFFIX}"), *base.glob(XLA_MODULE)]]
 
     def get_output_mapping(self) -> dict[str, str]:
         """Return an empty mapping: an editable install needs no copies, because it is built in place."""

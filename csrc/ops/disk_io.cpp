@@ -10,7 +10,9 @@
 #include <cstring>
 #include <system_error>
 
-#if defined(__linux__) && __has_include(<linux/io_uring.h>)
+#include "ops/platform.h"
+
+#if defined(RECIS_LINUX) && __has_include(<linux/io_uring.h>)
 #include <linux/io_uring.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
@@ -197,11 +199,12 @@ namespace {
 // Whether a read of a file can return at once if it would have to wait. Otherwise an io_uring hands every transfer to a
 // thread of the kernel.
 bool returns_at_once(int file) {
-#if defined(RWF_NOWAIT)
+#if defined(RECIS_LINUX) && defined(RWF_NOWAIT)
   char byte = 0;
   const iovec part{&byte, 1};
   return preadv2(file, &part, 1, 0, RWF_NOWAIT) >= 0 || errno != EOPNOTSUPP;
 #else
+  static_cast<void>(file);
   return true;
 #endif
 }

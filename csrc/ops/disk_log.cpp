@@ -1,8 +1,5 @@
 #include "ops/disk_log.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -14,6 +11,7 @@
 #include <stdexcept>
 
 #include "ops/memory_pool.h"
+#include "ops/platform.h"
 
 namespace recis {
 namespace {
@@ -30,16 +28,9 @@ int64_t round_up(int64_t bytes, int64_t to = kPage) { return (bytes + to - 1) / 
 
 // The multiple in bytes at which reads of a file must begin and end, in the file and in memory.
 int64_t alignment_of(int file, bool is_direct) {
-  constexpr long kTmpfs = 0x01021994;
-  struct statfs system{};
-  if (!is_direct || (fstatfs(file, &system) == 0 && system.f_type == kTmpfs)) return kWord;
-#if defined(STATX_DIOALIGN)
-  struct statx state{};
-  if (statx(file, "", AT_EMPTY_PATH, STATX_DIOALIGN, &state) == 0 && (state.stx_mask & STATX_DIOALIGN) != 0) {
-    const int64_t least = std::max(state.stx_dio_offset_align, state.stx_dio_mem_align);
-    if (least > 0 && kPage % least == 0) return std::max(least, kWord);
-  }
-#endif
+  if (!is_direct || is_in_memory(file)) return kWord;
+  const int64_t least = direct_alignment(file);
+  if (least > 0 && kPage % least == 0) return std::max(least, kWord);
   return kPage;
 }
 
@@ -87,14 +78,8 @@ void DiskLog::fail(const std::string& what, int error) const {
   throw std::runtime_error(message);
 }
 
-// Opens a file without a name, so that nothing is left behind however the process ends.
 void DiskLog::open_file() {
-  file_ = open(path_.c_str(), O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
-  if (file_ < 0 && (errno == EOPNOTSUPP || errno == EISDIR || errno == EINVAL)) {  // not on this file system
-    std::string named = path_ + "/.recis-records-XXXXXX";
-    file_ = mkostemp(named.data(), O_CLOEXEC);
-    if (file_ >= 0) unlink(named.c_str());
-  }
+  file_ = open_unnamed(path_);
   if (file_ < 0) {
     const int error = errno;
     throw std::runtime_error("table " + name_ + ": cannot create the file of its records in " + path_ + ": " +
@@ -103,24 +88,13 @@ void DiskLog::open_file() {
                              "written to");
   }
   // Without the page cache, which would hold the same records twice; not every file system can do without.
-  is_direct_ = fcntl(file_, F_SETFL, O_RDWR | O_DIRECT) == 0;
+  is_direct_ = bypass_page_cache(file_);
   alignment_ = alignment_of(file_, is_direct_);
 }
 
 void DiskLog::allocate(int64_t segment) {
-  while (fallocate(file_, 0, segment * segment_bytes_, segment_bytes_) != 0) {
-    if (errno == EINTR) continue;
-    if (errno != EOPNOTSUPP) {
-      fail("no space for " + std::to_string(segment_bytes_) + " more bytes of records", errno);
-    }
-    // Only writes find a full disk here.
-    const int64_t end = (segment + 1) * segment_bytes_;
-    const int64_t size = lseek(file_, 0, SEEK_END);
-    if (size < 0 || (size < end && ftruncate(file_, end) != 0)) {
-      fail("no space for more records", errno);
-    }
-    break;
-  }
+  const int error = reserve_space(file_, segment * segment_bytes_, segment_bytes_);
+  if (error != 0) fail("no space for " + std::to_string(segment_bytes_) + " more bytes of records", error);
   segments_[segment].state = State::kFree;
   ++allocated_;
 }
@@ -240,8 +214,7 @@ void DiskLog::recycle(int64_t segment) {
   unused.last_step = kNoStep;
   unused.is_unreadable = false;
   unused.state = State::kFree;
-  if (free_.size() >= kKeptFree + segments_.size() / 8 &&
-      fallocate(file_, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE, segment * segment_bytes_, segment_bytes_) == 0) {
+  if (free_.size() >= kKeptFree + segments_.size() / 8 && free_space(file_, segment * segment_bytes_, segment_bytes_)) {
     unused.state = State::kHole;
     holes_.push_back(segment);
     --allocated_;

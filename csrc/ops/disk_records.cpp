@@ -7,6 +7,8 @@
 #include <new>
 #include <stdexcept>
 
+#include "ops/platform.h"
+
 namespace recis {
 namespace {
 
@@ -19,7 +21,7 @@ constexpr size_t kHugePage = size_t{1} << 21;
 char* map_frames(size_t bytes) {
   void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
-  madvise(memory, bytes, MADV_HUGEPAGE);  // only advice
+  advise_huge_pages(memory, bytes);
   return static_cast<char*>(memory);
 }
 

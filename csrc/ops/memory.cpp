@@ -40,7 +40,7 @@ Tensor huge_zeros(int64_t bytes) {
   const size_t before = (kHugePage - reinterpret_cast<uintptr_t>(first) % kHugePage) % kHugePage;
   if (before > 0) munmap(first, before);
   if (before < kHugePage) munmap(first + before + size, kHugePage - before);
-  madvise(first + before, size, MADV_HUGEPAGE);  // only advice: failure is not an error
+  advise_huge_pages(first + before, size);
   return bytes_at(first + before, bytes, [](void* data, size_t length) { munmap(data, length); }, size);
 }
 

@@ -2,13 +2,13 @@
 // freed.
 #pragma once
 
-#include <sys/mman.h>
-
 #include <cstddef>
 #include <cstdlib>
 #include <map>
 #include <mutex>
 #include <vector>
+
+#include "ops/platform.h"
 
 namespace recis {
 
@@ -46,7 +46,7 @@ class MemoryPool {
       release();
       memory = std::aligned_alloc(kHugePage, size);
     }
-    if (memory != nullptr) madvise(memory, size, MADV_HUGEPAGE);  // only advice: failure is not an error
+    if (memory != nullptr) advise_huge_pages(memory, size);
     return memory;
   }
 

@@ -86,6 +86,7 @@ void run(const char* path, bool ring) {
 int find_ring() {
   int found = -1;
   DIR* folder = opendir("/proc/self/fd");
+  if (folder == nullptr) return -1;  // not on this system
   for (const dirent* entry = readdir(folder); entry != nullptr; entry = readdir(folder)) {
     char target[64] = {};
     const std::string link = std::string("/proc/self/fd/") + entry->d_name;
@@ -109,7 +110,7 @@ void break_ring(int ring) {
 void run_failing_transfers(int64_t delay_us) {
   constexpr int64_t kCount = 400;
   constexpr int64_t kBytes = 65536;
-  const int file = open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+  const int file = recis::open_unnamed("/tmp");
   recis::PageBuffer memory(kCount * kBytes);
   const auto byte_of = [](int64_t i) { return static_cast<char>(i % 100); };
   const auto holds = [&](int64_t i, char byte) {
@@ -119,7 +120,7 @@ void run_failing_transfers(int64_t delay_us) {
   for (int64_t i = 0; i < kCount; ++i) std::memset(memory.data() + i * kBytes, byte_of(i), kBytes);
   const bool written = pwrite(file, memory.data(), kCount * kBytes, 0) == kCount * kBytes && fsync(file) == 0;
   recis_test::expect(written, "the file of the transfers cannot be written", errno);
-  fcntl(file, F_SETFL, O_RDWR | O_DIRECT);  // where it is possible, transfers are slow enough to be in flight
+  recis::bypass_page_cache(file);  // where it is possible, transfers are slow enough to be in flight
   {
     recis::DiskIo io(file, true);
     const int ring = find_ring();

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import sys
 from pathlib import Path
 
 import torch
@@ -11,13 +12,14 @@ import torch
 _FOLDER = Path(__file__).resolve().parent.parent / "lib"
 # The CPU library for each of torch's names of the processor's capability.
 _LEVELS = {"AVX512": "v4", "AVX2": "v3"}
+_SUFFIX = ".dylib" if sys.platform == "darwin" else ".so"
 
 
 def _cpu_library() -> Path:
     if platform.machine() not in ("x86_64", "AMD64"):
-        return _FOLDER / "librecis_cpu_generic.so"
+        return _FOLDER / f"librecis_cpu_generic{_SUFFIX}"
     level = _LEVELS.get(torch.backends.cpu.get_cpu_capability(), "v2")
-    return _FOLDER / f"librecis_cpu_{level}.so"
+    return _FOLDER / f"librecis_cpu_{level}{_SUFFIX}"
 
 
 TABLE_KERNELS: dict[str, int] = {}
