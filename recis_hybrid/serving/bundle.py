@@ -20,6 +20,7 @@ from recis_hybrid.serving.columns import (
     InputColumn,
     Rows,
     read_column,
+    read_integers,
     read_nulls,
 )
 from recis_hybrid.serving.errors import InputError, ServingError
@@ -111,6 +112,11 @@ class Bundle:
         except (KeyError, TypeError, AttributeError, IndexError) as error:
             raise ServingError(f"{where}: its part 'bundle' is not valid: {error!r}. {_REMEDY}") from error
         self._by_name = {column.name: column for column in self.inputs}
+        self._integers = [
+            column.name
+            for column in self.inputs
+            if column.dtype == "int64" and column.levels == 0 and column.length is None
+        ]
         self._threads = threads
         self._tower: Tower = load_tower(where, self._tower_kind, tower_tensors(reader), threads)
 
@@ -131,14 +137,18 @@ class Bundle:
         """
         if not isinstance(columns, Mapping):
             raise InputError(f"columns must be a mapping by name, got {type(columns).__name__}")
-        for name in columns:
-            if name not in self._by_name:
-                close = difflib.get_close_matches(str(name), self._by_name, 1)
-                hint = f"; did you mean {close[0]!r}?" if close else ";"
-                raise InputError(f"column {name!r} is unknown{hint} the columns are {list(self._by_name)}")
-        read: dict[str, Column] = {}
-        rows, first = -1, ""
+        unknown = [name for name in columns if name not in self._by_name]
+        if unknown:
+            close = difflib.get_close_matches(str(unknown[0]), self._by_name, 1)
+            hint = f"; did you mean {close[0]!r}?" if close else ";"
+            raise InputError(f"column {unknown[0]!r} is unknown{hint} the columns are {list(self._by_name)}")
+        names = [name for name in self._integers if name in columns]
+        integers = read_integers([columns[name] for name in names]) or []
+        read: dict[str, Column] = dict(zip(names, integers, strict=False))
+        rows, first = (integers[0].rows, names[0]) if integers else (-1, "")
         for column in self.inputs:
+            if column.name in read:
+                continue
             if column.name not in columns:
                 if not column.optional:
                     raise InputError(

@@ -201,6 +201,27 @@ def read_nulls(column: InputColumn, rows: int) -> Column:
     return read_column(column, [None] * rows)
 
 
+def read_integers(given: Sequence[Any]) -> list[Column] | None:
+    """Return columns with one int64 for each row, converted together: three of them take longer one by one.
+
+    Args:
+        given: The columns of a request, any values.
+
+    Returns:
+        The columns, or None unless all are lists of integers, of the same length.
+    """
+    if set(map(type, given)) != {list} or set(map(type, chain.from_iterable(given))) != {int}:
+        return None
+    lengths = set(map(len, given))
+    if len(lengths) != 1:
+        return None
+    try:
+        values = np.fromiter(chain.from_iterable(given), np.int64, len(given) * len(given[0]))
+    except OverflowError:
+        return None
+    return [Column(each) for each in values.reshape(len(given), -1)]
+
+
 def _read_dense(where: str, column: InputColumn, given: Any) -> Column:
     if column.length is None and (values := _unconverted(column, given)) is not None:
         return Column(values)

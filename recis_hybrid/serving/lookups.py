@@ -15,6 +15,7 @@ from recis_hybrid.serving.columns import Array, Column, offsets_of
 from recis_hybrid.serving.errors import InputError, ServingError
 from recis_hybrid.serving.first_values import FirstValues, first_values
 
+_INT64 = np.dtype(np.int64)
 COMBINERS = ("sum", "mean", "sqrtn", "max", "tile", None)
 """Combiners of the vectors of a row."""
 
@@ -26,6 +27,9 @@ class AnyTable(Protocol):
 
     def read(self, ids: npt.NDArray[np.int64]) -> tuple[Array, Array]:
         """Return new embeddings, float32 ``[n, D]``, and whether each id has a row, bool ``[n]``."""
+
+    def read_one(self, id: int) -> Array | None:
+        """Return the embedding of an id, float32 ``[1, D]``, which must not be written to; None if it has no row."""
 
 
 class _Lookup(NamedTuple):
@@ -73,7 +77,7 @@ class Lookups:
             self._of_table.setdefault(item["table"], []).append(lookup)
         # Most lookups of a request are of one id a row in a table of its own, and need no pooling.
         self._alone = {
-            name
+            name: lookup.feature
             for name, (lookup, *others) in self._of_table.items()
             if not others and lookup.weights is None and lookup.combiner != "tile"
         }
@@ -93,10 +97,11 @@ class Lookups:
         out: dict[str, Array] = {}
         read: dict[str, list[_Bags]] = {}
         for name, lookups in self._of_table.items():
-            if name in self._alone and (ids := _plain(features[lookups[0].feature])) is not None:
-                rows, found = tables[name].read(ids)
-                if np.count_nonzero(found) == len(ids):
-                    out[lookups[0].feature] = rows
+            feature = self._alone.get(name)
+            if feature is not None and (ids := _plain(features[feature])) is not None:
+                vector = _read_all(tables[name], ids)
+                if vector is not None:
+                    out[feature] = vector
                     continue
             read[name] = [_bags(lookup, features) for lookup in lookups]
         vectors: dict[str, Array] = {}
@@ -138,8 +143,16 @@ class Lookups:
 
 def _plain(column: Column) -> npt.NDArray[np.int64] | None:
     """Return the ids of a column with one id a row and nothing else, or None."""
-    is_plain = column.offsets is None and column.weights is None and column.values.ndim == 1
-    return column.values if is_plain and column.values.dtype == np.int64 else None
+    values, offsets, weights, _ = column
+    return values if offsets is None and weights is None and values.ndim == 1 and values.dtype == _INT64 else None
+
+
+def _read_all(table: AnyTable, ids: npt.NDArray[np.int64]) -> Array | None:
+    """Return the embeddings of ids, float32 ``[n, D]``, or None if one of them has no row."""
+    if len(ids) == 1:
+        return table.read_one(ids.item())
+    vectors, found = table.read(ids)
+    return vectors if np.count_nonzero(found) == len(ids) else None
 
 
 def _bags(lookup: _Lookup, features: Mapping[str, Column]) -> _Bags:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from recis_hybrid.serving.errors import ServingError
 from recis_hybrid.serving.files import Array, Tensor, map_tensors, widened
 
+_FLOAT32 = np.dtype(np.float32)
 _MANY = 64
 
 
@@ -55,7 +57,16 @@ class Table:
 
     def vectors(self, tensors: dict[str, Tensor], rows: Array) -> Array:
         """Return the embeddings of rows of an open file, a new float32 ``[n, D]``."""
-        values = tensors["embedding"].values.take(rows, axis=0)
+        return self._decoded(tensors, rows, tensors["embedding"].values.take(rows, axis=0))
+
+    def vector(self, tensors: dict[str, Tensor], row: int) -> Array:
+        """Return the embedding of a row of an open file, float32 ``[1, D]``: a read-only view if it is stored so."""
+        rows = slice(row, row + 1)
+        values = tensors["embedding"].values[rows]
+        return values if values.dtype == _FLOAT32 else self._decoded(tensors, rows, values)
+
+    def _decoded(self, tensors: dict[str, Tensor], rows: Array | slice, values: Array) -> Array:
+        """Return ``values``, the stored embeddings of ``rows``, as float32."""
         if self._quantized is None:
             return widened(values, tensors["embedding"].bfloat16).astype(np.float32, copy=False)
         if self._quantized == "int4":
@@ -125,11 +136,26 @@ class IndexedTable:
         if bool((self._ids[1:] == self._ids[:-1]).any()):
             raise ServingError(f"{table.where} has an id twice. Export it again.")
         self._ends = np.cumsum([len(part) for part in ids])
+        # One id is found sooner by bisect, which needs elements that are Python integers, than by array operations.
+        self._one_id, self._one_order = memoryview(self._ids), memoryview(self._order)
+        self._one_end: list[int] = self._ends.tolist()
 
     @property
     def rows(self) -> int:
         """Number of rows."""
         return len(self._ids)
+
+    def read_one(self, id: int) -> Array | None:
+        """Return the embedding of an id, float32 ``[1, D]``, possibly a read-only view; None if it has no row."""
+        ids = self._one_id
+        at = bisect_left(ids, id)
+        if at == len(ids) or ids[at] != id:
+            return None
+        row = self._one_order[at]
+        if len(self._files) == 1:
+            return self.table.vector(self._files[0], row)
+        number = bisect_right(self._one_end, row)
+        return self.table.vector(self._files[number], row - (self._one_end[number - 1] if number else 0))
 
     def read(self, ids: npt.NDArray[np.int64]) -> tuple[Array, Array]:
         """Return the embeddings of ids.

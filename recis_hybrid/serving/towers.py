@@ -56,9 +56,10 @@ def _onnx(where: str, data: bytes, threads: int) -> Tower:
     except Exception as error:  # onnxruntime raises its own types, which have no common base
         raise ServingError(f"{where}: onnxruntime refuses the tower: {error}. Export it again.") from error
     names = [each.name for each in session.get_inputs()]
+    output_names = [each.name for each in session.get_outputs()]
 
     def run(inputs: Sequence[Array]) -> Sequence[Array]:
-        outputs: Sequence[Array] = session.run(None, dict(zip(names, inputs, strict=True)))
+        outputs: Sequence[Array] = session.run(output_names, dict(zip(names, inputs, strict=True)))
         return outputs
 
     return run

@@ -5,6 +5,7 @@ Letters: n ids of a call, m rows of a level, D dim.
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,6 +118,15 @@ class UpdatedTable:
     def levels(self) -> tuple[int, ...]:
         """Numbers of rows and removed ids of the levels, oldest first."""
         return tuple(len(level.ids) for level in self._levels)
+
+    def read_one(self, id: int) -> Array | None:
+        """Return the embedding of an id, float32 ``[1, D]``, possibly a view; None if it has no row."""
+        base = self._base
+        for level in reversed((base, *self._levels) if isinstance(base, Level) else self._levels):
+            at = bisect_left(memoryview(level.ids), id)
+            if at < len(level.ids) and level.ids[at] == id:
+                return self._table.vector(level.columns, at) if level.exists[at] else None
+        return None if isinstance(base, Level) else base.read_one(id)
 
     def read(self, ids: npt.NDArray[np.int64]) -> tuple[Array, Array]:
         """Return embeddings, float32 ``[n, D]``, and whether each id has a row, bool ``[n]``.
