@@ -63,7 +63,9 @@ def main() -> None:
     def health() -> dict[str, bool]:
         return {"ready": True}
 
-    uvicorn.run(app, port=int(sys.argv[2]), log_level="warning", access_log=False)
+    uvicorn.run(
+        app, port=int(sys.argv[2]), log_level="warning", access_log=False, server_header=False, proxy_headers=False
+    )
 
 
 if __name__ == "__main__":

@@ -98,19 +98,22 @@ class Lookups:
         read: dict[str, list[_Bags]] = {}
         for name, lookups in self._of_table.items():
             feature = self._alone.get(name)
-            if feature is not None and (ids := _plain(features[feature])) is not None:
-                vector = _read_all(tables[name], ids)
-                if vector is not None:
-                    out[feature] = vector
-                    continue
+            if feature is not None:
+                ids, offsets, weights, _ = features[feature]
+                if offsets is None and weights is None and ids.ndim == 1 and ids.dtype == _INT64:
+                    table = tables[name]
+                    found = table.read_one(ids.item()) if len(ids) == 1 else _read_all(table, ids)
+                    if found is not None:
+                        out[feature] = found
+                        continue
             read[name] = [_bags(lookup, features) for lookup in lookups]
         vectors: dict[str, Array] = {}
         unknown: list[tuple[str, Array, Array]] = []
         for name, bags in read.items():
             ids = bags[0].ids if len(bags) == 1 else np.concatenate([each.ids for each in bags])
-            vectors[name], found = tables[name].read(ids)
-            if np.count_nonzero(found) < len(found):
-                places = np.flatnonzero(~found)
+            vectors[name], exists = tables[name].read(ids)
+            if np.count_nonzero(exists) < len(exists):
+                places = np.flatnonzero(~exists)
                 unknown.append((name, places, ids[places]))
         if unknown:
             self._fill(read, vectors, unknown)
@@ -141,16 +144,8 @@ class Lookups:
                 begin = end
 
 
-def _plain(column: Column) -> npt.NDArray[np.int64] | None:
-    """Return the ids of a column with one id a row and nothing else, or None."""
-    values, offsets, weights, _ = column
-    return values if offsets is None and weights is None and values.ndim == 1 and values.dtype == _INT64 else None
-
-
 def _read_all(table: AnyTable, ids: npt.NDArray[np.int64]) -> Array | None:
     """Return the embeddings of ids, float32 ``[n, D]``, or None if one of them has no row."""
-    if len(ids) == 1:
-        return table.read_one(ids.item())
     vectors, found = table.read(ids)
     return vectors if np.count_nonzero(found) == len(ids) else None
 

@@ -23,7 +23,7 @@ from starlette.routing import Route
 from recis_hybrid.serving.columns import Rows
 from recis_hybrid.serving.errors import InputError
 from recis_hybrid.serving.server.batching import Batcher
-from recis_hybrid.serving.server.body import Memory, Receive, read_body
+from recis_hybrid.serving.server.body import Memory, Receive, Share, read_body
 from recis_hybrid.serving.server.errors import DisconnectedError, RequestError
 from recis_hybrid.serving.server.layout import Layout
 from recis_hybrid.serving.server.live import LiveBundle
@@ -33,6 +33,7 @@ from recis_hybrid.serving.server.protocol import load_json, parse_infer, render_
 
 Scope = dict[str, Any]
 Send = Callable[[Any], Awaitable[None]]
+App = Callable[[Scope, Receive, Send], Awaitable[None]]
 Headers = list[tuple[bytes, bytes]]
 _JSON = (b"content-type", b"application/json")
 # Number of bodies of the largest size that memory is for; there may be many more small ones.
@@ -62,7 +63,7 @@ class Service:
         self._batcher = Batcher(options.threads, options.max_batch, options.max_queue, metrics)
         self._memory = Memory(_BODIES * options.max_request_bytes)
 
-    def app(self) -> Starlette:
+    def app(self) -> App:
         """Return the application, which also looks for newer bundles while it runs."""
         model = "/v2/models/{name}"
         infer, predict = _Scoring(self, "infer", self._infer), _Scoring(self, "predict", self._predict)
@@ -86,7 +87,14 @@ class Service:
             exception_handlers={HTTPException: _http_error, RequestError: _request_error},
         )
         app.router.redirect_slashes = False
-        return app
+        scoring = {"/predict": predict, f"/v2/models/{self._name}/infer": infer}
+
+        async def direct(scope: Scope, receive: Receive, send: Send) -> None:
+            # Starlette's middleware and search for a route take longer than the rest of a small request's HTTP.
+            route = scoring.get(scope["path"]) if scope["type"] == "http" and scope["method"] == "POST" else None
+            await (app if route is None else route)(scope, receive, send)
+
+        return direct
 
     @contextlib.asynccontextmanager
     async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
@@ -144,15 +152,16 @@ class Service:
             RequestError: The request is answered with an error.
         """
         layout = self._live.layout
-        path = scope["path_params"]
-        self._check_model(layout, path.get("name"), path.get("version"))
+        path = scope.get("path_params")
+        if path:
+            self._check_model(layout, path.get("name"), path.get("version"))
         headers = dict(scope["headers"])
         limit = self._options.max_request_bytes
         is_read = False
         try:
-            with self._memory.share() as take:
+            with Share(self._memory) as share:
                 async with asyncio.timeout(self._options.timeout):
-                    body = await read_body(receive, headers, limit, take)
+                    body = await read_body(receive, headers, limit, share)
                     is_read = True
                     return await run(layout, body, headers)
         except TimeoutError as error:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import zlib
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
 from recis_hybrid.serving.server.errors import DisconnectedError, RequestError
@@ -24,35 +23,48 @@ class Memory:
     def __init__(self, limit: int) -> None:
         self._left = limit
 
-    @contextlib.contextmanager
-    def share(self) -> Iterator[Callable[[int], None]]:
-        """Yield a function that takes a number of bytes, until the end of the context.
+    def take(self, size: int) -> None:
+        """Take a number of bytes; raise RequestError if there are not as many."""
+        if size > self._left:
+            raise RequestError(503, "the server is overloaded by large requests. Try again later.", close=True)
+        self._left -= size
 
-        The function raises RequestError if there are not as many.
-        """
-        taken = 0
-
-        def take(size: int) -> None:
-            nonlocal taken
-            if size > self._left:
-                raise RequestError(503, "the server is overloaded by large requests. Try again later.", close=True)
-            self._left -= size
-            taken += size
-
-        try:
-            yield take
-        finally:
-            self._left += taken
+    def give_back(self, size: int) -> None:
+        """Return bytes that have been taken."""
+        self._left += size
 
 
-async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int, take: Callable[[int], None]) -> bytes:
+class Share:
+    """The part of a memory that one request has taken; a context, which returns it at the end.
+
+    Args:
+        memory: The memory.
+    """
+
+    def __init__(self, memory: Memory) -> None:
+        self._memory = memory
+        self._taken = 0
+
+    def __enter__(self) -> Share:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._memory.give_back(self._taken)
+
+    def take(self, size: int) -> None:
+        """Take a number of bytes more; raise RequestError if there are not as many."""
+        self._memory.take(size)
+        self._taken += size
+
+
+async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int, share: Share) -> bytes:
     """Read and decompress the body of a request.
 
     Args:
         receive: Source of the request's ASGI messages.
         headers: Headers by name in lower case.
         limit: Largest number of bytes, before and after decompression. Reading stops beyond it.
-        take: Takes memory for a number of bytes.
+        share: Memory for the body.
 
     Returns:
         The decompressed body.
@@ -73,7 +85,7 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int
     if message["type"] != "http.request":
         raise DisconnectedError
     body: bytes = message.get("body", b"")
-    take(len(body))
+    share.take(len(body))
     if message.get("more_body", False):
         parts, size = [body], len(body)
         while message.get("more_body", False):
@@ -83,7 +95,7 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int
             if message["type"] != "http.request":
                 raise DisconnectedError
             parts.append(message.get("body", b""))
-            take(len(parts[-1]))
+            share.take(len(parts[-1]))
             size += len(parts[-1])
         body = b"".join(parts)
     if len(body) > limit:
@@ -91,7 +103,7 @@ async def read_body(receive: Receive, headers: Mapping[bytes, bytes], limit: int
     if encoding in (b"identity", b""):
         return body
     unpacked = _decompressed(body, encoding == b"deflate", limit)
-    take(len(unpacked))
+    share.take(len(unpacked))
     return unpacked
 
 

@@ -62,6 +62,8 @@ class Server:
             log_config=None,
             access_log=False,
             server_header=False,
+            # Addresses of clients are not used.
+            proxy_headers=False,
             ws="none",
             timeout_keep_alive=75,
             timeout_graceful_shutdown=int(settings.timeout) + 1,
