@@ -137,7 +137,7 @@ class IndexedTable:
             raise ServingError(f"{table.where} has an id twice. Export it again.")
         self._ends = np.cumsum([len(part) for part in ids])
         # One id is found sooner by bisect, which needs elements that are Python integers, than by array operations.
-        self._one_id, self._one_order = memoryview(self._ids), memoryview(self._order)
+        self._one_id, self._one_order = self._ids.data, self._order.data
         self._one_end: list[int] = self._ends.tolist()
 
     @property

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from recis_hybrid.serving import InputColumn, InputError, Ragged, Rows
-from recis_hybrid.serving.columns import DTYPES, Column, read_column
+from recis_hybrid.serving.columns import DTYPES, Column, read_column, read_integers
 
 COLUMNS = [
     InputColumn(name="x", dtype=dtype, levels=levels, length=length, weighted=weighted, default=default)
@@ -131,3 +131,29 @@ def test_threads_may_share_a_program() -> None:
 def test_huge_integers_are_refused(dtype: Any) -> None:
     with pytest.raises(InputError, match="column 'x': row 0: must be .*, got a huge integer"):
         read_column(InputColumn(name="x", dtype=dtype), [10**5000])
+
+
+@given(st.lists(st.one_of(st.lists(st.integers(-(2**65), 2**65), min_size=2, max_size=2), VALUES), max_size=4))
+def test_integers_read_together_are_those_read_one_by_one(columns: list[Any]) -> None:
+    found = read_integers(columns)
+    if found is not None:
+        assert len({column.rows for column in found}) == 1
+        for column, given_values in zip(found, columns, strict=True):
+            alone = read_column(InputColumn(name="x", dtype="int64", levels=0, length=None), given_values)
+            assert column.values.dtype == np.int64
+            assert np.array_equal(column.values, alone.values)
+            assert column.offsets is None
+            assert column.weights is None
+
+
+@pytest.mark.parametrize(
+    "columns", [[], [[]], [[1], [1, 2]], [[1], [2**63]], [[1], [True]], [[1], [None]], [[1], [1.0]], [[1], (1,)]]
+)
+def test_other_values_are_not_read_together(columns: list[Any]) -> None:
+    assert read_integers(columns) is None
+
+
+def test_ids_of_64_bits_are_read_together() -> None:
+    first, second = read_integers([[-(2**63), 2**63 - 1], [0, -1]]) or []
+    assert first.values.tolist() == [-(2**63), 2**63 - 1]
+    assert second.values.tolist() == [0, -1]

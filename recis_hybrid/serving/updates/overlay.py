@@ -123,7 +123,7 @@ class UpdatedTable:
         """Return the embedding of an id, float32 ``[1, D]``, possibly a view; None if it has no row."""
         base = self._base
         for level in reversed((base, *self._levels) if isinstance(base, Level) else self._levels):
-            at = bisect_left(memoryview(level.ids), id)
+            at = bisect_left(level.ids.data, id)
             if at < len(level.ids) and level.ids[at] == id:
                 return self._table.vector(level.columns, at) if level.exists[at] else None
         return None if isinstance(base, Level) else base.read_one(id)

@@ -76,6 +76,10 @@ def test_many_updates_yield_the_rows_of_a_dictionary(tmp_path: Path, dtype: str,
             assert {int(each) for each in every[exists]} == expected.keys()
             whole = table_of(tmp_path / str(number), expected, dtype)
             assert np.array_equal(vectors[exists], whole.read(every)[0][exists])
+            for id, vector, has_row in zip(every.tolist(), vectors, exists, strict=True):
+                for one in (table.read_one(id), whole.read_one(id)):
+                    assert (one is not None) == has_row
+                    assert one is None or (one.dtype == np.float32 and np.array_equal(one, vector[None]))
     assert folded
     # Earlier versions are as they were.
     after = first.read(every)
