@@ -166,7 +166,10 @@ def dense_column(batch: Batch, name: str, what: str = "label") -> Tensor:
             )
         return column
     if name not in batch:
-        raise KeyError(f"the {what} column {name!r} must be a dense column of the batch, which has {sorted(batch)}")
+        remedy = {"label": "; name the column by `label=`", "group": "; name the column by `groups=`"}.get(what, "")
+        raise KeyError(
+            f"the {what} column {name!r} must be a dense column of the batch, which has {sorted(batch)}{remedy}"
+        )
     kind = f"a {column.dtype} RaggedTensor" if isinstance(column, RaggedTensor) else f"a {type(column).__name__}"
     raise TypeError(
         f"the {what} column {name!r} must be a dense column of numbers, got {kind}; read it as Dense(), or convert "
