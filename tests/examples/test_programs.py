@@ -22,6 +22,7 @@ PROGRAMS = [
     "minilm.py",
     "online.py",
     "posters.py",
+    "two_tower.py",
 ]
 
 
