@@ -145,7 +145,7 @@ class Bundle:
         names = [name for name in self._integers if name in columns]
         integers = read_integers([columns[name] for name in names]) or []
         read: dict[str, Column] = dict(zip(names, integers, strict=False))
-        if len(read) == len(self.inputs):
+        if integers and len(read) == len(self.inputs):
             return Rows(read, integers[0].rows)
         rows, first = (integers[0].rows, names[0]) if integers else (-1, "")
         for column in self.inputs:

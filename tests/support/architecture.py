@@ -123,6 +123,7 @@ OUTSIDE: dict[str, set[str]] = {
         "onnxruntime",
         "orjson",
         "prometheus_client",
+        "pyarrow",
         "redis",
         "starlette",
         "uvicorn",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
@@ -41,12 +42,12 @@ class Chain:
     """The bundles in a folder, in order.
 
     Args:
-        root: Folder or URL of an object store that fsspec supports.
+        root: Folder or URL of an object store that pyarrow or fsspec supports.
         cache: Folder for copies of the files of an object store; None: a temporary folder, deleted at the end of the
             process.
 
     Raises:
-        ServingError: fsspec, or its package for the URL, is not installed.
+        ServingError: The URL cannot be opened, or a package for it is not installed.
     """
 
     def __init__(self, root: str | os.PathLike[str], *, cache: str | os.PathLike[str] | None = None) -> None:
@@ -167,14 +168,8 @@ class _Local:
 
 class _Remote:
     def __init__(self, url: str, cache: str | os.PathLike[str] | None) -> None:
-        try:
-            from fsspec.core import url_to_fs
-
-            self._fs, self._root = url_to_fs(url, use_listings_cache=False)
-        except (ImportError, ValueError) as error:
-            raise ServingError(
-                f"{url} cannot be opened: {error}. Install fsspec and its package for the URL."
-            ) from error
+        self._fs, root = _file_system(url)
+        self._root = root.rstrip("/")
         self._cache = Path(tempfile.mkdtemp(prefix="recis-hybrid-") if cache is None else cache)
         self._is_temporary, self._applied = cache is None, list[Path]()
         if cache is None:
@@ -213,6 +208,27 @@ class _Remote:
         (partial / MANIFEST).write_bytes(raw)
         os.replace(partial, path)
         return path
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    """Return the file system and the path of a URL: pyarrow's if it has one, as for the trainer, else fsspec's."""
+    try:
+        from fsspec.core import url_to_fs
+        from fsspec.implementations.arrow import ArrowFSWrapper
+
+        with contextlib.suppress(ImportError):
+            from pyarrow import ArrowInvalid, ArrowNotImplementedError
+            from pyarrow.fs import FileSystem
+
+            with contextlib.suppress(ArrowInvalid, ArrowNotImplementedError):
+                found, path = FileSystem.from_uri(url)
+                return ArrowFSWrapper(found), path
+        store, root = url_to_fs(url, use_listings_cache=False)
+        return store, root
+    except (ImportError, ValueError, OSError) as error:
+        raise ServingError(
+            f"{url} cannot be opened: {error}. Install pyarrow, or fsspec's package for the URL, and fsspec."
+        ) from error
 
 
 def _verify(path: Path, document: dict[str, Any]) -> None:

@@ -25,8 +25,8 @@ class Follower:
     after it, and has the same rows, bit for bit.
 
     Args:
-        path: Folder or URL (of an object store that fsspec supports) to which ``recis-hybrid export RUN --bundle``
-            writes a bundle and, with ``--update``, updates.
+        path: Folder to which ``recis-hybrid export RUN --bundle`` writes a bundle and, with ``--update``, updates; or
+            URL of a copy of it in an object store that pyarrow or fsspec supports.
         cache: Folder for copies of the files of an object store; None: a temporary one.
         threads: Threads of one run of an ONNX tower.
 

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow.fs as pafs
 import pytest
 import torch
 import torch.distributed as dist
@@ -32,29 +31,6 @@ def memory() -> Iterator[Any]:
     store.store.clear()
     yield store
     store.store.clear()
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    moto = pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install 'recis_hybrid[test]')")
-    started = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    started.start()
-    host, port = started.get_host_and_port()
-    yield f"{host}:{port}"
-    started.stop()
-
-
-@pytest.fixture
-def s3(server: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> str:
-    """Return the URL of an empty directory in a bucket."""
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
-    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    pafs.S3FileSystem(
-        endpoint_override=server, scheme="http", region="us-east-1", allow_bucket_creation=True
-    ).create_dir("bucket")
-    name = request.function.__name__
-    return f"s3://bucket/{name}?endpoint_override={server}&scheme=http&region=us-east-1"
 
 
 @pytest.mark.parametrize("store", ["memory", "s3"])

@@ -290,6 +290,45 @@ def test_object_stores(written: Path, tmp_path: Path) -> None:
     store.rm("/followed", recursive=True)
 
 
+def test_an_s3_server(written: Path, tmp_path: Path, s3: str) -> None:
+    from pyarrow.fs import FileSystem, LocalFileSystem, copy_files
+
+    store, root = FileSystem.from_uri(s3)
+
+    def upload(step: int, *, source: str = "bundles", parts: slice = slice(None)) -> None:
+        folder = written / source / name(step)
+        # The manifest completes a step.
+        for file in sorted(files(folder), key=lambda each: each == "manifest.json")[parts]:
+            target = f"{root}/{name(step)}/{file}"
+            copy_files(str(folder / file), target, source_filesystem=LocalFileSystem(), destination_filesystem=store)
+
+    with pytest.raises(ServingError, match="no full bundle"):
+        Follower(s3, cache=tmp_path / "none")
+    upload(1)
+    follower = Follower(s3)
+    upload(2, parts=slice(-1))
+    assert follower.poll() is None  # without its manifest
+    upload(2)
+    upload(4)
+    assert follower.poll() is not None
+    with pytest.raises(ServingError, match="the update of step 4 builds on step 3 .*, which is missing"):
+        follower.poll()
+    assert_same(follower.bundle, Bundle(written / "2"))
+    upload(3)  # late
+    assert follower.poll() is not None
+    assert_same(follower.bundle, Bundle(written / "4"))
+    upload(3, source="foreign")
+    fresh = Follower(s3)
+    assert fresh.step == 2
+    with pytest.raises(ServingError, match="the update of step 3 builds on step 2 .*, another chain"):
+        fresh.poll()
+    upload(3)
+    upload(5)
+    assert follower.poll() is not None
+    assert_same(Follower(s3, cache=tmp_path / "cache").bundle, follower.bundle)
+    assert_same(follower.bundle, Bundle(written / "5"))
+
+
 PROGRAM = """
 import json, sys, time
 sys.modules["torch"] = None
