@@ -214,10 +214,12 @@ def plot(curves: dict[str, Growth]) -> str:
         f"<h2>{title}</h2>{svg.lines(series, x_label='M rows', from_zero=True)}"
         for title, series in (("CPU time of a step, ms", times), ("Bytes a row", sizes))
     ]
-    colors = "".join(
-        f".c{k}{{stroke:{color};fill:none;color:{color}}}" for k, color in enumerate(("#06c", "#c60", "#390"))
+    colors = "".join(f".c{k}{{stroke:{color};background:{color}}}" for k, color in enumerate(("#06c", "#c60", "#390")))
+    style = (
+        "body{font:15px sans-serif;max-width:560px} svg text{font-size:12px} .grid{stroke:#ddd} polyline{fill:none}"
+        ".legend span{margin-right:14px} .legend i{display:inline-block;width:10px;height:10px;margin-right:5px}"
     )
-    return f"<!doctype html><title>Growth</title><style>{colors}</style>{''.join(charts)}"
+    return f"<!doctype html><title>Growth</title><style>{style}{colors}</style>{''.join(charts)}"
 
 
 def main() -> None:
