@@ -21,6 +21,8 @@ from recis_hybrid.publish.features import PublishError
 
 _INSTALL = "Install it with: pip install 'recis_hybrid[onnx]'"
 _DIFFERENCE = 1e-5
+JOINED = "joined"  # as in serving/towers.py
+_FLOAT, _GRAPHS = 1, (5, 10)  # onnx.TensorProto.FLOAT; onnx.AttributeProto.GRAPH and GRAPHS
 
 
 class WrittenTower(NamedTuple):
@@ -127,15 +129,55 @@ def _onnx_of(tower: nn.Module, inputs: Sequence[Tensor]) -> tuple[bytes, list[Te
     finally:
         tower.train(was_training)
     assert program is not None
-    data: bytes = program.model_proto.SerializeToString()
+    model = program.model_proto
+    arrays = [each.numpy() for each in inputs]
+    if _join_inputs(model.graph):
+        arrays = [np.concatenate(arrays, axis=1)]
+    data: bytes = model.SerializeToString()
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     names = [each.name for each in session.get_inputs()]
-    found = session.run(None, dict(zip(names, [each.numpy() for each in inputs], strict=True)))
+    found = session.run(None, dict(zip(names, arrays, strict=True)))
     for mine, theirs in zip(expected, found, strict=True):
         _compare(tower, mine.numpy(), theirs)
     return data, expected
+
+
+def _join_inputs(graph: Any) -> bool:
+    """Replace the inputs of an ONNX graph by one, ``JOINED``, if the graph does no more than to concatenate them.
+
+    Most towers begin so, and onnxruntime takes 0.5 µs for each input.
+
+    Returns:
+        Whether the graph has been changed.
+    """
+    names = [each.name for each in graph.input]
+    readers = [node for node in graph.node if not set(names).isdisjoint(node.input)]
+    if len(names) < 2 or len(readers) != 1 or list(readers[0].input) != names:
+        return False
+    (join,) = readers
+    attributes = {each.name: each.i for each in join.attribute}
+    tensors = [each.type.tensor_type for each in graph.input]
+    if (
+        (join.op_type, join.domain) != ("Concat", "")
+        or attributes.get("axis") not in (1, -1)
+        or any(each.elem_type != _FLOAT or len(each.shape.dim) != 2 for each in tensors)
+        or set(names) & {each.name for each in graph.output}
+        or join.output[0] in {each.name for each in graph.output}
+        or any(each.type in _GRAPHS for node in graph.node for each in node.attribute)  # may read inputs, too
+    ):
+        return False
+    first = graph.input[0]
+    first.type.tensor_type.shape.dim[1].dim_value = sum(each.shape.dim[1].dim_value for each in tensors)
+    first.name = JOINED
+    del graph.input[1:]
+    for node in graph.node:
+        for number, name in enumerate(node.input):
+            if name == join.output[0]:
+                node.input[number] = JOINED
+    graph.node.remove(join)
+    return True
 
 
 def _compare(tower: nn.Module, mine: Any, theirs: Any) -> None:

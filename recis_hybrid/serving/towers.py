@@ -14,6 +14,8 @@ from recis_hybrid.serving.files import Tensor
 Array = npt.NDArray[Any]
 Tower: TypeAlias = Callable[[Sequence[Array]], Sequence[Array]]
 """A function from the arrays of a tower's inputs to those of its outputs; threads may share it."""
+JOINED = "joined"
+"""Name of an ONNX tower's only input if it takes all inputs concatenated, ``[B, D]``."""
 _INSTALL = "Install it with: pip install 'recis_hybrid[serve]'"
 
 
@@ -62,7 +64,7 @@ def _onnx(where: str, data: bytes, threads: int) -> Tower:
         outputs: Sequence[Array] = session.run(output_names, dict(zip(names, inputs, strict=True)))
         return outputs
 
-    return run
+    return (lambda inputs: run([np.concatenate(inputs, axis=1)])) if names == [JOINED] else run
 
 
 def _jax(where: str, data: bytes, parameters: Mapping[str, Tensor]) -> Tower:
