@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,6 @@ import torch
 from recis_hybrid.columnio import BadFileError, ColumnDataset, ReadOptions, Windows
 from recis_hybrid.columnio.files.paths import find_files
 
-moto = pytest.importorskip("moto.server", reason="moto[server] is not installed (pip install 'recis_hybrid[test]')")
-
 
 def table(first: int, stop: int) -> Any:
     return pa.table(
@@ -32,24 +29,15 @@ def rows_of(data: ColumnDataset) -> list[int]:
     return list(chain.from_iterable(column.tolist() for column in columns))  # type: ignore[union-attr]
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    started = moto.ThreadedMotoServer(ip_address="127.0.0.1", port=0)
-    started.start()
-    host, port = started.get_host_and_port()
-    yield f"{host}:{port}"
-    started.stop()
-
-
 @pytest.fixture
-def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> pafs.S3FileSystem:
+def s3(s3_server: str, monkeypatch: pytest.MonkeyPatch) -> pafs.S3FileSystem:
     """A bucket with three files in day folders, and one hidden file."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "mine")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "mine")
     # Do not ask the machine for credentials.
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
     filesystem = pafs.S3FileSystem(
-        endpoint_override=server, scheme="http", region="us-east-1", allow_bucket_creation=True
+        endpoint_override=s3_server, scheme="http", region="us-east-1", allow_bucket_creation=True
     )
     filesystem.create_dir("bucket")
     for day, first in ((1, 0), (2, 10), (3, 20)):
@@ -61,8 +49,8 @@ def s3(server: str, monkeypatch: pytest.MonkeyPatch) -> pafs.S3FileSystem:
     return filesystem
 
 
-def test_a_folder_and_a_pattern_on_s3(s3: pafs.S3FileSystem, server: str) -> None:
-    where = f"?endpoint_override={server}&scheme=http&region=us-east-1"
+def test_a_folder_and_a_pattern_on_s3(s3: pafs.S3FileSystem, s3_server: str) -> None:
+    where = f"?endpoint_override={s3_server}&scheme=http&region=us-east-1"
     for path in ("s3://bucket/clicks", "s3://bucket/clicks/day=*/*.parquet", "s3://bucket/clicks/**/a.parquet"):
         data = ColumnDataset(path + where, ["row", "day", "text"], 7, read=ReadOptions(num_threads=2))
         batches = list(data)
@@ -113,11 +101,11 @@ def test_a_rewritten_object_is_named_in_the_error(s3: pafs.S3FileSystem) -> None
         list(data)
 
 
-def test_windows_on_s3(s3: pafs.S3FileSystem, server: str) -> None:
+def test_windows_on_s3(s3: pafs.S3FileSystem, s3_server: str) -> None:
     for day in (1, 3):
         with s3.open_output_stream(f"bucket/clicks/day={day}/_SUCCESS") as sink:
             sink.write(b"")
-    windows = Windows(f"s3://bucket/clicks?endpoint_override={server}&scheme=http&region=us-east-1", idle_s=0)
+    windows = Windows(f"s3://bucket/clicks?endpoint_override={s3_server}&scheme=http&region=us-east-1", idle_s=0)
     got = [(window.name, rows_of(ColumnDataset(window.paths, ["row"], 5))) for window in windows]
     assert got == [("day=1", list(range(10))), ("day=3", list(range(20, 30)))]
 
